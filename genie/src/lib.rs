@@ -1,0 +1,1 @@
+//! The dialog API: query, apply_lora, set_lora_strength.

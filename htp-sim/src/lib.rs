@@ -1,0 +1,1 @@
+//! The kernels: quantized matmul, attention, norms, one table per instruction set.

@@ -1,0 +1,1 @@
+//! Tensors, graphs, contexts, context binaries and the offline tools.
