@@ -1,0 +1,96 @@
+//! Bytes that are either mapped from a file or owned, shared by reference count.
+#![allow(unsafe_code, reason = "mapping a file is unsafe: another process may change it")]
+
+use std::fs::File;
+use std::ops::{Deref, Range};
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+/// A shared, immutable range of bytes. Clones and slices are cheap and keep the whole mapping alive.
+#[derive(Clone)]
+pub struct Bytes {
+    source: Arc<Source>,
+    range: Range<usize>,
+}
+
+enum Source {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+impl Bytes {
+    /// Maps the file at `path` for reading. An empty file gives empty bytes.
+    ///
+    /// # Errors
+    /// Whatever the system says when the file cannot be opened or mapped; a folder or device is refused.
+    pub fn map_file(path: &Path) -> std::io::Result<Bytes> {
+        let file = open_regular(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(Bytes::from(Vec::new()));
+        }
+        // SAFETY: the map is private and read-only. A process that truncates the file meanwhile can stop us with
+        // SIGBUS; the documentation of `use-mmap` says so, and `read_file` is the way without that risk.
+        let map = unsafe { Mmap::map(&file)? };
+        let range = 0..map.len();
+        Ok(Bytes { source: Arc::new(Source::Mapped(map)), range })
+    }
+
+    /// Reads the file at `path` into memory, out of reach of later changes to the file.
+    ///
+    /// # Errors
+    /// Whatever the system says when the file cannot be opened or read; a folder or device is refused.
+    pub fn read_file(path: &Path) -> std::io::Result<Bytes> {
+        open_regular(path)?;
+        std::fs::read(path).map(Bytes::from)
+    }
+
+    /// The part `range` of these bytes, or `None` if it does not lie inside them.
+    pub fn slice(&self, range: Range<usize>) -> Option<Bytes> {
+        if range.start > range.end || range.end > self.len() {
+            return None;
+        }
+        let start = self.range.start + range.start;
+        Some(Bytes { source: Arc::clone(&self.source), range: start..start + range.len() })
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Bytes {
+        let range = 0..bytes.len();
+        Bytes { source: Arc::new(Source::Owned(bytes)), range }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let all: &[u8] = match &*self.source {
+            Source::Mapped(map) => map,
+            Source::Owned(bytes) => bytes,
+        };
+        &all[self.range.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({} bytes)", self.len())
+    }
+}
+
+fn open_regular(path: &Path) -> std::io::Result<File> {
+    let file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "is not a regular file"));
+    }
+    Ok(file)
+}
