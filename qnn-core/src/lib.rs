@@ -14,6 +14,7 @@ pub mod error;
 pub mod graph;
 pub mod map;
 pub mod op;
+pub mod record;
 pub mod tensor;
 pub mod types;
 
