@@ -8,9 +8,12 @@ use crate::{
     types::DataType,
 };
 
+pub mod htp;
 pub mod reference;
 pub mod state;
 
+pub use htp::HtpBackend;
+pub use reference::ReferenceBackend;
 pub use state::State;
 
 /// Turns a graph into something that runs.
@@ -165,6 +168,13 @@ impl Bindings {
     /// All outputs, for a backend to fill.
     pub fn outputs_mut(&mut self) -> &mut [Binding] {
         &mut self.outputs
+    }
+
+    /// Swaps the buffer of float output number `index` with `values`.
+    pub(crate) fn swap_output(&mut self, index: usize, values: &mut Vec<f32>) {
+        if let Value::F32(own) = &mut self.outputs[index].value {
+            std::mem::swap(own, values);
+        }
     }
 
     /// Elements of output number `index`, row-major, or an empty slice if it holds integers.

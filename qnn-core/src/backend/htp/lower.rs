@@ -1,0 +1,355 @@
+//! Lowering: nodes to steps over virtual buffers, fusing what one kernel call can do.
+
+use std::collections::HashMap;
+
+use htp_sim::Activation;
+
+use crate::{
+    backend::PrepareError,
+    graph::{Graph, Node},
+    op::{AttentionAttrs, OpKind},
+    tensor::{Dim, Panels, Tensor, TensorId},
+    types::DataType,
+};
+
+use super::{
+    pack::{floats_of, pack_constant},
+    step::{Binary, CacheRef, Float, LinearPart, NormOut, Quantized, QuantizedSpec, Source, Step, Unary, Work},
+};
+
+mod fuse;
+mod quantized;
+
+/// Steps over virtual buffers.
+pub(super) struct Lowered {
+    pub(super) steps: Vec<Step>,
+    /// Most elements of each float buffer.
+    pub(super) float_elements: Vec<usize>,
+    pub(super) quantized: Vec<QuantizedSpec>,
+    /// Float buffer and output number of each graph output.
+    pub(super) outputs: Vec<(Float, usize)>,
+    pub(super) attention: Vec<(AttentionAttrs, usize)>,
+}
+
+/// Lowers `graph`.
+///
+/// # Errors
+/// [`PrepareError`] naming the node or tensor that this backend cannot run.
+pub(super) fn lower(graph: &Graph) -> Result<Lowered, PrepareError> {
+    let mut lowering = Lowering::new(graph)?;
+    for at in 0..graph.nodes().len() {
+        if !lowering.done[at] {
+            lowering.node(at)?;
+        }
+    }
+    lowering.finish()
+}
+
+/// Where a tensor's value is.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    float: Option<Float>,
+    quantized: Option<Quantized>,
+}
+
+struct Lowering<'g> {
+    graph: &'g Graph,
+    /// Nodes that read each tensor.
+    readers: Vec<Vec<usize>>,
+    done: Vec<bool>,
+    places: Vec<Place>,
+    /// Weights in the kernels' layout.
+    panels: HashMap<TensorId, Panels>,
+    /// Graph input number of each input tensor.
+    input_numbers: HashMap<TensorId, usize>,
+    result: Lowered,
+}
+
+impl<'g> Lowering<'g> {
+    fn new(graph: &'g Graph) -> Result<Lowering<'g>, PrepareError> {
+        let mut readers = vec![Vec::new(); graph.tensors().len()];
+        for (at, node) in graph.nodes().iter().enumerate() {
+            node.inputs.iter().for_each(|id| readers[id.index()].push(at));
+        }
+        let input_numbers = graph.inputs().into_iter().enumerate().map(|(number, id)| (id, number)).collect();
+        let result = Lowered {
+            steps: Vec::new(),
+            float_elements: Vec::new(),
+            quantized: Vec::new(),
+            outputs: Vec::new(),
+            attention: Vec::new(),
+        };
+        let places = vec![Place::default(); graph.tensors().len()];
+        let done = vec![false; graph.nodes().len()];
+        let panels = pack_weights(graph)?;
+        let mut lowering = Lowering { graph, readers, done, places, panels, input_numbers, result };
+        lowering.check_types()?;
+        lowering.load_inputs();
+        Ok(lowering)
+    }
+
+    fn finish(mut self) -> Result<Lowered, PrepareError> {
+        for (number, id) in self.graph.outputs().into_iter().enumerate() {
+            let float = self.float(id)?;
+            self.result.outputs.push((float, number));
+        }
+        Ok(self.result)
+    }
+
+    /// Refuses element types and encodings of computed tensors that the steps do not know.
+    fn check_types(&self) -> Result<(), PrepareError> {
+        for tensor in self.graph.tensors().iter().filter(|t| !t.tensor_type.is_static() && !t.tensor_type.is_state()) {
+            let known = match tensor.data_type {
+                DataType::Float32 => true,
+                DataType::Int32 => tensor.tensor_type.is_input(),
+                DataType::SFixedPoint8 | DataType::SFixedPoint16 => !tensor.tensor_type.is_input(),
+                _ => false,
+            };
+            if !known || tensor.encoding.is_some() {
+                return Err(PrepareError::Tensor { tensor: tensor.name.clone(), why: unsupported(tensor) });
+            }
+        }
+        Ok(())
+    }
+
+    fn load_inputs(&mut self) {
+        for (number, id) in self.graph.inputs().into_iter().enumerate() {
+            let tensor = self.graph.tensor(id);
+            if tensor.data_type == DataType::Float32 {
+                let out = self.new_float(tensor);
+                self.places[id.index()].float = Some(out);
+                self.push(&tensor.name, tensor.shape.0[0], Work::Load { input: number, out });
+            }
+        }
+    }
+
+    fn node(&mut self, at: usize) -> Result<(), PrepareError> {
+        self.done[at] = true;
+        let node = &self.graph.nodes()[at];
+        match &node.op {
+            OpKind::FullyConnected => self.fully_connected(at, node),
+            OpKind::Gather => self.gather(node),
+            OpKind::RmsNorm { epsilon } => self.rms_norm(node, *epsilon),
+            OpKind::ElementWiseAdd => self.binary(node, Binary::Add),
+            OpKind::ElementWiseMultiply => self.binary(node, Binary::Multiply),
+            OpKind::Sigmoid => self.unary(node, Unary::Sigmoid),
+            OpKind::Gelu => self.unary(node, Unary::Gelu),
+            OpKind::RotaryTable { scale } => self.rotary_table(node, *scale),
+            OpKind::RotaryEmbedding { head_dim } => self.rotate(at, node, *head_dim),
+            OpKind::Attention(attrs) => self.attention(node, attrs),
+        }
+    }
+
+    /// q, k, v or gate, up share their input: one step for all, with the gate's activation or the residual fused.
+    fn fully_connected(&mut self, at: usize, node: &Node) -> Result<(), PrepareError> {
+        if let Some(gated) = fuse::gated(self, at) {
+            return self.gated(gated);
+        }
+        let is_float = self.panels(node, 1).layout().format().is_float();
+        let mut group = vec![at];
+        for other in &self.readers[node.inputs[0].index()] {
+            let same_input = !self.done[*other]
+                && self.is_linear_on(*other, node.inputs[0])
+                && self.panels(&self.graph.nodes()[*other], 1).layout().format().is_float() == is_float;
+            if same_input && group.len() < MAX_PARTS && fuse::gated(self, *other).is_none() {
+                group.push(*other);
+            }
+        }
+        let nodes: Vec<&Node> = group.iter().map(|at| &self.graph.nodes()[*at]).collect();
+        let weights: Vec<Panels> = nodes.iter().map(|n| self.panels(n, 1).clone()).collect();
+        let x = self.linear_source(node, &weights)?;
+        let mut parts = Vec::new();
+        for ((at, node), weights) in group.iter().zip(&nodes).zip(weights) {
+            self.done[*at] = true;
+            let bias = node.inputs.get(2).map(|id| floats_of(self.graph.tensor(*id))).transpose()?;
+            let (out, add) = match fuse::residual(self, *at) {
+                Some((add_node, residual)) => {
+                    self.done[add_node] = true;
+                    let out = self.float(residual)?;
+                    self.places[self.graph.nodes()[add_node].outputs[0].index()].float = Some(out);
+                    (out, true)
+                }
+                None => (self.output(node, 0), false),
+            };
+            parts.push(LinearPart { weights, bias, out, add });
+        }
+        let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
+        self.push(&names.join(" + "), self.rows(node), Work::Linear { x, parts });
+        for at in group {
+            let written = fuse::written_tensor(self, at);
+            self.requantize(written)?;
+        }
+        Ok(())
+    }
+
+    fn gated(&mut self, found: fuse::Gated) -> Result<(), PrepareError> {
+        let [gate, up] = [found.gate, found.up].map(|at| &self.graph.nodes()[at]);
+        let weights = vec![self.panels(gate, 1).clone(), self.panels(up, 1).clone()];
+        let x = self.linear_source(gate, &weights)?;
+        let last = &self.graph.nodes()[found.product];
+        found.nodes().for_each(|at| self.done[at] = true);
+        let out = self.output(last, 0);
+        let mut halves = [gate, up].into_iter().zip(weights).map(|(node, weights)| {
+            let bias = node.inputs.get(2).map(|id| floats_of(self.graph.tensor(*id))).transpose()?;
+            Ok(LinearPart { weights, bias, out, add: false })
+        });
+        let (gate_part, up_part) = (halves.next().expect("two halves")?, halves.next().expect("two halves")?);
+        drop(halves);
+        let work = Work::Gated { x, gate: gate_part, up: up_part, activation: found.activation, out };
+        self.push(&format!("{} + {}", gate.name, up.name), self.rows(last), work);
+        self.requantize(last.outputs[0])
+    }
+
+    fn gather(&mut self, node: &Node) -> Result<(), PrepareError> {
+        let indices = self.input_number(node, 1)?;
+        let data = self.graph.tensor(node.inputs[0]);
+        let out = self.output(node, 0);
+        let work = if data.tensor_type.is_static() {
+            Work::Lookup { table: self.panels(node, 0).clone(), indices, out }
+        } else {
+            Work::Select { x: self.float(node.inputs[0])?, width: data.shape.last(), indices, out }
+        };
+        self.push(&node.name, self.rows(node), work);
+        self.requantize(node.outputs[0])
+    }
+
+    fn rms_norm(&mut self, node: &Node, epsilon: f32) -> Result<(), PrepareError> {
+        let x = self.float(node.inputs[0])?;
+        let weight = floats_of(self.graph.tensor(node.inputs[1]))?;
+        let output = node.outputs[0];
+        let out = match self.quantized_spec(output)? {
+            Some(spec) => {
+                let quantized = self.new_quantized(spec);
+                self.places[output.index()].quantized = Some(quantized);
+                NormOut::Quantized(quantized)
+            }
+            None => NormOut::Float(self.output(node, 0)),
+        };
+        self.push(&node.name, self.rows(node), Work::RmsNorm { x, weight, epsilon, out });
+        Ok(())
+    }
+
+    fn binary(&mut self, node: &Node, op: Binary) -> Result<(), PrepareError> {
+        let (a, b) = (self.float(node.inputs[0])?, self.float(node.inputs[1])?);
+        let out = self.output(node, 0);
+        self.push(&node.name, self.rows(node), Work::Binary { op, a, b, out });
+        self.requantize(node.outputs[0])
+    }
+
+    fn unary(&mut self, node: &Node, op: Unary) -> Result<(), PrepareError> {
+        let x = self.float(node.inputs[0])?;
+        let out = self.output(node, 0);
+        self.push(&node.name, self.rows(node), Work::Unary { op, x, out });
+        self.requantize(node.outputs[0])
+    }
+
+    fn rotary_table(&mut self, node: &Node, scale: f32) -> Result<(), PrepareError> {
+        let positions = self.input_number(node, 0)?;
+        let inv_freq = floats_of(self.graph.tensor(node.inputs[1]))?;
+        let (cos, sin) = (self.output(node, 0), self.output(node, 1));
+        self.push(&node.name, self.rows(node), Work::RotaryTable { positions, inv_freq, scale, cos, sin });
+        Ok(())
+    }
+
+    /// Rotates in place when nobody else reads the input, else in a copy.
+    fn rotate(&mut self, at: usize, node: &Node, head_dim: usize) -> Result<(), PrepareError> {
+        let (input, output) = (node.inputs[0], node.outputs[0]);
+        let (cos, sin) = (self.float(node.inputs[1])?, self.float(node.inputs[2])?);
+        let from = self.float(input)?;
+        let alone = self.readers[input.index()] == [at] && !self.graph.tensor(input).tensor_type.is_output();
+        let x = if alone {
+            self.places[output.index()].float = Some(from);
+            from
+        } else {
+            let out = self.output(node, 0);
+            self.push(&node.name, self.rows(node), Work::Copy { x: from, out });
+            out
+        };
+        let heads = self.graph.tensor(input).shape.last() / head_dim;
+        self.push(&node.name, self.rows(node), Work::Rotate { x, heads, head_dim, cos, sin });
+        self.requantize(output)
+    }
+
+    fn attention(&mut self, node: &Node, attrs: &AttentionAttrs) -> Result<(), PrepareError> {
+        let [q, k, v] = [self.float(node.inputs[0])?, self.float(node.inputs[1])?, self.float(node.inputs[2])?];
+        let rows = self.rows(node);
+        let index_input = self.input_number(node, 5)?;
+        let name = self.graph.tensor(node.inputs[3]).name.clone();
+        let scratch = self.attention_scratch(attrs, rows.max());
+        let out = self.output(node, 0);
+        let cache = CacheRef { name, index_input, attrs: *attrs, scratch };
+        self.push(&node.name, rows, Work::Attention { q, k, v, out, cache });
+        self.requantize(node.outputs[0])
+    }
+
+    fn attention_scratch(&mut self, attrs: &AttentionAttrs, max_rows: usize) -> usize {
+        let known = &mut self.result.attention;
+        if let Some(found) = known.iter().position(|(a, _)| a == attrs) {
+            known[found].1 = known[found].1.max(max_rows);
+            return found;
+        }
+        known.push((*attrs, max_rows));
+        known.len() - 1
+    }
+
+    fn is_linear_on(&self, at: usize, x: TensorId) -> bool {
+        let node = &self.graph.nodes()[at];
+        node.op == OpKind::FullyConnected && node.inputs[0] == x
+    }
+
+    fn rows(&self, node: &Node) -> Dim {
+        self.graph.tensor(node.outputs[0]).shape.0[0]
+    }
+
+    fn panels(&self, node: &Node, input: usize) -> &Panels {
+        self.panels.get(&node.inputs[input]).expect("`pack_weights` packed the constant of every such node")
+    }
+
+    fn input_number(&self, node: &Node, input: usize) -> Result<usize, PrepareError> {
+        self.input_numbers.get(&node.inputs[input]).copied().ok_or_else(|| {
+            let why = format!("{} has to be a graph input", self.graph.tensor(node.inputs[input]).name);
+            PrepareError::Node { node: node.name.clone(), op: node.op.name(), why }
+        })
+    }
+
+    /// A new buffer for output number `number` of `node`.
+    fn output(&mut self, node: &Node, number: usize) -> Float {
+        let id = node.outputs[number];
+        let float = self.new_float(self.graph.tensor(id));
+        self.places[id.index()].float = Some(float);
+        float
+    }
+
+    fn new_float(&mut self, tensor: &Tensor) -> Float {
+        self.result.float_elements.push(tensor.shape.max_elements().unwrap_or(0));
+        self.result.float_elements.len() - 1
+    }
+
+    fn push(&mut self, node: &str, rows: Dim, work: Work) {
+        self.result.steps.push(Step { node: node.to_owned(), rows, work });
+    }
+}
+
+/// Every constant that a linear layer or a lookup reads, packed; those of a context binary already are.
+fn pack_weights(graph: &Graph) -> Result<HashMap<TensorId, Panels>, PrepareError> {
+    let mut panels = HashMap::new();
+    for node in graph.nodes() {
+        let id = match node.op {
+            OpKind::FullyConnected => node.inputs[1],
+            OpKind::Gather if graph.tensor(node.inputs[0]).tensor_type.is_static() => node.inputs[0],
+            _ => continue,
+        };
+        if !panels.contains_key(&id) {
+            panels.insert(id, pack_constant(graph.tensor(id))?);
+        }
+    }
+    Ok(panels)
+}
+
+fn unsupported(tensor: &Tensor) -> String {
+    let encoding = if tensor.encoding.is_some() { " with a static encoding" } else { "" };
+    format!("{} {}{encoding} is not supported by this backend yet", tensor.tensor_type, tensor.data_type)
+}
+
+/// Most weights in one linear step.
+pub(super) const MAX_PARTS: usize = 4;

@@ -1,0 +1,105 @@
+//! Placing: many virtual buffers, each written once, onto few real ones.
+
+use htp_sim::{AttentionParams, AttentionScratch};
+
+use crate::{backend::PrepareError, graph::Graph, op::AttentionAttrs};
+
+use super::{
+    lower::Lowered,
+    step::{QuantizedSpec, Step},
+};
+
+/// A plan over real buffers.
+pub(super) struct Plan {
+    pub(super) steps: Vec<Step>,
+    /// Elements to reserve in each float buffer.
+    pub(super) float_capacity: Vec<usize>,
+    /// Extents of each buffer of quantized rows.
+    pub(super) quantized: Vec<QuantizedSpec>,
+    /// Buffer and output number of each graph output.
+    pub(super) outputs: Vec<(usize, usize)>,
+    /// One scratch memory per distinct set of attributes, with the most rows it serves.
+    attention: Vec<(AttentionAttrs, usize)>,
+}
+
+impl Plan {
+    /// Scratch memory for the attention steps.
+    pub(super) fn attention_scratch(&self, n_workers: usize) -> Result<Vec<AttentionScratch>, PrepareError> {
+        let new = |(attrs, max_rows): &(AttentionAttrs, usize)| {
+            AttentionScratch::new(n_workers, attrs.kv_heads, attrs.head_dim, &attention_params(attrs), *max_rows)
+                .map_err(|e| PrepareError::Tensor { tensor: "attention scratch".to_owned(), why: e.to_string() })
+        };
+        self.attention.iter().map(new).collect()
+    }
+}
+
+/// The kernels' form of the attributes.
+pub(super) fn attention_params(attrs: &AttentionAttrs) -> AttentionParams {
+    AttentionParams { heads: attrs.heads, scale: attrs.scale, window: attrs.window, softcap: attrs.softcap }
+}
+
+/// Gives every virtual buffer a real one. Two virtual buffers share a real one if their lives do not overlap.
+pub(super) fn place(graph: &Graph, mut lowered: Lowered) -> Result<Plan, PrepareError> {
+    let n_steps = lowered.steps.len();
+    let mut float_life = vec![Life::NONE; lowered.float_elements.len()];
+    let mut quantized_life = vec![Life::NONE; lowered.quantized.len()];
+    for (at, step) in lowered.steps.iter_mut().enumerate() {
+        step.work.floats(&mut |f| float_life[*f].touch(at));
+        step.work.quantized(&mut |q| quantized_life[*q].touch(at));
+    }
+    for (float, _) in &lowered.outputs {
+        float_life[*float].touch(n_steps);
+    }
+    let (float_home, float_owners) = assign(&float_life, |_, _| true);
+    let (quantized_home, quantized_owners) =
+        assign(&quantized_life, |a, b| lowered.quantized[a] == lowered.quantized[b]);
+    for step in &mut lowered.steps {
+        step.work.floats(&mut |f| *f = float_home[*f]);
+        step.work.quantized(&mut |q| *q = quantized_home[*q]);
+    }
+    let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
+    debug_assert!(graph.finalize().is_ok());
+    Ok(Plan {
+        float_capacity: float_owners.iter().map(largest).collect(),
+        quantized: quantized_owners.iter().map(|owners| lowered.quantized[owners[0]]).collect(),
+        outputs: lowered.outputs.iter().map(|(float, output)| (float_home[*float], *output)).collect(),
+        steps: lowered.steps,
+        attention: lowered.attention,
+    })
+}
+
+/// First and last step that touches a buffer.
+#[derive(Clone, Copy)]
+struct Life {
+    first: usize,
+    last: usize,
+}
+
+impl Life {
+    const NONE: Life = Life { first: usize::MAX, last: 0 };
+
+    fn touch(&mut self, at: usize) {
+        self.first = self.first.min(at);
+        self.last = self.last.max(at);
+    }
+}
+
+/// The home of each virtual buffer, and the virtual buffers of each home.
+fn assign(lives: &[Life], may_share: impl Fn(usize, usize) -> bool) -> (Vec<usize>, Vec<Vec<usize>>) {
+    let mut order: Vec<usize> = (0..lives.len()).collect();
+    order.sort_by_key(|v| lives[*v].first);
+    let mut owners: Vec<Vec<usize>> = Vec::new();
+    let mut home = vec![0; lives.len()];
+    for v in order {
+        let free = |home: &Vec<usize>| {
+            let last = *home.last().expect("a home is made with its first owner");
+            lives[last].last < lives[v].first && may_share(last, v)
+        };
+        home[v] = owners.iter().position(free).unwrap_or_else(|| {
+            owners.push(Vec::new());
+            owners.len() - 1
+        });
+        owners[home[v]].push(v);
+    }
+    (home, owners)
+}

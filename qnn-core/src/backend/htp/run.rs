@@ -1,0 +1,256 @@
+//! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
+
+use htp_sim::{Cache as KernelCache, CacheMut, Cx, Gate, GateUp, Part, Rows, ShapeError, Write};
+
+use crate::{
+    backend::{Bindings, ExecuteError, State, Value, state::Cache},
+    tensor::Panels,
+};
+
+use super::{
+    Memory,
+    lower::MAX_PARTS,
+    place::attention_params,
+    step::{Binary, CacheRef, LinearPart, NormOut, Source, Step, Unary, Work},
+};
+
+/// Runs `step`. Steps of no rows are skipped.
+pub(super) fn run(
+    cx: &Cx<'_>,
+    step: &Step,
+    bindings: &Bindings,
+    state: &mut State,
+    memory: &mut Memory,
+) -> Result<(), ExecuteError> {
+    let rows = bindings.rows_of(step.rows);
+    let run = Run { cx, step, bindings, rows };
+    match &step.work {
+        Work::Load { input, out } => run.load(memory, *input, *out),
+        Work::Lookup { table, indices, out } => run.lookup(memory, table, *indices, *out),
+        Work::Select { x, width, indices, out } => run.select(memory, (*x, *out), *width, *indices),
+        Work::Linear { x, parts } => run.linear(memory, *x, parts),
+        Work::Gated { x, gate, up, activation, out } => {
+            let halves = GateUp { gate: half(gate), up: half(up) };
+            run.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
+                htp_sim::gated_linear(cx, source(memory, *x, rows), halves, *activation, out)
+            })
+        }
+        Work::Attention { q, k, v, out, cache } => run.attention(memory, state, [*q, *k, *v, *out], cache),
+        _ => run.elementwise(memory),
+    }
+}
+
+/// One step being run.
+struct Run<'a> {
+    cx: &'a Cx<'a>,
+    step: &'a Step,
+    bindings: &'a Bindings,
+    rows: usize,
+}
+
+impl Run<'_> {
+    fn elementwise(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
+        let (cx, rows) = (self.cx, self.rows);
+        match &self.step.work {
+            Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out) } => {
+                let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
+                self.check(htp_sim::rms_norm_quantize(cx, &x[..rows * weight.len()], weight, *epsilon, out))
+            }
+            Work::RmsNorm { x, weight, epsilon, out: NormOut::Float(out) } => {
+                self.with_out(memory, *out, weight.len(), |memory, out| {
+                    htp_sim::rms_norm(cx, &memory.floats[*x], weight, *epsilon, out)
+                })
+            }
+            Work::Quantize { x, out } => {
+                let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
+                self.check(htp_sim::quantize_rows(cx, &x[..rows * out.k()], out))
+            }
+            Work::Dequantize { x, out } => {
+                let k = memory.quantized[*x].k();
+                self.with_out(memory, *out, k, |memory, out| {
+                    let codes = &memory.quantized[*x];
+                    for (i, value) in out.iter_mut().enumerate() {
+                        *value = codes.code(i / k, i % k) as f32 * codes.scale(i / k);
+                    }
+                    Ok(())
+                })
+            }
+            Work::RotaryTable { positions, inv_freq, scale, cos, sin } => {
+                let positions = self.integers(*positions);
+                let mut table = std::mem::take(&mut memory.floats[*sin]);
+                table.resize(rows * inv_freq.len(), 0.0);
+                let done = self.with_out(memory, *cos, inv_freq.len(), |_, cos| {
+                    htp_sim::rotary_table(positions, inv_freq, *scale, cos, &mut table)
+                });
+                memory.floats[*sin] = table;
+                done
+            }
+            Work::Rotate { x, heads, head_dim, cos, sin } => self.with_out(memory, *x, heads * head_dim, |memory, x| {
+                htp_sim::rotate(cx, x, *heads, *head_dim, &memory.floats[*cos], &memory.floats[*sin])
+            }),
+            Work::Binary { op, a, b, out } => {
+                let width = memory.floats[*a].len() / rows.max(1);
+                self.with_out(memory, *out, width, |memory, out| {
+                    let (a, b) = (&memory.floats[*a], &memory.floats[*b]);
+                    match op {
+                        Binary::Add => htp_sim::add(cx, a, b, out),
+                        Binary::Multiply => htp_sim::mul(cx, a, b, out),
+                    }
+                })
+            }
+            Work::Unary { op, x, out } => {
+                let width = memory.floats[*x].len() / rows.max(1);
+                self.with_out(memory, *out, width, |memory, out| match op {
+                    Unary::Sigmoid => htp_sim::sigmoid(cx, &memory.floats[*x], out),
+                    Unary::Gelu => htp_sim::gelu(cx, &memory.floats[*x], out),
+                })
+            }
+            Work::Copy { x, out } => {
+                let width = memory.floats[*x].len() / rows.max(1);
+                self.with_out(memory, *out, width, |memory, out| {
+                    out.copy_from_slice(&memory.floats[*x]);
+                    Ok(())
+                })
+            }
+            other => unreachable!("`run` handles {other:?} itself"),
+        }
+    }
+
+    fn load(&self, memory: &mut Memory, input: usize, out: usize) -> Result<(), ExecuteError> {
+        let Value::F32(values) = &self.bindings.inputs()[input].value else { return Ok(()) };
+        let out = &mut memory.floats[out];
+        out.clear();
+        out.extend_from_slice(values);
+        Ok(())
+    }
+
+    fn lookup(&self, memory: &mut Memory, table: &Panels, indices: usize, out: usize) -> Result<(), ExecuteError> {
+        let (n, width) = (table.layout().n(), table.layout().k());
+        let (indices, view) = (self.integers(indices), table.view());
+        self.check_indices(indices, n)?;
+        self.with_out(memory, out, width, |_, out| {
+            for (index, row) in indices.iter().zip(out.chunks_exact_mut(width)) {
+                view.dequantize_row(*index as usize, row);
+            }
+            Ok(())
+        })
+    }
+
+    fn select(
+        &self,
+        memory: &mut Memory,
+        (x, out): (usize, usize),
+        width: usize,
+        indices: usize,
+    ) -> Result<(), ExecuteError> {
+        let indices = self.integers(indices);
+        self.check_indices(indices, memory.floats[x].len() / width)?;
+        self.with_out(memory, out, width, |memory, out| {
+            for (index, row) in indices.iter().zip(out.chunks_exact_mut(width)) {
+                row.copy_from_slice(&memory.floats[x][*index as usize * width..][..width]);
+            }
+            Ok(())
+        })
+    }
+
+    fn linear(&self, memory: &mut Memory, x: Source, parts: &[LinearPart]) -> Result<(), ExecuteError> {
+        let mut outs: [Vec<f32>; MAX_PARTS] = Default::default();
+        for (part, out) in parts.iter().zip(&mut outs) {
+            *out = std::mem::take(&mut memory.floats[part.out]);
+            out.resize(self.rows * part.weights.layout().n(), 0.0);
+        }
+        let rows = source(memory, x, self.rows);
+        let [a, b, c, d] = &mut outs;
+        let done = match parts {
+            [p] => htp_sim::linear(self.cx, rows, &mut [part(p, a)]),
+            [p, q] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b)]),
+            [p, q, r] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b), part(r, c)]),
+            [p, q, r, s] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b), part(r, c), part(s, d)]),
+            _ => unreachable!("lowering groups 1 to {MAX_PARTS} weights"),
+        };
+        for (part, out) in parts.iter().zip(&mut outs) {
+            memory.floats[part.out] = std::mem::take(out);
+        }
+        self.check(done)
+    }
+
+    fn attention(
+        &self,
+        memory: &mut Memory,
+        state: &mut State,
+        [q, k, v, out]: [usize; 4],
+        cache: &CacheRef,
+    ) -> Result<(), ExecuteError> {
+        let capacity = state.capacity();
+        let at = self.integers(cache.index_input)[0];
+        let full = || ExecuteError::CacheFull {
+            node: self.step.node.clone(),
+            at: at.max(0) as usize,
+            end: at.max(0) as usize + self.rows,
+            capacity,
+        };
+        let past = usize::try_from(at).ok().filter(|at| at + self.rows <= capacity).ok_or_else(full)?;
+        let Some(Cache::Kernels { layout, key, value }) = state.cache_mut(&cache.name) else {
+            let why = "no cache of this backend has this name".to_owned();
+            return Err(ExecuteError::State { tensor: cache.name.clone(), why });
+        };
+        let mut target = CacheMut { layout: *layout, key, value };
+        self.check(htp_sim::append(self.cx, &mut target, past, &memory.floats[k], &memory.floats[v]))?;
+        let cache_view = KernelCache { layout: *layout, key, value };
+        let params = attention_params(&cache.attrs);
+        self.with_out(memory, out, cache.attrs.heads * cache.attrs.head_dim, |memory, out| {
+            let Memory { floats, attention, .. } = memory;
+            let scratch = &mut attention[cache.scratch];
+            htp_sim::attention(self.cx, &cache_view, past, &floats[q], &params, scratch, out)
+        })
+    }
+
+    /// Lends buffer `out`, `rows · width` long, to `work` together with the rest of the memory.
+    fn with_out(
+        &self,
+        memory: &mut Memory,
+        out: usize,
+        width: usize,
+        work: impl FnOnce(&mut Memory, &mut [f32]) -> Result<(), ShapeError>,
+    ) -> Result<(), ExecuteError> {
+        let mut buffer = std::mem::take(&mut memory.floats[out]);
+        buffer.resize(self.rows * width, 0.0);
+        let done = work(memory, &mut buffer);
+        memory.floats[out] = buffer;
+        self.check(done)
+    }
+
+    fn integers(&self, input: usize) -> &[i32] {
+        match &self.bindings.inputs()[input].value {
+            Value::I32(values) => values,
+            Value::F32(_) => &[],
+        }
+    }
+
+    fn check_indices(&self, indices: &[i32], len: usize) -> Result<(), ExecuteError> {
+        match indices.iter().find(|i| usize::try_from(**i).map_or(true, |i| i >= len)) {
+            None => Ok(()),
+            Some(index) => Err(ExecuteError::Index { node: self.step.node.clone(), index: i64::from(*index), len }),
+        }
+    }
+
+    fn check(&self, done: Result<(), ShapeError>) -> Result<(), ExecuteError> {
+        done.map_err(|e| ExecuteError::Kernel { node: self.step.node.clone(), why: e.to_string() })
+    }
+}
+
+fn source(memory: &Memory, x: Source, rows: usize) -> Rows<'_> {
+    match x {
+        Source::Float(x) => Rows::F32 { x: &memory.floats[x], m: rows },
+        Source::Quantized(x) => Rows::Quantized(&memory.quantized[x]),
+    }
+}
+
+fn part<'a>(part: &'a LinearPart, out: &'a mut [f32]) -> Part<'a> {
+    let write = if part.add { Write::Add } else { Write::Store };
+    Part { weights: part.weights.view(), bias: part.bias.as_deref(), branch: None, write, out }
+}
+
+fn half(part: &LinearPart) -> Gate<'_> {
+    Gate { weights: part.weights.view(), bias: part.bias.as_deref(), branch: None }
+}

@@ -1,0 +1,181 @@
+//! What a plan consists of: one call of an `htp-sim` operation each, over numbered buffers.
+
+use htp_sim::{ActBits, Activation, QuantizedRows};
+
+use crate::{
+    backend::PrepareError,
+    op::AttentionAttrs,
+    tensor::{Dim, Panels},
+};
+
+/// Number of a float buffer: virtual after lowering, real after placing.
+pub(super) type Float = usize;
+/// Number of a buffer of quantized rows.
+pub(super) type Quantized = usize;
+
+/// One step of a plan.
+#[derive(Debug)]
+pub(super) struct Step {
+    /// Name of the node it comes from, for errors and profiles.
+    pub(super) node: String,
+    /// Rows of the result.
+    pub(super) rows: Dim,
+    /// The work.
+    pub(super) work: Work,
+}
+
+/// The work of a step.
+#[derive(Debug)]
+pub(super) enum Work {
+    /// Copies graph input number `input` into a buffer.
+    Load { input: usize, out: Float },
+    /// Rows of a packed constant, dequantized: an embedding lookup.
+    Lookup { table: Panels, indices: usize, out: Float },
+    /// Rows of a computed tensor.
+    Select { x: Float, width: usize, indices: usize, out: Float },
+    /// RMS norm; the result is quantized at once if `out` says so.
+    RmsNorm { x: Float, weight: Vec<f32>, epsilon: f32, out: NormOut },
+    /// Float rows to quantized rows.
+    Quantize { x: Float, out: Quantized },
+    /// Quantized rows back to floats, for a consumer that takes no codes.
+    Dequantize { x: Quantized, out: Float },
+    /// Weights that share their input, in one parallel region.
+    Linear { x: Source, parts: Vec<LinearPart> },
+    /// `activation(gate · x) · (up · x)`.
+    Gated { x: Source, gate: LinearPart, up: LinearPart, activation: Activation, out: Float },
+    /// Cosines and sines of the positions in graph input `positions`.
+    RotaryTable { positions: usize, inv_freq: Vec<f32>, scale: f32, cos: Float, sin: Float },
+    /// Rotation of every head, in place.
+    Rotate { x: Float, heads: usize, head_dim: usize, cos: Float, sin: Float },
+    /// Cache update and attention.
+    Attention { q: Float, k: Float, v: Float, out: Float, cache: CacheRef },
+    /// `a + b` or `a · b`, element by element.
+    Binary { op: Binary, a: Float, b: Float, out: Float },
+    /// A function of each element.
+    Unary { op: Unary, x: Float, out: Float },
+    /// A copy.
+    Copy { x: Float, out: Float },
+}
+
+/// Where a norm's result goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum NormOut {
+    Float(Float),
+    Quantized(Quantized),
+}
+
+/// What a linear layer reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    Float(Float),
+    Quantized(Quantized),
+}
+
+/// One weight of a linear step.
+#[derive(Debug)]
+pub(super) struct LinearPart {
+    pub(super) weights: Panels,
+    pub(super) bias: Option<Vec<f32>>,
+    /// Result buffer (not used by the two halves of a gated step).
+    pub(super) out: Float,
+    /// True if the product is added to what `out` holds: the residual.
+    pub(super) add: bool,
+}
+
+/// The cache an attention step writes and reads.
+#[derive(Debug)]
+pub(super) struct CacheRef {
+    /// Name of the key tensor, which names the cache.
+    pub(super) name: String,
+    /// Graph input that holds the first position to write.
+    pub(super) index_input: usize,
+    /// Heads and scale.
+    pub(super) attrs: AttentionAttrs,
+    /// Which of the plan's scratch memories it uses.
+    pub(super) scratch: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Binary {
+    Add,
+    Multiply,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Unary {
+    Sigmoid,
+    Gelu,
+}
+
+/// Extents of a buffer of quantized rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct QuantizedSpec {
+    pub(super) max_rows: usize,
+    pub(super) k: usize,
+    pub(super) bits: ActBits,
+    pub(super) sum_block: usize,
+}
+
+impl QuantizedSpec {
+    pub(super) fn allocate(&self) -> Result<QuantizedRows, PrepareError> {
+        QuantizedRows::new(self.max_rows, self.k, self.bits, self.sum_block).map_err(|e| PrepareError::Tensor {
+            tensor: format!("quantized rows [{}, {}]", self.max_rows, self.k),
+            why: e.to_string(),
+        })
+    }
+}
+
+impl Work {
+    /// Calls `visit` with every float buffer the work touches.
+    pub(super) fn floats(&mut self, visit: &mut dyn FnMut(&mut Float)) {
+        match self {
+            Work::Load { out, .. } | Work::Lookup { out, .. } | Work::Dequantize { out, .. } => visit(out),
+            Work::Quantize { x, .. } => visit(x),
+            Work::Select { x, out, .. } | Work::Unary { x, out, .. } | Work::Copy { x, out } => {
+                visit(x);
+                visit(out);
+            }
+            Work::RmsNorm { x, out, .. } => {
+                visit(x);
+                if let NormOut::Float(out) = out {
+                    visit(out);
+                }
+            }
+            Work::Linear { x, parts } => {
+                x.float(visit);
+                parts.iter_mut().for_each(|part| visit(&mut part.out));
+            }
+            Work::Gated { x, out, .. } => {
+                x.float(visit);
+                visit(out);
+            }
+            Work::RotaryTable { cos, sin, .. } => {
+                visit(cos);
+                visit(sin);
+            }
+            Work::Rotate { x, cos, sin, .. } => [x, cos, sin].into_iter().for_each(visit),
+            Work::Attention { q, k, v, out, .. } => [q, k, v, out].into_iter().for_each(visit),
+            Work::Binary { a, b, out, .. } => [a, b, out].into_iter().for_each(visit),
+        }
+    }
+
+    /// Calls `visit` with every buffer of quantized rows the work touches.
+    pub(super) fn quantized(&mut self, visit: &mut dyn FnMut(&mut Quantized)) {
+        match self {
+            Work::RmsNorm { out: NormOut::Quantized(q), .. }
+            | Work::Quantize { out: q, .. }
+            | Work::Dequantize { x: q, .. }
+            | Work::Linear { x: Source::Quantized(q), .. }
+            | Work::Gated { x: Source::Quantized(q), .. } => visit(q),
+            _ => {}
+        }
+    }
+}
+
+impl Source {
+    fn float(&mut self, visit: &mut dyn FnMut(&mut Float)) {
+        if let Source::Float(x) = self {
+            visit(x);
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The oracle: slow, obvious, in f64. Dequantizes everything exactly as the encodings say.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{
+    graph::{Graph, Node},
+    op::{AttentionAttrs, OpKind},
+    tensor::{Tensor, TensorId},
+    types::DataType,
+};
+
+use super::{
+    Backend, Bindings, Executable, ExecuteError, PrepareError, State, Value,
+    state::{Cache, CacheForm},
+};
+
+mod constant;
+
+pub use constant::dequantize_constant;
+
+/// The reference backend.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct ReferenceBackend;
+
+impl Backend for ReferenceBackend {
+    fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
+        let mut constants = Vec::with_capacity(graph.tensors().len());
+        for tensor in graph.tensors() {
+            constants.push(dequantize_constant(tensor)?);
+        }
+        Ok(Box::new(Reference { graph: graph.clone(), values: constants }))
+    }
+
+    fn new_state(&self, graphs: &[&Graph], capacity: usize) -> Result<State, PrepareError> {
+        State::new(graphs, capacity, CacheForm::Reference)
+    }
+}
+
+struct Reference {
+    graph: Graph,
+    /// Row-major value of every tensor: constants from the start, the rest as the nodes run.
+    values: Vec<Vec<f64>>,
+}
+
+impl Executable for Reference {
+    fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
+        bindings.check_complete()?;
+        for input in bindings.inputs() {
+            self.values[input.id.index()] = match &input.value {
+                Value::I32(values) => values.iter().map(|v| f64::from(*v)).collect(),
+                Value::F32(values) => values.iter().map(|v| f64::from(*v)).collect(),
+            };
+        }
+        for i in 0..self.graph.nodes().len() {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(ExecuteError::Cancelled);
+            }
+            let node = self.graph.nodes()[i].clone();
+            let outputs = self.run(&node, state)?;
+            for (id, value) in node.outputs.iter().zip(outputs) {
+                self.values[id.index()] = as_stored(self.graph.tensor(*id), value);
+            }
+        }
+        for output in bindings.outputs_mut() {
+            let value = &self.values[output.id.index()];
+            output.value = Value::F32(value.iter().map(|v| *v as f32).collect());
+        }
+        Ok(())
+    }
+}
+
+impl Reference {
+    fn run(&self, node: &Node, state: &mut State) -> Result<Vec<Vec<f64>>, ExecuteError> {
+        let x = self.value(node, 0);
+        Ok(match &node.op {
+            OpKind::FullyConnected => vec![self.fully_connected(node)],
+            OpKind::Gather => vec![self.gather(node)?],
+            OpKind::RmsNorm { epsilon } => vec![rms_norm(x, self.value(node, 1), f64::from(*epsilon))],
+            OpKind::ElementWiseAdd => vec![zip(x, self.value(node, 1), |a, b| a + b)],
+            OpKind::ElementWiseMultiply => vec![zip(x, self.value(node, 1), |a, b| a * b)],
+            OpKind::Sigmoid => vec![x.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect()],
+            OpKind::Gelu => vec![x.iter().map(|v| gelu(*v)).collect()],
+            OpKind::RotaryTable { scale } => {
+                let angles: Vec<f64> =
+                    x.iter().flat_map(|p| self.value(node, 1).iter().map(move |f| p * f)).collect();
+                let scaled = |f: fn(f64) -> f64| angles.iter().map(|a| f(*a) * f64::from(*scale)).collect();
+                vec![scaled(f64::cos), scaled(f64::sin)]
+            }
+            OpKind::RotaryEmbedding { head_dim } => vec![self.rotate(node, *head_dim)],
+            OpKind::Attention(attrs) => vec![self.attention(node, attrs, state)?],
+        })
+    }
+
+    fn tensor(&self, id: TensorId) -> &Tensor {
+        self.graph.tensor(id)
+    }
+
+    fn value(&self, node: &Node, input: usize) -> &[f64] {
+        node.inputs.get(input).map_or(&[], |id| &self.values[id.index()])
+    }
+
+    fn fully_connected(&self, node: &Node) -> Vec<f64> {
+        let (x, weight, bias) = (self.value(node, 0), self.value(node, 1), self.value(node, 2));
+        let k = self.tensor(node.inputs[1]).shape.last();
+        let mut out = Vec::new();
+        for row in x.chunks_exact(k) {
+            for (n, w) in weight.chunks_exact(k).enumerate() {
+                let dot: f64 = row.iter().zip(w).map(|(a, b)| a * b).sum();
+                out.push(dot + bias.get(n).copied().unwrap_or(0.0));
+            }
+        }
+        out
+    }
+
+    fn gather(&self, node: &Node) -> Result<Vec<f64>, ExecuteError> {
+        let (data, indices) = (self.value(node, 0), self.value(node, 1));
+        let width = self.tensor(node.inputs[0]).shape.last();
+        let len = data.len() / width.max(1);
+        let mut out = Vec::with_capacity(indices.len() * width);
+        for index in indices {
+            let at = *index as i64;
+            if at < 0 || at >= len as i64 {
+                return Err(ExecuteError::Index { node: node.name.clone(), index: at, len });
+            }
+            out.extend_from_slice(&data[at as usize * width..][..width]);
+        }
+        Ok(out)
+    }
+
+    fn rotate(&self, node: &Node, head_dim: usize) -> Vec<f64> {
+        let (x, cos, sin) = (self.value(node, 0), self.value(node, 1), self.value(node, 2));
+        let half = self.tensor(node.inputs[1]).shape.last();
+        let width = self.tensor(node.inputs[0]).shape.last();
+        let mut out = x.to_vec();
+        for (row, values) in out.chunks_exact_mut(width).enumerate() {
+            for head in values.chunks_exact_mut(head_dim) {
+                for i in 0..half {
+                    let (c, s) = (cos[row * half + i], sin[row * half + i]);
+                    let (a, b) = (head[i], head[i + half]);
+                    head[i] = a * c - b * s;
+                    head[i + half] = b * c + a * s;
+                }
+            }
+        }
+        out
+    }
+
+    fn attention(&self, node: &Node, a: &AttentionAttrs, state: &mut State) -> Result<Vec<f64>, ExecuteError> {
+        let key_tensor = self.tensor(node.inputs[3]);
+        let int8 = key_tensor.data_type == DataType::SFixedPoint8;
+        let width = a.kv_heads * a.head_dim;
+        let q = self.value(node, 0);
+        let rows = q.len() / (a.heads * a.head_dim);
+        let past = self.value(node, 5)[0] as usize;
+        let capacity = state.capacity();
+        if past + rows > capacity {
+            return Err(ExecuteError::CacheFull { node: node.name.clone(), at: past, end: past + rows, capacity });
+        }
+        let Some(Cache::Reference { key, value }) = state.cache_mut(&key_tensor.name) else {
+            let why = "no cache of the reference backend has this name".to_owned();
+            return Err(ExecuteError::State { tensor: key_tensor.name.clone(), why });
+        };
+        for (cache, new) in [(&mut *key, self.value(node, 1)), (&mut *value, self.value(node, 2))] {
+            let stored: Vec<f64> = match int8 {
+                true => new.chunks_exact(a.head_dim).flat_map(|row| dynamic(row, 127.0)).collect(),
+                false if key_tensor.data_type == DataType::Float16 => {
+                    new.iter().map(|v| half::f16::from_f64(*v).to_f64()).collect()
+                }
+                false => new.to_vec(),
+            };
+            cache[past * width..][..new.len()].copy_from_slice(&stored);
+        }
+        let mut out = Vec::with_capacity(q.len());
+        for (row, heads) in q.chunks_exact(a.heads * a.head_dim).enumerate() {
+            let end = past + row + 1;
+            let start = a.window.map_or(0, |w| end.saturating_sub(w));
+            for (h, query) in heads.chunks_exact(a.head_dim).enumerate() {
+                let at = (h / (a.heads / a.kv_heads)) * a.head_dim;
+                out.extend(attend(a, query, start..end, |p| {
+                    let range = p * width + at..p * width + at + a.head_dim;
+                    (&key[range.clone()], &value[range])
+                }));
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// One query head over the positions `seen`: softmax of the scaled scores, then the weighted sum of the values.
+fn attend<'c>(
+    a: &AttentionAttrs,
+    query: &[f64],
+    seen: std::ops::Range<usize>,
+    row: impl Fn(usize) -> (&'c [f64], &'c [f64]),
+) -> Vec<f64> {
+    let score = |p: usize| {
+        let s = f64::from(a.scale) * query.iter().zip(row(p).0).map(|(x, y)| x * y).sum::<f64>();
+        a.softcap.map_or(s, |cap| f64::from(cap) * (s / f64::from(cap)).tanh())
+    };
+    let scores: Vec<f64> = seen.clone().map(score).collect();
+    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let mut out = vec![0.0; query.len()];
+    for (p, weight) in seen.zip(&weights) {
+        for (o, v) in out.iter_mut().zip(row(p).1) {
+            *o += weight / total * v;
+        }
+    }
+    out
+}
+
+/// What a computed tensor really holds: its value on the grid of its type and encoding.
+fn as_stored(tensor: &Tensor, value: Vec<f64>) -> Vec<f64> {
+    let most = match tensor.data_type {
+        // One row's scale; 16 bit stops at 127 · 256, so that both byte planes of a code are signed bytes.
+        DataType::SFixedPoint8 => 127.0,
+        DataType::SFixedPoint16 => 32512.0,
+        _ => return value,
+    };
+    let width = tensor.shape.last().max(1);
+    value.chunks_exact(width).flat_map(|row| dynamic(row, most)).collect()
+}
+
+/// A row on its own symmetric grid, whose largest code is `most`.
+fn dynamic(row: &[f64], most: f64) -> Vec<f64> {
+    let scale = row.iter().fold(0.0f64, |top, v| top.max(v.abs())) / most;
+    if scale == 0.0 {
+        return row.to_vec();
+    }
+    row.iter().map(|v| (v / scale).round_ties_even() * scale).collect()
+}
+
+fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
+    let k = weight.len();
+    let mut out = Vec::with_capacity(x.len());
+    for row in x.chunks_exact(k) {
+        let mean_square = row.iter().map(|v| v * v).sum::<f64>() / k as f64;
+        out.extend(row.iter().zip(weight).map(|(v, w)| v / (mean_square + epsilon).sqrt() * w));
+    }
+    out
+}
+
+fn zip(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| f(*a, *b)).collect()
+}
+
+fn gelu(x: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+    0.5 * x * (1.0 + inner.tanh())
+}
