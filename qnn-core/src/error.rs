@@ -2,7 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::{backend::ExecuteError, graph::GraphError};
+use crate::{
+    backend::ExecuteError,
+    binary::{BinaryError, BinaryFault},
+    graph::GraphError,
+};
 
 /// Anything this crate can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +21,17 @@ pub enum Error {
         #[source]
         why: std::io::Error,
     },
+    /// A context binary is damaged, foreign, or does not fit.
+    #[error("{path}: at byte {at_bytes}")]
+    Binary {
+        /// The file.
+        path: PathBuf,
+        /// Place in the file.
+        at_bytes: u64,
+        /// What is wrong there.
+        #[source]
+        why: BinaryError,
+    },
     /// The graph is not well formed.
     #[error("graph")]
     Graph(#[from] GraphError),
@@ -30,5 +45,11 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |why| Error::Io { path, why }
+    }
+
+    /// Adds the path to what is wrong with a context binary.
+    pub fn binary(path: impl Into<PathBuf>) -> impl FnOnce(BinaryFault) -> Error {
+        let path = path.into();
+        move |BinaryFault { at_bytes, why }| Error::Binary { path, at_bytes, why }
     }
 }

@@ -9,6 +9,8 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod binary;
+pub mod context;
 pub mod encoding;
 pub mod error;
 pub mod graph;
@@ -19,6 +21,7 @@ pub mod tensor;
 pub mod types;
 
 pub use backend::{Backend, Bindings, Executable, State};
+pub use context::{Context, ContextBuilder, OpenOptions};
 pub use encoding::{BlockOffsets, Encoding, Floats};
 pub use error::Error;
 pub use graph::{Graph, GraphError, Node};
