@@ -1,0 +1,199 @@
+//! Matrix products of one tile, in plain Rust. These define the bits that the integer kernels of every tier give.
+
+use half::{bf16, f16};
+
+use crate::kernels::{FloatTile, IntegerTile};
+use crate::packed::{BlockOffset, PANEL};
+
+/// 8-bit codes, one scale per output.
+pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_channel::<Bits8>(tile, out);
+}
+
+/// 4-bit codes, one scale per output.
+pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_channel::<Bits4>(tile, out);
+}
+
+/// 8-bit codes, one scale per block.
+pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Bits8>(tile, out);
+}
+
+/// 4-bit codes, one scale per block.
+pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Bits4>(tile, out);
+}
+
+/// f32 weights.
+pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
+    floats::<4>(tile, out, f32::from_le_bytes);
+}
+
+/// f16 weights.
+pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    floats::<2>(tile, out, |bytes| f16::from_le_bytes(bytes).to_f32());
+}
+
+/// bf16 weights.
+pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    floats::<2>(tile, out, |bytes| bf16::from_le_bytes(bytes).to_f32());
+}
+
+/// 8-bit weights with one scale per output, float rows: `(Σ x · code) · scale`.
+pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let codes = &tile.codes[panel * tile.panel_bytes..];
+        for row in 0..tile.rows {
+            let mut acc = [0.0_f32; PANEL];
+            for (k, &x) in tile.x[row * tile.x_stride..][..tile.k].iter().enumerate() {
+                for (lane, acc) in acc.iter_mut().enumerate() {
+                    *acc += x * f32::from(codes[k / 4 * 64 + lane * 4 + k % 4].cast_signed());
+                }
+            }
+            let target = &mut out[(row * tile.panels + panel) * PANEL..][..PANEL];
+            for (lane, (target, acc)) in target.iter_mut().zip(acc).enumerate() {
+                *target = acc * f32_at(tile.scales, panel * PANEL + lane);
+            }
+        }
+    }
+}
+
+/// How codes lie in their 64-byte rows.
+trait CodeBits {
+    /// 64-byte rows per group of four inputs, times two.
+    const HALF_ROWS_PER_GROUP: usize;
+    /// Where zero lies in a symmetric encoding.
+    const ZERO: i32;
+    /// The code of byte `i` of group `group`'s row.
+    fn code(row: &[u8], group: usize, i: usize) -> i32;
+}
+
+struct Bits8;
+struct Bits4;
+
+impl CodeBits for Bits8 {
+    const HALF_ROWS_PER_GROUP: usize = 2;
+    const ZERO: i32 = 0;
+    #[inline(always)]
+    fn code(row: &[u8], _: usize, i: usize) -> i32 {
+        i32::from(row[i].cast_signed())
+    }
+}
+
+impl CodeBits for Bits4 {
+    const HALF_ROWS_PER_GROUP: usize = 1;
+    const ZERO: i32 = 8;
+    #[inline(always)]
+    fn code(row: &[u8], group: usize, i: usize) -> i32 {
+        i32::from(row[i] >> (group % 2 * 4) & 15)
+    }
+}
+
+/// `Σ x · code` of one row of x and one panel over the groups of four inputs from `from` to `to`.
+#[inline(always)]
+fn dot<B: CodeBits>(codes: &[u8], plane: &[i8], from: usize, to: usize) -> [i32; PANEL] {
+    let mut acc = [0_i32; PANEL];
+    for group in from..to {
+        let row = &codes[group * B::HALF_ROWS_PER_GROUP / 2 * 64..][..64];
+        let x = &plane[group * 4..group * 4 + 4];
+        for (lane, acc) in acc.iter_mut().enumerate() {
+            let mut sum = 0;
+            for (i, &x) in x.iter().enumerate() {
+                sum += i32::from(x) * B::code(row, group, lane * 4 + i);
+            }
+            *acc = acc.wrapping_add(sum);
+        }
+    }
+    acc
+}
+
+fn per_channel<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let codes = &tile.codes[panel * tile.panel_bytes..];
+        for row in 0..tile.rows {
+            let [hi_sum, lo_sum] = tile.plane_sums[row];
+            let hi = dot::<B>(codes, &tile.hi[row * tile.x_stride..], 0, tile.k / 4);
+            let lo = match tile.lo {
+                [] => [0; PANEL],
+                lo => dot::<B>(codes, &lo[row * tile.x_stride..], 0, tile.k / 4),
+            };
+            for lane in 0..PANEL {
+                let hi = hi[lane].wrapping_sub(B::ZERO.wrapping_mul(hi_sum)) as f32;
+                let lo = lo[lane].wrapping_sub(B::ZERO.wrapping_mul(lo_sum)) as f32;
+                let scale = f32_at(tile.scales, panel * PANEL + lane) * tile.x_scales[row];
+                let dot = if tile.lo.is_empty() { hi } else { hi * 256.0 + lo };
+                out[(row * tile.panels + panel) * PANEL + lane] = dot * scale;
+            }
+        }
+    }
+}
+
+fn per_block<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    let blocks = tile.k / tile.block;
+    for panel in 0..tile.panels {
+        let codes = &tile.codes[panel * tile.panel_bytes..];
+        for row in 0..tile.rows {
+            let mut acc = [0.0_f32; PANEL];
+            for block in 0..blocks {
+                let (from, to) = (block * tile.block / 4, (block + 1) * tile.block / 4);
+                let mut dots = dot::<B>(codes, &tile.hi[row * tile.x_stride..], from, to);
+                if !tile.lo.is_empty() {
+                    let lo = dot::<B>(codes, &tile.lo[row * tile.x_stride..], from, to);
+                    for (dot, lo) in dots.iter_mut().zip(lo) {
+                        *dot = dot.wrapping_mul(256).wrapping_add(lo);
+                    }
+                }
+                let at = (panel * blocks + block) * PANEL;
+                drain(tile, B::ZERO, at, tile.sums[row * blocks + block], &dots, &mut acc);
+            }
+            for (lane, acc) in acc.iter().enumerate() {
+                out[(row * tile.panels + panel) * PANEL + lane] = acc * tile.x_scales[row];
+            }
+        }
+    }
+}
+
+/// Adds one block to the floats; `at` is the index of its first scale.
+#[inline(always)]
+fn drain(tile: &IntegerTile<'_>, zero: i32, at: usize, sum: i32, dots: &[i32; PANEL], acc: &mut [f32; PANEL]) {
+    for (lane, acc) in acc.iter_mut().enumerate() {
+        let scale = f16_at(tile.scales, at + lane);
+        let offset = match tile.offset {
+            BlockOffset::Symmetric => -zero,
+            BlockOffset::Integer => i32::from(tile.offsets[at + lane].cast_signed()),
+            BlockOffset::Min => 0,
+        };
+        let dot = dots[lane].wrapping_add(offset.wrapping_mul(sum));
+        *acc += scale * dot as f32;
+        if tile.offset == BlockOffset::Min {
+            *acc += f16_at(tile.offsets, at + lane) * sum as f32;
+        }
+    }
+}
+
+#[inline(always)]
+fn floats<const BYTES: usize>(tile: &FloatTile<'_>, out: &mut [f32], value: impl Fn([u8; BYTES]) -> f32) {
+    for panel in 0..tile.panels {
+        let codes = &tile.codes[panel * tile.panel_bytes..][..tile.k * PANEL * BYTES];
+        for row in 0..tile.rows {
+            let mut acc = [0.0_f32; PANEL];
+            let x = &tile.x[row * tile.x_stride..][..tile.k];
+            for (w, &x) in codes.chunks_exact(PANEL * BYTES).zip(x) {
+                for (acc, w) in acc.iter_mut().zip(w.as_chunks().0) {
+                    *acc += x * value(*w);
+                }
+            }
+            out[(row * tile.panels + panel) * PANEL..][..PANEL].copy_from_slice(&acc);
+        }
+    }
+}
+
+fn f32_at(bytes: &[u8], i: usize) -> f32 {
+    let bytes = &bytes[i * 4..i * 4 + 4];
+    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+fn f16_at(bytes: &[u8], i: usize) -> f32 {
+    f16::from_le_bytes([bytes[i * 2], bytes[i * 2 + 1]]).to_f32()
+}

@@ -1,0 +1,253 @@
+//! Functions of one vector. Other tiers compile these same bodies for their registers: `mul_add` is avoided and sums run
+//! in sixteen lanes, so every tier gives the same bits.
+
+use crate::elementwise::{Activation, Unary};
+use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals};
+
+/// Replaces scores by `exp(score - max)`; returns the maximum and the sum of the results.
+///
+/// Scores of `-inf` become 0. If all are `-inf` (or there are none) the sum is 0.
+#[inline(always)]
+pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
+    let max = max(scores);
+    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let mut sums = [0.0_f32; LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (score, sum) in chunk.iter_mut().zip(&mut sums) {
+            *score = exp(*score - shift);
+            *sum += *score;
+        }
+    }
+    for (score, sum) in rest.iter_mut().zip(&mut sums) {
+        *score = exp(*score - shift);
+        *sum += *score;
+    }
+    SoftmaxTotals { max, sum: fold(sums, |a, b| a + b) }
+}
+
+/// `cap · tanh(x / cap)` of each.
+#[inline(always)]
+pub(crate) fn soft_cap(x: &mut [f32], cap: f32) {
+    for x in x {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
+/// `Σ x²`.
+#[inline(always)]
+pub(crate) fn sum_squares(x: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (x, sum) in chunk.iter().zip(&mut sums) {
+            *sum += x * x;
+        }
+    }
+    for (x, sum) in rest.iter().zip(&mut sums) {
+        *sum += x * x;
+    }
+    fold(sums, |a, b| a + b)
+}
+
+/// `out = x · inv · weight`.
+#[inline(always)]
+pub(crate) fn normalize(x: &[f32], inv: f32, weight: &[f32], out: &mut [f32]) {
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * inv * weight;
+    }
+}
+
+/// Quantizes one row; see [`crate::QuantizedRows`].
+#[inline(always)]
+pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
+    match row.norm {
+        None => quantize_values(row.x, row.x, |x, _| x, out),
+        Some((inv, weight)) => quantize_values(row.x, weight, |x, weight| x * inv * weight, out),
+    }
+}
+
+/// Applies `function` to each value.
+#[inline(always)]
+pub(crate) fn unary(function: Unary, x: &mut [f32]) {
+    match function {
+        Unary::Sigmoid => x.iter_mut().for_each(|x| *x = 1.0 / (1.0 + exp(-*x))),
+        Unary::Silu => x.iter_mut().for_each(|x| *x = silu(*x)),
+        Unary::GeluTanh => x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
+        Unary::GeluErf => x.iter_mut().for_each(|x| *x = gelu_erf(*x)),
+    }
+}
+
+/// `gate = activation(gate) · up`.
+#[inline(always)]
+pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = silu(*gate) * up),
+        Activation::Gelu => gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = gelu_tanh(*gate) * up),
+    }
+}
+
+/// Rotates the pairs `(first[i], second[i])`.
+#[inline(always)]
+pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+/// Quantizes `f(x, w)` of each pair.
+#[inline(always)]
+fn quantize_values(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32, out: QuantizedRowMut<'_>) {
+    // As integers the magnitudes of floats keep their order, and anything not finite is above all that is.
+    let magnitudes = x.iter().zip(w).map(|(&x, &w)| f(x, w).to_bits() & 0x7fff_ffff);
+    let absmax = magnitudes.fold(0, u32::max);
+    let limit = if out.lo.is_empty() { 127.0 } else { 127.0 * 256.0 };
+    let scale = f32::from_bits(absmax) / limit;
+    if absmax >= f32::INFINITY.to_bits() || scale == 0.0 {
+        out.hi.fill(0);
+        out.lo.fill(0);
+        out.sums.fill(0);
+        *out.plane_sums = [0; 2];
+        *out.scale = if scale == 0.0 { 0.0 } else { f32::NAN };
+        return;
+    }
+    *out.scale = scale;
+    // With a subnormal scale the quotient can pass the limit, so it is clamped.
+    let code = |x: f32, w: f32| round_to_i32((f(x, w) / scale).clamp(-limit, limit));
+    if out.lo.is_empty() {
+        for ((hi, &x), &w) in out.hi.iter_mut().zip(x).zip(w) {
+            *hi = code(x, w) as i8;
+        }
+    } else {
+        for (((hi, lo), &x), &w) in out.hi.iter_mut().zip(&mut *out.lo).zip(x).zip(w) {
+            let code = code(x, w);
+            *lo = code as i8;
+            *hi = ((code - i32::from(*lo)) >> 8) as i8;
+        }
+    }
+    let mut totals = [0; 2];
+    for (i, sum) in out.sums.iter_mut().enumerate() {
+        let block = i * out.sum_block..(i + 1) * out.sum_block;
+        let hi: i32 = out.hi[block.clone()].iter().map(|&code| i32::from(code)).sum();
+        let lo: i32 = if out.lo.is_empty() { 0 } else { out.lo[block].iter().map(|&code| i32::from(code)).sum() };
+        *sum = if out.lo.is_empty() { hi } else { 256 * hi + lo };
+        totals = [totals[0] + hi, totals[1] + lo];
+    }
+    *out.plane_sums = totals;
+}
+
+/// `e^x` within 2 ulp; 0 where the result would be subnormal, infinity above 88.72.
+///
+/// `e^x = 2^n · e^r` with `n = round(x / ln 2)`, `|r| <= ln 2 / 2`, and a polynomial for `e^r`.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // ln 2 in two parts: the first has few bits, so that `n · LN2_HIGH` is exact.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = x.clamp(-87.5, 88.8);
+    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
+    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
+    // Cephes' coefficients for (e^r - 1 - r) / r².
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5e-1;
+    let e_r = p * (r * r) + r + 1.0;
+    // Two factors, since 2^128 alone is not a float. `n` is in -126..=128, so both exponents are in range.
+    let n = (n + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits(((n + 127) << 23).cast_unsigned());
+    let result = e_r * power(half) * power(n - half);
+    let result = if x < -87.33 { 0.0 } else { result };
+    let result = if x > 88.722_84 { f32::INFINITY } else { result };
+    // NaN passed through the clamp and the polynomial, but its exponent bits are meaningless.
+    if x.is_nan() { x } else { result }
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `x / 2 · (1 + tanh(u)) = x · sigmoid(2u)`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_ROOT: f32 = 1.595_769_1; // 2 · √(2/π)
+    x / (1.0 + exp(-TWICE_ROOT * (x + 0.044_715 * x * x * x)))
+}
+
+#[inline(always)]
+fn gelu_erf(x: f32) -> f32 {
+    // x / 2 · (1 + erf(x/√2)) = x / 2 · erfc(-x/√2), which keeps its digits where the result is small.
+    0.5 * x * erfc(-x * std::f32::consts::FRAC_1_SQRT_2)
+}
+
+/// `erfc(x)` with a relative error below 1.2e-7 in exact arithmetic (Numerical Recipes, `erfcc`).
+#[inline(always)]
+fn erfc(x: f32) -> f32 {
+    let z = x.abs();
+    let t = 1.0 / (1.0 + 0.5 * z);
+    let p = 0.170_872_77;
+    let p = p * t - 0.822_152_23;
+    let p = p * t + 1.488_515_87;
+    let p = p * t - 1.135_203_98;
+    let p = p * t + 0.278_868_07;
+    let p = p * t - 0.186_288_06;
+    let p = p * t + 0.096_784_18;
+    let p = p * t + 0.374_091_96;
+    let p = p * t + 1.000_023_68;
+    let p = p * t - 1.265_512_23;
+    let tail = t * exp(-z * z + p);
+    if x < 0.0 { 2.0 - tail } else { tail }
+}
+
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let small = x - x * x * x * (1.0 / 3.0);
+    let large = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    if x.abs() < 0.02 { small } else { large }
+}
+
+/// The nearest integer, ties to even, for `|x| < 2^22`.
+#[inline(always)]
+fn round_to_i32(x: f32) -> i32 {
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed()
+}
+
+/// The largest value; `-inf` if there is none. NaN counts as larger than anything.
+#[inline(always)]
+fn max(x: &[f32]) -> f32 {
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    let larger = |a: f32, b: f32| if a >= b || a.is_nan() { a } else { b };
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (&x, top) in chunk.iter().zip(&mut tops) {
+            *top = larger(*top, x);
+        }
+    }
+    for (&x, top) in rest.iter().zip(&mut tops) {
+        *top = larger(*top, x);
+    }
+    fold(tops, larger)
+}
+
+/// Sixteen values to one, halving.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Adding and subtracting this rounds a float below 2^22 to an integer, which its low bits then hold.
+const ROUND: f32 = 12_582_912.0;
+
+/// Partial results of a reduction, on every tier.
+const LANES: usize = 16;

@@ -1,0 +1,197 @@
+//! Grouped-query causal attention over a KV cache.
+//!
+//! ```text
+//! for each KV head, for each tile of up to 16 query rows (all query heads of the KV head, then the next position):
+//!     for each range of 256 positions that the tile sees:
+//!         scores = q · Kᵀ            (the matmul kernels: keys lie in panels of 16 positions, like weights)
+//!         p = exp(scores - max), 0 where a row does not see the position
+//!         part = p · V               (values lie in rows)
+//!         merge max, sum and part into the running ones, in the order of the ranges
+//!     out = sum of parts / sum of p
+//! ```
+//! Ranges are fixed in the cache, so the arithmetic of a row does not depend on who computes a range, or on which rows are
+//! computed together. When there are few tiles the ranges are shared out as well, and merged afterwards.
+
+use crate::Cx;
+use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+use crate::scratch::Disjoint;
+
+mod cache;
+mod tile;
+
+pub use cache::{Cache, CacheFormat, CacheLayout, CacheMut, MAX_HEAD_DIM, append};
+use tile::{Problem, WorkerScratch};
+
+/// What attention computes, besides the shapes in the [`CacheLayout`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionParams {
+    /// Query heads: a multiple of the KV heads.
+    pub heads: usize,
+    /// Factor on `q · k`, usually `1/√head_dim`.
+    pub scale: f32,
+    /// Positions that a row sees, its own included; all if `None`.
+    pub window: Option<usize>,
+    /// `cap · tanh(score / cap)` on the scaled scores.
+    pub softcap: Option<f32>,
+}
+
+/// Buffers of [`attention`], allocated once.
+#[derive(Debug)]
+pub struct AttentionScratch {
+    layout: CacheLayout,
+    heads: usize,
+    workers: Vec<WorkerScratch>,
+    partials: Vec<f32>,
+}
+
+impl AttentionScratch {
+    /// Buffers for a team of `workers`, caches of `layout` and `heads` query heads.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if `heads` is no multiple of the KV heads, or the buffers would not fit in memory.
+    pub fn new(workers: usize, layout: CacheLayout, heads: usize) -> Result<Self, ShapeError> {
+        check_heads(layout, heads)?;
+        let ranges = layout.capacity().div_ceil(RANGE);
+        let partials = size("attention scratch", &[heads, ranges, layout.head_dim() + 2, 4])? / 4;
+        let workers = (0..workers.max(1)).map(|_| WorkerScratch::new(layout)).collect();
+        Ok(Self { layout, heads, workers, partials: vec![0.0; partials] })
+    }
+}
+
+/// `out = softmax(scale · q · Kᵀ) · V`, where query row `i` sees the positions `0..=past + i` (and the window).
+///
+/// `q` is `[m, heads · head_dim]`, rotated; `out` has its shape. The `m` new rows must be in the cache already, at
+/// positions `past..past + m`. Query head `h` reads KV head `h / (heads / kv_heads)`. The cost grows with `past + m`, not
+/// with the capacity.
+///
+/// With an int8 cache `q` is quantized to 16 bits per row, and the scores are exact integer products. Results do not
+/// depend on the number of workers or on `m`; tiers differ by rounding only.
+///
+/// # Errors
+/// [`ShapeError`] if a length does not match, `past + m` is beyond the capacity, the window is 0, the cap is not positive,
+/// or `scratch` was made for another shape or a smaller team. `out` is then unchanged.
+///
+/// Source: Dao et al. 2022, algorithm 1 (online softmax); Ainslie et al. 2023 (grouped queries).
+pub fn attention(
+    cx: &Cx<'_>,
+    cache: &Cache<'_>,
+    past: usize,
+    q: &[f32],
+    params: &AttentionParams,
+    scratch: &mut AttentionScratch,
+    out: &mut [f32],
+) -> Result<(), ShapeError> {
+    let m = check(cx, cache, past, q, params, scratch)?;
+    expect_len("length of out", out.len(), q.len())?;
+    let problem = Problem { kernels: cx.kernels, cache: *cache, past, m, q, params: *params };
+    let kv_heads = cache.layout.kv_heads();
+    let n_items = kv_heads * problem.tiles();
+    let ranges = (past + m).div_ceil(RANGE);
+    let slot = cache.layout.head_dim() + 2;
+    let few = n_items < TILES_PER_WORKER * cx.workers.count();
+    let split = few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len();
+
+    let workers = Disjoint::new(&mut scratch.workers);
+    let out = Disjoint::new(out);
+    if !split {
+        cx.workers.for_each(n_items, |item, worker| {
+            // SAFETY: a worker runs one item at a time, and its scratch is its own.
+            let scratch = unsafe { &mut workers.range(worker, 1)[0] };
+            let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
+            problem.load_queries(&tile, scratch);
+            scratch.reset(&tile);
+            for range in tile.ranges() {
+                problem.compute_range(&tile, range, scratch);
+                scratch.merge_part(&tile);
+            }
+            problem.store(&tile, scratch, &out);
+        });
+        return Ok(());
+    }
+    let partials = Disjoint::new(&mut scratch.partials);
+    cx.workers.for_each(n_items * ranges, |item, worker| {
+        // SAFETY: as above.
+        let scratch = unsafe { &mut workers.range(worker, 1)[0] };
+        let (item, range) = (item / ranges, item % ranges);
+        let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
+        if tile.ranges().contains(&range) {
+            problem.load_queries(&tile, scratch);
+            problem.compute_range(&tile, range, scratch);
+            // SAFETY: each pair of tile and range is one item, and its slots are its own.
+            let slots = unsafe { partials.range((tile.slot * ranges + range * tile.rows) * slot, tile.rows * slot) };
+            scratch.save_part(&tile, slots);
+        }
+    });
+    cx.workers.for_each(n_items, |item, worker| {
+        // SAFETY: as above.
+        let scratch = unsafe { &mut workers.range(worker, 1)[0] };
+        let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
+        scratch.reset(&tile);
+        for range in tile.ranges() {
+            // SAFETY: the first region is over; in this one each tile is one item.
+            let slots = unsafe { partials.range((tile.slot * ranges + range * tile.rows) * slot, tile.rows * slot) };
+            scratch.load_part(&tile, slots);
+            scratch.merge_part(&tile);
+        }
+        problem.store(&tile, scratch, &out);
+    });
+    Ok(())
+}
+
+/// Checks everything but the output; returns the number of query rows.
+fn check(
+    cx: &Cx<'_>,
+    cache: &Cache<'_>,
+    past: usize,
+    q: &[f32],
+    params: &AttentionParams,
+    scratch: &AttentionScratch,
+) -> Result<usize, ShapeError> {
+    let layout = cache.layout;
+    check_heads(layout, params.heads)?;
+    expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
+    expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
+    let width = size("width of q", &[params.heads, layout.head_dim()])?;
+    if q.len() % width != 0 {
+        return Err(ShapeError::new("length of q", q.len(), Needed::MultipleOf(width)));
+    }
+    let m = q.len() / width;
+    expect_at_most("positions after this step", past.saturating_add(m), layout.capacity())?;
+    if params.window == Some(0) {
+        return Err(ShapeError::new("attention window", 0, Needed::AtLeast(1)));
+    }
+    if params.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
+        return Err(ShapeError::new("soft caps at or below zero", 1, Needed::Exactly(0)));
+    }
+    if scratch.layout != layout {
+        return Err(ShapeError::new(
+            "capacity of scratch",
+            scratch.layout.capacity(),
+            Needed::Rule("the cache's layout"),
+        ));
+    }
+    expect_len("heads of scratch", scratch.heads, params.heads)?;
+    if scratch.workers.len() < cx.workers.count() {
+        return Err(ShapeError::new("workers of scratch", scratch.workers.len(), Needed::AtLeast(cx.workers.count())));
+    }
+    Ok(m)
+}
+
+fn check_heads(layout: CacheLayout, heads: usize) -> Result<(), ShapeError> {
+    if heads == 0 || heads % layout.kv_heads() != 0 {
+        return Err(ShapeError::new("query heads", heads, Needed::MultipleOf(layout.kv_heads())));
+    }
+    Ok(())
+}
+
+/// Positions that are computed in one go, and the unit in which a long cache is shared out.
+const RANGE: usize = 256;
+
+/// Query rows of a tile.
+const TILE_ROWS: usize = 16;
+
+/// With fewer tiles than this per worker, ranges are shared out too.
+const TILES_PER_WORKER: usize = 4;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,291 @@
+//! The KV cache: keys in panels of 16 positions, values in rows.
+//!
+//! | format | keys | values |
+//! | --- | --- | --- |
+//! | F32, F16 | `[kv_head][position/16][head_dim][16]` elements | `[kv_head][position][head_dim]` elements |
+//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8, then `[kv_head][position]` f32 scales | rows of i8, then scales likewise |
+//!
+//! The capacity is padded to 16 positions, and `head_dim` of int8 keys to 4.
+
+use half::f16;
+
+use crate::Cx;
+use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+use crate::kernels::{Kernels, QuantizedRowMut, RowValues};
+use crate::packed::PANEL;
+use crate::scratch::Disjoint;
+
+/// How the cache's elements are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CacheFormat {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half floats; what is too large becomes infinite.
+    F16,
+    /// Symmetric i8 with one f32 scale per KV head and position (`absmax / 127` of the row).
+    Int8,
+}
+
+impl CacheFormat {
+    /// Bytes of an element.
+    pub const fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+}
+
+/// The shape and format of one layer's cache, with every size checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CacheLayout {
+    kv_heads: usize,
+    head_dim: usize,
+    capacity: usize,
+    format: CacheFormat,
+}
+
+impl CacheLayout {
+    /// A cache of `kv_heads` heads of `head_dim` values for `capacity` positions.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if a number is 0, `head_dim` is above [`MAX_HEAD_DIM`], or the bytes would not fit in memory.
+    pub fn new(kv_heads: usize, head_dim: usize, capacity: usize, format: CacheFormat) -> Result<Self, ShapeError> {
+        let smallest = kv_heads.min(head_dim).min(capacity);
+        if smallest == 0 {
+            return Err(ShapeError::new("smallest side of a cache", 0, Needed::AtLeast(1)));
+        }
+        expect_at_most("values of a head", head_dim, MAX_HEAD_DIM)?;
+        let positions = capacity.saturating_add(PANEL);
+        size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(4) + 4, 4])?;
+        Ok(Self { kv_heads, head_dim, capacity, format })
+    }
+
+    /// KV heads.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Values of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Positions.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// How the elements are stored.
+    pub fn format(&self) -> CacheFormat {
+        self.format
+    }
+
+    /// Bytes of the keys.
+    pub fn key_bytes(&self) -> usize {
+        self.kv_heads * (self.head_key_bytes() + self.head_scale_bytes())
+    }
+
+    /// Bytes of the values.
+    pub fn value_bytes(&self) -> usize {
+        self.kv_heads * (self.head_value_bytes() + self.head_scale_bytes())
+    }
+
+    /// Bytes of 16 positions of one head's keys.
+    pub(crate) fn key_panel_bytes(&self) -> usize {
+        PANEL * self.key_head_dim() * self.format.element_bytes()
+    }
+
+    /// `head_dim` as the keys store it.
+    pub(crate) fn key_head_dim(&self) -> usize {
+        if self.format == CacheFormat::Int8 { self.head_dim.next_multiple_of(4) } else { self.head_dim }
+    }
+
+    fn positions(&self) -> usize {
+        self.capacity.next_multiple_of(PANEL)
+    }
+
+    fn head_key_bytes(&self) -> usize {
+        self.positions() / PANEL * self.key_panel_bytes()
+    }
+
+    fn head_value_bytes(&self) -> usize {
+        self.positions() * self.head_dim * self.format.element_bytes()
+    }
+
+    fn head_scale_bytes(&self) -> usize {
+        if self.format == CacheFormat::Int8 { self.positions() * 4 } else { 0 }
+    }
+}
+
+/// One layer's cache, borrowed for reading.
+#[derive(Debug, Clone, Copy)]
+pub struct Cache<'a> {
+    /// Shape and format.
+    pub layout: CacheLayout,
+    /// [`CacheLayout::key_bytes`] bytes.
+    pub key: &'a [u8],
+    /// [`CacheLayout::value_bytes`] bytes.
+    pub value: &'a [u8],
+}
+
+impl<'a> Cache<'a> {
+    /// The key panels of `head` from position `from` (a multiple of 16) on.
+    pub(crate) fn keys(&self, head: usize, from: usize) -> &'a [u8] {
+        let layout = &self.layout;
+        &self.key[head * layout.head_key_bytes() + from / PANEL * layout.key_panel_bytes()..]
+    }
+
+    /// The f32 scales of the keys of `head` from position `from` on; empty for float formats.
+    pub(crate) fn key_scales(&self, head: usize, from: usize) -> &'a [u8] {
+        let layout = &self.layout;
+        let from = if layout.format == CacheFormat::Int8 { from * 4 } else { 0 };
+        &self.key[layout.kv_heads * layout.head_key_bytes() + head * layout.head_scale_bytes() + from..]
+    }
+
+    /// The values of `head` from position `from` on.
+    pub(crate) fn values(&self, head: usize, from: usize) -> &'a [u8] {
+        let layout = &self.layout;
+        let row_bytes = layout.head_dim * layout.format.element_bytes();
+        &self.value[head * layout.head_value_bytes() + from * row_bytes..]
+    }
+
+    /// The f32 scales of the values of `head` from position `from` on; empty for float formats.
+    pub(crate) fn value_scales(&self, head: usize, from: usize) -> &'a [u8] {
+        let layout = &self.layout;
+        let from = if layout.format == CacheFormat::Int8 { from * 4 } else { 0 };
+        &self.value[layout.kv_heads * layout.head_value_bytes() + head * layout.head_scale_bytes() + from..]
+    }
+}
+
+/// One layer's cache, borrowed for writing.
+#[derive(Debug)]
+pub struct CacheMut<'a> {
+    /// Shape and format.
+    pub layout: CacheLayout,
+    /// [`CacheLayout::key_bytes`] bytes.
+    pub key: &'a mut [u8],
+    /// [`CacheLayout::value_bytes`] bytes.
+    pub value: &'a mut [u8],
+}
+
+impl CacheMut<'_> {
+    /// The same cache for reading.
+    pub fn as_ref(&self) -> Cache<'_> {
+        Cache { layout: self.layout, key: self.key, value: self.value }
+    }
+}
+
+/// Writes the rows of `k` and `v`, each `[m, kv_heads · head_dim]`, in place at the positions `at..at + m`.
+///
+/// A row with a NaN or an infinity gets the scale NaN in an int8 cache.
+///
+/// # Errors
+/// [`ShapeError`] if a length does not match or `at + m` is beyond the capacity. The cache is then unchanged.
+pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[f32]) -> Result<(), ShapeError> {
+    let layout = cache.layout;
+    expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
+    expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
+    let width = layout.kv_heads * layout.head_dim;
+    if k.len() % width != 0 {
+        return Err(ShapeError::new("length of k", k.len(), Needed::MultipleOf(width)));
+    }
+    expect_len("length of v", v.len(), k.len())?;
+    let m = k.len() / width;
+    expect_at_most("positions after this step", at.saturating_add(m), layout.capacity)?;
+
+    let (keys, key_scales) = cache.key.split_at_mut(layout.kv_heads * layout.head_key_bytes());
+    let (values, value_scales) = cache.value.split_at_mut(layout.kv_heads * layout.head_value_bytes());
+    let (keys, key_scales) = (Disjoint::new(keys), Disjoint::new(key_scales));
+    let (values, value_scales) = (Disjoint::new(values), Disjoint::new(value_scales));
+    let append_head = |head: usize| {
+        // SAFETY: each head is one item, and its ranges are its own.
+        let mut target = unsafe {
+            HeadMut {
+                layout,
+                kernels: cx.kernels,
+                keys: keys.range(head * layout.head_key_bytes(), layout.head_key_bytes()),
+                key_scales: key_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
+                values: values.range(head * layout.head_value_bytes(), layout.head_value_bytes()),
+                value_scales: value_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
+            }
+        };
+        for row in 0..m {
+            let from = row * width + head * layout.head_dim;
+            target.write(at + row, &k[from..][..layout.head_dim], &v[from..][..layout.head_dim]);
+        }
+    };
+    if k.len() < PARALLEL_VALUES {
+        (0..layout.kv_heads).for_each(append_head);
+    } else {
+        cx.workers.for_each(layout.kv_heads, |head, _| append_head(head));
+    }
+    Ok(())
+}
+
+/// One head's part of the cache.
+struct HeadMut<'a> {
+    layout: CacheLayout,
+    kernels: &'static Kernels,
+    keys: &'a mut [u8],
+    key_scales: &'a mut [u8],
+    values: &'a mut [u8],
+    value_scales: &'a mut [u8],
+}
+
+impl HeadMut<'_> {
+    fn write(&mut self, position: usize, k: &[f32], v: &[f32]) {
+        let panel_bytes = self.layout.key_panel_bytes();
+        let panel = &mut self.keys[position / PANEL * panel_bytes..][..panel_bytes];
+        let lane = position % PANEL;
+        let row_bytes = self.layout.head_dim * self.layout.format.element_bytes();
+        let row = &mut self.values[position * row_bytes..][..row_bytes];
+        match self.layout.format {
+            CacheFormat::F32 => {
+                let panel = panel.as_chunks_mut::<4>().0;
+                panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = k.to_le_bytes());
+                row.as_chunks_mut().0.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_le_bytes());
+            }
+            CacheFormat::F16 => {
+                let panel = panel.as_chunks_mut::<2>().0;
+                let bytes = |value: &f32| f16::from_f32(*value).to_le_bytes();
+                panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = bytes(k));
+                row.as_chunks_mut().0.iter_mut().zip(v).for_each(|(to, v)| *to = bytes(v));
+            }
+            CacheFormat::Int8 => {
+                let mut codes = [0; MAX_HEAD_DIM];
+                let scale = quantize(self.kernels, k, &mut codes);
+                for (i, code) in codes[..k.len()].iter().enumerate() {
+                    panel[i / 4 * 64 + lane * 4 + i % 4] = code.cast_unsigned();
+                }
+                self.key_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
+                let scale = quantize(self.kernels, v, &mut codes);
+                row.iter_mut().zip(codes).for_each(|(to, code)| *to = code.cast_unsigned());
+                self.value_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Quantizes one head's row to 8 bits; returns its scale.
+fn quantize(kernels: &Kernels, x: &[f32], codes: &mut [i8; MAX_HEAD_DIM]) -> f32 {
+    let (mut scale, mut sum, mut plane_sums) = (0.0, 0, [0; 2]);
+    let target = QuantizedRowMut {
+        hi: &mut codes[..x.len()],
+        lo: &mut [],
+        scale: &mut scale,
+        sums: std::slice::from_mut(&mut sum),
+        sum_block: x.len(),
+        plane_sums: &mut plane_sums,
+    };
+    // SAFETY: the table exists only on a CPU that has its instruction set; `hi` is as long as x.
+    unsafe { (kernels.quantize)(RowValues { x, norm: None }, target) };
+    scale
+}
+
+/// Largest `head_dim`: keeps an integer score inside i32.
+pub const MAX_HEAD_DIM: usize = 512;
+
+/// Below this many values a region costs more than it saves.
+const PARALLEL_VALUES: usize = 8192;

@@ -1,0 +1,186 @@
+//! The dispatch seam: one table of functions per instruction set, and the types that cross it.
+//!
+//! A kernel computes one tile on one thread. It allocates nothing, cannot fail, and trusts the lengths in its tile.
+
+use std::sync::OnceLock;
+
+use crate::arch::portable;
+#[cfg(target_arch = "x86_64")]
+use crate::arch::x86_64::{avx2, avx512_vnni};
+use crate::elementwise::{Activation, Unary};
+use crate::isa::{self, IsaError};
+use crate::packed::BlockOffset;
+
+/// One instruction set's entry points. A value exists only for an instruction set that this CPU was seen to have.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    /// Name of the tier: `"avx512_vnni"`, for logs, tests and bench ids.
+    pub name: &'static str,
+    /// Quantized rows by per-channel weights, 8 and 4 bit.
+    pub(crate) matmul_q_w8c: IntegerFn,
+    pub(crate) matmul_q_w4c: IntegerFn,
+    /// Quantized rows by block weights, 8 and 4 bit.
+    pub(crate) matmul_q_w8b: IntegerFn,
+    pub(crate) matmul_q_w4b: IntegerFn,
+    /// Float rows by float weights, and by 8-bit per-channel weights.
+    pub(crate) matmul_f32_f32: FloatFn,
+    pub(crate) matmul_f32_f16: FloatFn,
+    pub(crate) matmul_f32_bf16: FloatFn,
+    pub(crate) matmul_f32_w8c: FloatFn,
+    /// Probabilities by value rows.
+    pub(crate) values_f32: ValuesFn,
+    pub(crate) values_f16: ValuesFn,
+    pub(crate) values_i8: ValuesFn,
+    /// Vector functions. These give the same bits on every tier.
+    pub(crate) softmax: unsafe fn(&mut [f32]) -> SoftmaxTotals,
+    pub(crate) soft_cap: unsafe fn(&mut [f32], f32),
+    pub(crate) sum_squares: unsafe fn(&[f32]) -> f32,
+    pub(crate) normalize: unsafe fn(&[f32], f32, &[f32], &mut [f32]),
+    pub(crate) quantize: unsafe fn(RowValues<'_>, QuantizedRowMut<'_>),
+    pub(crate) unary: unsafe fn(Unary, &mut [f32]),
+    pub(crate) gate: unsafe fn(Activation, &mut [f32], &[f32]),
+    pub(crate) rotate: unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]),
+}
+
+pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
+pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
+pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
+
+/// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
+///
+/// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
+/// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each a rounded product and a rounded sum, and
+/// the result is `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`.
+#[derive(Clone, Copy)]
+pub(crate) struct IntegerTile<'a> {
+    pub(crate) rows: usize,
+    pub(crate) panels: usize,
+    /// Inputs to sum over: a multiple of 4 (8 for 4-bit codes).
+    pub(crate) k: usize,
+    /// The planes of x: row `i` starts at `i * x_stride`. `lo` is empty when x has 8 bits.
+    pub(crate) hi: &'a [i8],
+    pub(crate) lo: &'a [i8],
+    pub(crate) x_stride: usize,
+    pub(crate) x_scales: &'a [f32],
+    /// Σx of each block, `[rows, k / block]` (block formats).
+    pub(crate) sums: &'a [i32],
+    /// Σhi and Σlo of each row (per-channel formats).
+    pub(crate) plane_sums: &'a [[i32; 2]],
+    /// The weights' sections, starting at the tile's first panel.
+    pub(crate) codes: &'a [u8],
+    /// Bytes from one panel's codes to the next.
+    pub(crate) panel_bytes: usize,
+    pub(crate) scales: &'a [u8],
+    pub(crate) offsets: &'a [u8],
+    /// Inputs per scale (block formats).
+    pub(crate) block: usize,
+    pub(crate) offset: BlockOffset,
+}
+
+/// Float rows by weights: `out[rows, 16 · panels] = x · Wᵀ`, overwritten. Sums run over `k` in ascending order.
+#[derive(Clone, Copy)]
+pub(crate) struct FloatTile<'a> {
+    pub(crate) rows: usize,
+    pub(crate) panels: usize,
+    pub(crate) k: usize,
+    /// Row `i` of x is the `k` values at `i * x_stride`.
+    pub(crate) x: &'a [f32],
+    pub(crate) x_stride: usize,
+    pub(crate) codes: &'a [u8],
+    /// Bytes from one panel's codes to the next.
+    pub(crate) panel_bytes: usize,
+    /// f32 per output (`w8c` only).
+    pub(crate) scales: &'a [u8],
+}
+
+/// Probabilities by values: `out[rows, head_dim] += p · V`. Sums run over positions in ascending order.
+#[derive(Clone, Copy)]
+pub(crate) struct ValuesTile<'a> {
+    pub(crate) rows: usize,
+    pub(crate) positions: usize,
+    pub(crate) head_dim: usize,
+    /// Row `i` of the probabilities is the `positions` values at `i * p_stride`.
+    pub(crate) p: &'a [f32],
+    pub(crate) p_stride: usize,
+    /// `[positions, head_dim]` elements.
+    pub(crate) values: &'a [u8],
+}
+
+/// What [`Kernels::softmax`] found in the scores that it replaced by `exp(score - max)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct SoftmaxTotals {
+    pub(crate) max: f32,
+    pub(crate) sum: f32,
+}
+
+/// A row to quantize: `x`, or `x · inv · weight` when it is to be normalized on the way.
+#[derive(Clone, Copy)]
+pub(crate) struct RowValues<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) norm: Option<(f32, &'a [f32])>,
+}
+
+/// Where a quantized row goes. `hi` is as long as x; `lo` too, or empty for 8 bits.
+pub(crate) struct QuantizedRowMut<'a> {
+    pub(crate) hi: &'a mut [i8],
+    pub(crate) lo: &'a mut [i8],
+    pub(crate) scale: &'a mut f32,
+    pub(crate) sums: &'a mut [i32],
+    pub(crate) sum_block: usize,
+    pub(crate) plane_sums: &'a mut [i32; 2],
+}
+
+impl Kernels {
+    /// The tier that `HTP_SIM_ISA` names, or the best one if it is not set or names none that this CPU has.
+    pub fn best() -> &'static Self {
+        Self::selected().unwrap_or_else(|_| Self::available()[0])
+    }
+
+    /// The tier that `HTP_SIM_ISA` names, or the best one if it is not set. The variable is read once per process.
+    ///
+    /// # Errors
+    /// [`IsaError`] if the variable names a tier that does not exist or that this CPU does not have.
+    pub fn selected() -> Result<&'static Self, IsaError> {
+        static SELECTED: OnceLock<Result<&'static Kernels, IsaError>> = OnceLock::new();
+        SELECTED
+            .get_or_init(|| match std::env::var(isa::ISA_VARIABLE) {
+                Ok(name) if !name.is_empty() => Self::named(&name),
+                _ => Ok(Self::available()[0]),
+            })
+            .clone()
+    }
+
+    /// The tier called `name`.
+    ///
+    /// # Errors
+    /// [`IsaError`] if there is no such tier on this CPU.
+    pub fn named(name: &str) -> Result<&'static Self, IsaError> {
+        let available = Self::available();
+        available.iter().find(|kernels| kernels.name == name).copied().ok_or_else(|| IsaError {
+            found: name.to_owned(),
+            available: available.iter().map(|kernels| kernels.name).collect(),
+        })
+    }
+
+    /// Every tier that this CPU can run, best first, `portable` last.
+    pub fn available() -> Vec<&'static Self> {
+        let mut tiers: Vec<&'static Self> = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if isa::has_avx512_vnni() {
+                tiers.push(&avx512_vnni::KERNELS);
+            }
+            if isa::has_avx2() {
+                tiers.push(&avx2::KERNELS);
+            }
+        }
+        tiers.push(&portable::KERNELS);
+        tiers
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernels").field("name", &self.name).finish_non_exhaustive()
+    }
+}

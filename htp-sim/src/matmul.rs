@@ -1,0 +1,284 @@
+//! `y[m, n] = x[m, k] · W[n, k]ᵀ`, for one or several weights that share `x`.
+//!
+//! The output is cut into tiles of some rows by some panels of 16 columns. One worker computes a tile into a buffer on its
+//! stack, adds bias and branch there, and writes it out: a result never waits in memory for its epilogue.
+
+use crate::Cx;
+use crate::elementwise::Activation;
+use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+use crate::packed::{PANEL, PackedWeights};
+use crate::quantize::QuantizedRows;
+use crate::scratch::Disjoint;
+
+mod tile;
+
+use tile::{Tile, finish};
+
+/// The left operand: `m` rows of `k` values.
+#[derive(Debug, Clone, Copy)]
+pub enum Rows<'a> {
+    /// Floats, `[m, k]`. Meet weights of any format; block formats and 4 bit by a slower path.
+    F32 {
+        /// The values, row-major.
+        x: &'a [f32],
+        /// Rows.
+        m: usize,
+    },
+    /// Integers with a scale per row. Meet the integer formats only.
+    Quantized(&'a QuantizedRows),
+}
+
+/// What happens to the previous contents of an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Write {
+    /// Overwritten.
+    Store,
+    /// Added to: a residual connection costs no extra pass.
+    Add,
+}
+
+/// One weight of a [`linear`] and its output.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// `[n, k]`.
+    pub weights: PackedWeights<'a>,
+    /// `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// An adapter's second half.
+    pub branch: Option<Branch<'a>>,
+    /// Whether `out` is overwritten or added to.
+    pub write: Write,
+    /// `[m, n]`.
+    pub out: &'a mut [f32],
+}
+
+/// The second half of an adapter: `out += t · upᵀ`, added while the output tile is hot.
+///
+/// `t` is the first half's result with the strength already in it. Where a row of `t` is all zeros nothing is added, so
+/// strength 0 gives the base bit for bit.
+#[derive(Debug, Clone, Copy)]
+pub struct Branch<'a> {
+    /// `[m, t_stride]`; several branches may share it.
+    pub t: &'a [f32],
+    /// Values from one row of `t` to the next.
+    pub t_stride: usize,
+    /// Where this branch's `r` columns start.
+    pub t_at: usize,
+    /// `[n, r]`.
+    pub up: PackedWeights<'a>,
+}
+
+/// One half of a [`GateUp`].
+#[derive(Debug, Clone, Copy)]
+pub struct Gate<'a> {
+    /// `[n, k]`.
+    pub weights: PackedWeights<'a>,
+    /// `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// An adapter's second half.
+    pub branch: Option<Branch<'a>>,
+}
+
+/// The two weights of a gated layer; their shapes are the same, their formats may differ.
+#[derive(Debug, Clone, Copy)]
+pub struct GateUp<'a> {
+    /// Goes through the activation.
+    pub gate: Gate<'a>,
+    /// Is multiplied with it.
+    pub up: Gate<'a>,
+}
+
+/// Computes `out = x · Wᵀ + bias + branch` for every part, in one parallel region.
+///
+/// Between quantized rows and integer weights every tier gives the same bits. Float products differ between tiers by
+/// rounding only: at most `k · 2^-23 · Σ |x · w|`. No result depends on the number of workers, or on how many rows or
+/// parts are computed together.
+///
+/// # Errors
+/// [`ShapeError`] if a length does not match, there are more than [`MAX_PARTS`] parts, quantized rows meet float weights,
+/// or their sums are over other blocks than the weights'. No output is changed then.
+pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), ShapeError> {
+    expect_at_most("parts of a linear", parts.len(), MAX_PARTS)?;
+    for part in &*parts {
+        let half = Gate { weights: part.weights, bias: part.bias, branch: part.branch };
+        check(x, &half, part.out.len())?;
+    }
+    let m = x.count();
+    let n_panels = parts.iter().map(|part| part.weights.layout().panels()).sum();
+    let grid = Grid::plan(m, n_panels, cx.workers.count());
+    let mut targets = [const { None }; MAX_PARTS];
+    let mut n_groups = 0;
+    for (target, part) in targets.iter_mut().zip(parts) {
+        let n = part.weights.layout().n();
+        let half = Gate { weights: part.weights, bias: part.bias, branch: part.branch };
+        n_groups += grid.groups(&half);
+        *target = Some(Target { half, write: part.write, n, out: Disjoint::new(part.out) });
+    }
+    cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
+        let mut group = item % n_groups;
+        for target in targets.iter().flatten() {
+            if group < grid.groups(&target.half) {
+                let tile = grid.tile(item / n_groups, group, target.half.weights);
+                let mut buffer = [0.0; TILE_VALUES];
+                let values = &mut buffer[..tile.values()];
+                finish(cx, x, &target.half, &tile, values);
+                target.store(&tile, values);
+                return;
+            }
+            group -= grid.groups(&target.half);
+        }
+    });
+    Ok(())
+}
+
+/// Computes `out = activation(gate) · up`, where gate and up are linear layers over the same `x`, in one parallel region.
+///
+/// `out` is `[m, n]` and overwritten.
+///
+/// # Errors
+/// As [`linear`], and if the two halves differ in `n`.
+pub fn gated_linear(
+    cx: &Cx<'_>,
+    x: Rows<'_>,
+    halves: GateUp<'_>,
+    activation: Activation,
+    out: &mut [f32],
+) -> Result<(), ShapeError> {
+    let GateUp { gate, up } = halves;
+    check(x, &gate, out.len())?;
+    check(x, &up, out.len())?;
+    let n = gate.weights.layout().n();
+    expect_len("outputs of up", up.weights.layout().n(), n)?;
+    let grid = Grid::plan(x.count(), gate.weights.layout().panels(), cx.workers.count());
+    let n_groups = grid.groups(&gate);
+    let target = Target { half: gate, write: Write::Store, n, out: Disjoint::new(out) };
+    cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
+        let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
+        let (mut gate_values, mut up_values) = ([0.0; TILE_VALUES], [0.0; TILE_VALUES]);
+        let gate_values = &mut gate_values[..tile.values()];
+        let up_values = &mut up_values[..tile.values()];
+        finish(cx, x, &gate, &tile, gate_values);
+        finish(cx, x, &up, &tile, up_values);
+        // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
+        unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
+        target.store(&tile, gate_values);
+    });
+    Ok(())
+}
+
+impl Rows<'_> {
+    /// Rows.
+    pub(crate) fn count(&self) -> usize {
+        match self {
+            Rows::F32 { m, .. } => *m,
+            Rows::Quantized(rows) => rows.rows(),
+        }
+    }
+}
+
+/// Checks one weight against `x` and the length of its output.
+fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError> {
+    let layout = half.weights.layout();
+    let m = x.count();
+    expect_len("length of out", out_len, size("length of out", &[m, layout.n()])?)?;
+    match x {
+        Rows::F32 { x, m } => expect_len("length of x", x.len(), size("length of x", &[m, layout.k()])?)?,
+        Rows::Quantized(rows) => {
+            expect_len("values in a row of x", rows.k(), layout.k())?;
+            if layout.format().is_float() {
+                return Err(ShapeError::new("outputs of a float weight", layout.n(), Needed::Rule("rows of floats")));
+            }
+            if let Some(block) = layout.format().block() {
+                expect_len("block of sums in x", rows.sum_block(), block)?;
+            }
+        }
+    }
+    if let Some(bias) = half.bias {
+        expect_len("length of bias", bias.len(), layout.n())?;
+    }
+    half.branch.map_or(Ok(()), |branch| check_branch(&branch, m, layout.n()))
+}
+
+fn check_branch(branch: &Branch<'_>, m: usize, n: usize) -> Result<(), ShapeError> {
+    let up = branch.up.layout();
+    expect_len("outputs of a branch", up.n(), n)?;
+    expect_len("length of a branch's t", branch.t.len(), size("length of t", &[m, branch.t_stride])?)?;
+    let end = branch.t_at.saturating_add(up.k());
+    expect_at_most("end of a branch's columns in t", end, branch.t_stride)
+}
+
+/// An output shared by the workers.
+struct Target<'a> {
+    half: Gate<'a>,
+    write: Write,
+    n: usize,
+    out: Disjoint<'a, f32>,
+}
+
+impl Target<'_> {
+    /// Writes the tile's values to its place; columns from `n` on are padding.
+    fn store(&self, tile: &Tile, values: &[f32]) {
+        let column = tile.panel * PANEL;
+        let columns = (tile.panels * PANEL).min(self.n - column);
+        for (i, values) in values.chunks_exact(tile.panels * PANEL).enumerate() {
+            // SAFETY: a tile is one item, and tiles do not overlap.
+            let out = unsafe { self.out.range((tile.row + i) * self.n + column, columns) };
+            match self.write {
+                Write::Store => out.copy_from_slice(&values[..columns]),
+                Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+            }
+        }
+    }
+}
+
+/// How an output is cut into tiles.
+struct Grid {
+    m: usize,
+    tile_rows: usize,
+    tile_panels: usize,
+}
+
+impl Grid {
+    fn plan(m: usize, n_panels: usize, workers: usize) -> Self {
+        let tile_rows = m.clamp(1, MAX_TILE_ROWS);
+        let fits = TILE_VALUES / PANEL / tile_rows;
+        let share = n_panels.div_ceil(workers * TILES_PER_WORKER);
+        Self { m, tile_rows, tile_panels: share.clamp(1, fits.min(MAX_TILE_PANELS)) }
+    }
+
+    fn row_blocks(&self) -> usize {
+        self.m.div_ceil(self.tile_rows)
+    }
+
+    fn groups(&self, half: &Gate<'_>) -> usize {
+        half.weights.layout().panels().div_ceil(self.tile_panels)
+    }
+
+    fn tile(&self, row_block: usize, group: usize, weights: PackedWeights<'_>) -> Tile {
+        let (row, panel) = (row_block * self.tile_rows, group * self.tile_panels);
+        Tile {
+            row,
+            rows: self.tile_rows.min(self.m - row),
+            panel,
+            panels: self.tile_panels.min(weights.layout().panels() - panel),
+        }
+    }
+}
+
+/// Weights that one [`linear`] can take.
+pub const MAX_PARTS: usize = 8;
+
+/// f32 values in a tile's buffer: 8 KiB, a quarter of the smallest L1.
+const TILE_VALUES: usize = 2048;
+
+/// Rows of a tile: as many as fit with one panel.
+const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL;
+
+/// Panels of a tile. A decode tile of eight 4-bit panels streams 16 KiB and more, a few hundred nanoseconds at least.
+const MAX_TILE_PANELS: usize = 8;
+
+/// Tiles per worker, at least, so that a worker that was interrupted does not hold up the others for long.
+const TILES_PER_WORKER: usize = 6;
+
+#[cfg(test)]
+mod tests;

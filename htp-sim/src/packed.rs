@@ -1,0 +1,353 @@
+//! Weights in the one layout that every instruction set reads: panels of 16 outputs.
+//!
+//! One matrix `[n, k]` is one blob of three sections, each starting at a multiple of 64 bytes: codes, scales, offsets.
+//! `n` is padded to 16. Elements are little endian.
+//!
+//! | format | codes | scales | offsets |
+//! | --- | --- | --- | --- |
+//! | F32, F16, Bf16 | `[n/16][k][16]` elements | none | none |
+//! | Int8PerChannel | `[n/16][k/4][16][4]` i8 | `[n]` f32 | none |
+//! | Int4PerChannel | `[n/16][k/8][16][4]` bytes | `[n]` f32 | none |
+//! | Int8Block | as Int8PerChannel | `[n/16][k/block][16]` f16 | none |
+//! | Int4Block | as Int4PerChannel | as Int8Block | none, i8 or f16, shaped as the scales |
+//!
+//! A 4-bit byte holds two codes `u = 0..=15`: with `k` cut in groups of four, row `j` of 64 bytes has group `2j` in its
+//! low nibbles and group `2j + 1` in its high nibbles. In the integer formats `k` is padded to a multiple of 8 with codes
+//! that mean 0.
+
+use half::{bf16, f16};
+
+use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+
+mod pack;
+
+pub use pack::{Offsets, Packer, pack_float, pack_quantized, round_to_f16};
+
+/// How one weight matrix is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Symmetric i8 codes, one f32 scale per output.
+    Int8PerChannel,
+    /// Symmetric 4-bit codes (`float = (u - 8) * scale`), one f32 scale per output.
+    Int4PerChannel,
+    /// Symmetric i8 codes, one f16 scale for each `block` inputs of an output.
+    Int8Block {
+        /// Inputs per scale: a multiple of 4, at most [`MAX_BLOCK`], a divisor of `k`.
+        block: usize,
+    },
+    /// 4-bit codes, one f16 scale for each `block` inputs of an output.
+    Int4Block {
+        /// Inputs per scale: a multiple of 8, at most [`MAX_BLOCK`], a divisor of `k`.
+        block: usize,
+        /// Where zero lies.
+        offset: BlockOffset,
+    },
+}
+
+/// Where zero lies in a block of 4-bit codes `u`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BlockOffset {
+    /// `float = (u - 8) * scale`.
+    Symmetric,
+    /// `float = (u + offset) * scale`, one i8 offset per block.
+    Integer,
+    /// `float = u * scale + min`, one f16 minimum per block.
+    Min,
+}
+
+impl WeightFormat {
+    /// Inputs per scale of a block format.
+    pub fn block(self) -> Option<usize> {
+        match self {
+            Self::Int8Block { block } | Self::Int4Block { block, .. } => Some(block),
+            _ => None,
+        }
+    }
+
+    /// Whether the elements are floats (no codes, no scales).
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// Whether two codes share a byte.
+    pub fn is_4bit(self) -> bool {
+        matches!(self, Self::Int4PerChannel | Self::Int4Block { .. })
+    }
+
+    /// Bytes that 16 outputs take per input, times two (4-bit codes take half a byte).
+    fn double_bytes_per_k(self) -> usize {
+        match self {
+            Self::F32 => 128,
+            Self::F16 | Self::Bf16 => 64,
+            Self::Int8PerChannel | Self::Int8Block { .. } => 32,
+            Self::Int4PerChannel | Self::Int4Block { .. } => 16,
+        }
+    }
+}
+
+/// The shape and format of a packed matrix, with every size checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PackedLayout {
+    n: usize,
+    k: usize,
+    format: WeightFormat,
+}
+
+impl PackedLayout {
+    /// A layout for `n` outputs and `k` inputs.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if `n` or `k` is 0, a block breaks the rules in [`WeightFormat`], an integer format has more than
+    /// [`MAX_INTEGER_K`] inputs, or the bytes would not fit in memory.
+    pub fn new(n: usize, k: usize, format: WeightFormat) -> Result<Self, ShapeError> {
+        if n == 0 || k == 0 {
+            return Err(ShapeError::new("smaller side of a weight matrix", 0, Needed::AtLeast(1)));
+        }
+        if !format.is_float() {
+            expect_at_most("inputs of an integer weight", k, MAX_INTEGER_K)?;
+        }
+        if let Some(block) = format.block() {
+            let step = if format.is_4bit() { 8 } else { 4 };
+            expect_at_most("weight block", block, MAX_BLOCK)?;
+            if block == 0 || block % step != 0 {
+                return Err(ShapeError::new("weight block", block, Needed::MultipleOf(step)));
+            }
+            if k % block != 0 {
+                return Err(ShapeError::new("weight block", block, Needed::DivisorOf(k)));
+            }
+        }
+        // The largest matrix we can index: 4 times the f32 size leaves room for all sections and their padding.
+        size("bytes of a weight matrix", &[n.saturating_add(15), k.saturating_add(7), 16])?;
+        Ok(Self { n, k, format })
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// How the elements are stored.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Panels of [`PANEL`] outputs.
+    pub fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    /// Inputs as stored: `k` padded to 8 in the integer formats.
+    pub fn k_padded(&self) -> usize {
+        if self.format.is_float() { self.k } else { self.k.next_multiple_of(8) }
+    }
+
+    /// Blocks in one row: `k / block`, or 1 without blocks.
+    pub fn blocks(&self) -> usize {
+        self.format.block().map_or(1, |block| self.k / block)
+    }
+
+    /// Bytes of the whole blob.
+    pub fn size_bytes(&self) -> usize {
+        self.offsets_at_bytes() + self.panels() * self.panel_offset_bytes()
+    }
+
+    /// A view of `blob`, which must have exactly [`size_bytes`](Self::size_bytes) bytes.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if the length differs. Any bytes of the right length are accepted: they are numbers, right or wrong.
+    pub fn view<'a>(&self, blob: &'a [u8]) -> Result<PackedWeights<'a>, ShapeError> {
+        expect_len("bytes of packed weights", blob.len(), self.size_bytes())?;
+        Ok(PackedWeights {
+            layout: *self,
+            codes: &blob[..self.panels() * self.panel_code_bytes()],
+            scales: &blob[self.scales_at_bytes()..][..self.panels() * self.panel_scale_bytes()],
+            offsets: &blob[self.offsets_at_bytes()..],
+        })
+    }
+
+    pub(crate) fn panel_code_bytes(&self) -> usize {
+        self.k_padded() * self.format.double_bytes_per_k() / 2
+    }
+
+    pub(crate) fn panel_scale_bytes(&self) -> usize {
+        match self.format {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
+            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel => PANEL * 4,
+            WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => self.blocks() * PANEL * 2,
+        }
+    }
+
+    pub(crate) fn panel_offset_bytes(&self) -> usize {
+        match self.format {
+            WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => self.blocks() * PANEL,
+            WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => self.blocks() * PANEL * 2,
+            _ => 0,
+        }
+    }
+
+    fn scales_at_bytes(&self) -> usize {
+        (self.panels() * self.panel_code_bytes()).next_multiple_of(SECTION_ALIGN_BYTES)
+    }
+
+    fn offsets_at_bytes(&self) -> usize {
+        (self.scales_at_bytes() + self.panels() * self.panel_scale_bytes()).next_multiple_of(SECTION_ALIGN_BYTES)
+    }
+}
+
+/// Packed weights, borrowed: a layout and its three sections.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedWeights<'a> {
+    layout: PackedLayout,
+    codes: &'a [u8],
+    scales: &'a [u8],
+    offsets: &'a [u8],
+}
+
+impl<'a> PackedWeights<'a> {
+    /// The shape and format.
+    pub fn layout(&self) -> PackedLayout {
+        self.layout
+    }
+
+    /// Writes row `row` as floats to `out`, `[k]`: exactly the numbers that the encoding stands for, rounded once to f32.
+    ///
+    /// # Panics
+    /// If `row >= n` or `out` is not `k` long.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.layout.n && out.len() == self.layout.k, "row {row}, {} values", out.len());
+        let block = self.layout.format.block().unwrap_or(self.layout.k);
+        for (b, out) in out.chunks_mut(block).enumerate() {
+            let (scale, min) = (self.scale(row, b * block), self.min_of_code_zero(row, b * block));
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = self.value(row, b * block + i, scale, min);
+            }
+        }
+    }
+
+    /// The integer code at (`row`, `k`): `-128..=127`, or `0..=15` for 4 bit; 0 for float formats.
+    pub fn code(&self, row: usize, k: usize) -> i32 {
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        let codes = &self.codes[panel * self.layout.panel_code_bytes()..];
+        match self.layout.format {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
+            WeightFormat::Int8PerChannel | WeightFormat::Int8Block { .. } => {
+                i32::from(codes[k / 4 * 64 + lane * 4 + k % 4].cast_signed())
+            }
+            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { .. } => {
+                let pair = codes[k / 8 * 64 + lane * 4 + k % 4];
+                i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 })
+            }
+        }
+    }
+
+    /// The scale that applies at (`row`, `k`); 1 for float formats.
+    pub fn scale(&self, row: usize, k: usize) -> f32 {
+        match self.layout.format {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 1.0,
+            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel => f32_at(self.scales, row),
+            WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => {
+                f16_at(self.scales, self.block_index(row, k))
+            }
+        }
+    }
+
+    /// The additive term at (`row`, `k`): `float = code * scale + min`, with `min = offset * scale` where the offset is an
+    /// integer. 0 for 8-bit and float formats.
+    pub fn min(&self, row: usize, k: usize) -> f32 {
+        match self.min_of_code_zero(row, k) {
+            Zero::Offset(offset) => offset as f32 * self.scale(row, k),
+            Zero::Min(min) => min,
+        }
+    }
+
+    /// The float at (`row`, `k`).
+    pub(crate) fn dequantize(&self, row: usize, k: usize) -> f32 {
+        self.value(row, k, self.scale(row, k), self.min_of_code_zero(row, k))
+    }
+
+    pub(crate) fn codes_from(&self, panel: usize) -> &'a [u8] {
+        &self.codes[panel * self.layout.panel_code_bytes()..]
+    }
+
+    pub(crate) fn scales_from(&self, panel: usize) -> &'a [u8] {
+        &self.scales[panel * self.layout.panel_scale_bytes()..]
+    }
+
+    pub(crate) fn offsets_from(&self, panel: usize) -> &'a [u8] {
+        &self.offsets[panel * self.layout.panel_offset_bytes()..]
+    }
+
+    /// The value at (`row`, `k`), given the scale and zero of its block.
+    fn value(&self, row: usize, k: usize, scale: f32, zero: Zero) -> f32 {
+        let at = row / PANEL * PANEL * self.layout.k + k * PANEL + row % PANEL;
+        match (self.layout.format, zero) {
+            (WeightFormat::F32, _) => f32_at(self.codes, at),
+            (WeightFormat::F16, _) => f16_at(self.codes, at),
+            (WeightFormat::Bf16, _) => bf16::from_le_bytes([self.codes[at * 2], self.codes[at * 2 + 1]]).to_f32(),
+            (_, Zero::Offset(offset)) => (self.code(row, k) + offset) as f32 * scale,
+            (_, Zero::Min(min)) => self.code(row, k) as f32 * scale + min,
+        }
+    }
+
+    fn min_of_code_zero(&self, row: usize, k: usize) -> Zero {
+        match self.layout.format {
+            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { offset: BlockOffset::Symmetric, .. } => {
+                Zero::Offset(-8)
+            }
+            WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => {
+                Zero::Offset(i32::from(self.offsets[self.block_index(row, k)].cast_signed()))
+            }
+            WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => {
+                Zero::Min(f16_at(self.offsets, self.block_index(row, k)))
+            }
+            _ => Zero::Offset(0),
+        }
+    }
+
+    fn block_index(&self, row: usize, k: usize) -> usize {
+        let block = self.layout.format.block().unwrap_or(self.layout.k);
+        (row / PANEL * self.layout.blocks() + k / block) * PANEL + row % PANEL
+    }
+}
+
+/// What is added to a code (before the scale) or to its product (after it).
+#[derive(Clone, Copy)]
+enum Zero {
+    Offset(i32),
+    Min(f32),
+}
+
+fn f32_at(bytes: &[u8], i: usize) -> f32 {
+    let bytes = &bytes[i * 4..i * 4 + 4];
+    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+fn f16_at(bytes: &[u8], i: usize) -> f32 {
+    f16::from_le_bytes([bytes[i * 2], bytes[i * 2 + 1]]).to_f32()
+}
+
+/// Outputs in a panel.
+pub const PANEL: usize = 16;
+
+/// Largest number of inputs that share a scale: keeps a block's integer dot product inside i32.
+pub const MAX_BLOCK: usize = 256;
+
+/// Largest `k` of an integer format: keeps a whole row's integer dot product inside i32 (128 · 127 · 65536 < 2^31).
+pub const MAX_INTEGER_K: usize = 65536;
+
+/// Each section of a blob starts at a multiple of this.
+const SECTION_ALIGN_BYTES: usize = 64;
+
+#[cfg(test)]
+mod tests;

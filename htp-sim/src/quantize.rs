@@ -1,0 +1,206 @@
+//! Dynamic quantization of activations, one scale per row.
+
+use crate::Cx;
+use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+use crate::kernels::{QuantizedRowMut, RowValues};
+use crate::packed::MAX_INTEGER_K;
+use crate::scratch::Disjoint;
+
+/// Bits of a quantized activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ActBits {
+    /// `-127..=127`; `scale = absmax / 127`.
+    Eight,
+    /// `-32512..=32512`; `scale = absmax / 32512`.
+    Sixteen,
+}
+
+impl ActBits {
+    /// The largest magnitude of a code.
+    pub const fn limit(self) -> i32 {
+        match self {
+            Self::Eight => 127,
+            Self::Sixteen => 127 * 256,
+        }
+    }
+}
+
+/// Rows of activations as integers: `float = code · scale`, with one scale per row.
+///
+/// A 16-bit code is kept as two signed bytes, `256 · hi + lo`, in two planes: 8-bit multipliers take one at a time.
+/// A row of zeros has scale 0. A row with a NaN or an infinity has scale NaN and codes 0, so that all it makes is NaN.
+#[derive(Debug, Clone)]
+pub struct QuantizedRows {
+    rows: usize,
+    max_rows: usize,
+    k: usize,
+    k_padded: usize,
+    bits: ActBits,
+    sum_block: usize,
+    hi: Vec<i8>,
+    lo: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+    plane_sums: Vec<[i32; 2]>,
+}
+
+impl QuantizedRows {
+    /// Room for `max_rows` rows of `k` values, with sums over each `sum_block` of them.
+    ///
+    /// `sum_block` is the block of the weights that the rows will meet, or `k` where these have none.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if `k` is 0 or above 65536, `sum_block` does not divide it, or the buffers would not fit in memory.
+    pub fn new(max_rows: usize, k: usize, bits: ActBits, sum_block: usize) -> Result<Self, ShapeError> {
+        if k == 0 {
+            return Err(ShapeError::new("values in a row", k, Needed::AtLeast(1)));
+        }
+        expect_at_most("values in a quantized row", k, MAX_INTEGER_K)?;
+        if sum_block == 0 || k % sum_block != 0 {
+            return Err(ShapeError::new("block of sums", sum_block, Needed::DivisorOf(k)));
+        }
+        let k_padded = k.next_multiple_of(8);
+        let bytes = size("bytes of quantized rows", &[max_rows, k_padded])?;
+        let low_bytes = if bits == ActBits::Sixteen { bytes } else { 0 };
+        Ok(Self {
+            rows: 0,
+            max_rows,
+            k,
+            k_padded,
+            bits,
+            sum_block,
+            hi: vec![0; bytes],
+            lo: vec![0; low_bytes],
+            scales: vec![0.0; max_rows],
+            sums: vec![0; max_rows * (k / sum_block)],
+            plane_sums: vec![[0; 2]; max_rows],
+        })
+    }
+
+    /// Rows that hold values now.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows that fit.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Values in a row.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> ActBits {
+        self.bits
+    }
+
+    /// Values under one sum.
+    pub fn sum_block(&self) -> usize {
+        self.sum_block
+    }
+
+    /// The code at (`row`, `k`).
+    pub fn code(&self, row: usize, k: usize) -> i32 {
+        let at = row * self.k_padded + k;
+        match self.bits {
+            ActBits::Eight => i32::from(self.hi[at]),
+            ActBits::Sixteen => 256 * i32::from(self.hi[at]) + i32::from(self.lo[at]),
+        }
+    }
+
+    /// The scale of row `row`.
+    pub fn scale(&self, row: usize) -> f32 {
+        self.scales[row]
+    }
+
+    /// The planes and sums from row `row` on.
+    pub(crate) fn from(&self, row: usize) -> QuantizedRowsFrom<'_> {
+        let at = row * self.k_padded;
+        QuantizedRowsFrom {
+            hi: &self.hi[at..],
+            lo: if self.bits == ActBits::Sixteen { &self.lo[at..] } else { &[] },
+            stride: self.k_padded,
+            scales: &self.scales[row..],
+            sums: &self.sums[row * (self.k / self.sum_block)..],
+            plane_sums: &self.plane_sums[row..],
+        }
+    }
+}
+
+/// Borrowed parts of [`QuantizedRows`].
+pub(crate) struct QuantizedRowsFrom<'a> {
+    pub(crate) hi: &'a [i8],
+    pub(crate) lo: &'a [i8],
+    pub(crate) stride: usize,
+    pub(crate) scales: &'a [f32],
+    pub(crate) sums: &'a [i32],
+    pub(crate) plane_sums: &'a [[i32; 2]],
+}
+
+/// Quantizes the rows of `x`, `[m, k]`, into `out`: `code = round_half_even(x / scale)`.
+///
+/// # Errors
+/// [`ShapeError`] if `x` is not a whole number of `out`'s rows, or more rows than fit.
+pub fn quantize_rows(cx: &Cx<'_>, x: &[f32], out: &mut QuantizedRows) -> Result<(), ShapeError> {
+    let (k, rows) = (out.k, out.rows_in(x)?);
+    quantize_each(cx, rows, out, |row| RowValues { x: &x[row * k..][..k], norm: None });
+    Ok(())
+}
+
+impl QuantizedRows {
+    /// The number of rows in `x`, if it is whole and they fit.
+    pub(crate) fn rows_in(&self, x: &[f32]) -> Result<usize, ShapeError> {
+        let rows = x.len() / self.k;
+        expect_at_most("rows of x", rows, self.max_rows)?;
+        expect_len("length of x", x.len(), rows * self.k)?;
+        Ok(rows)
+    }
+}
+
+/// Quantizes `rows` rows, each as `values` describes it.
+pub(crate) fn quantize_each<'a>(
+    cx: &Cx<'_>,
+    rows: usize,
+    out: &mut QuantizedRows,
+    values: impl Fn(usize) -> RowValues<'a> + Sync,
+) {
+    let (k, stride, sum_block) = (out.k, out.k_padded, out.sum_block);
+    let low_stride = if out.bits == ActBits::Sixteen { stride } else { 0 };
+    let low_k = if out.bits == ActBits::Sixteen { k } else { 0 };
+    let blocks = k / sum_block;
+    out.rows = rows;
+    let hi = Disjoint::new(&mut out.hi);
+    let lo = Disjoint::new(&mut out.lo);
+    let scales = Disjoint::new(&mut out.scales);
+    let sums = Disjoint::new(&mut out.sums);
+    let plane_sums = Disjoint::new(&mut out.plane_sums);
+    let quantize_row = |row: usize| {
+        // SAFETY: each row is one item, and its ranges are its own.
+        let target = unsafe {
+            QuantizedRowMut {
+                hi: hi.range(row * stride, k),
+                lo: lo.range(row * low_stride, low_k),
+                scale: &mut scales.range(row, 1)[0],
+                sums: sums.range(row * blocks, blocks),
+                sum_block,
+                plane_sums: &mut plane_sums.range(row, 1)[0],
+            }
+        };
+        // SAFETY: the table exists only on a CPU that has its instruction set; the ranges above have the row's lengths.
+        unsafe { (cx.kernels.quantize)(values(row), target) }
+    };
+    if rows * k < PARALLEL_VALUES {
+        (0..rows).for_each(quantize_row);
+    } else {
+        cx.workers.for_each(rows, |row, _| quantize_row(row));
+    }
+}
+
+/// Below this many values a region costs more than it saves.
+const PARALLEL_VALUES: usize = 8192;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,308 @@
+//! A resident team of threads for regions of a few microseconds.
+//!
+//! A region is published by raising an epoch. Threads that are awake join it and take items from a shared counter; the
+//! caller takes items too, closes the region when none are left, and waits only for the threads that joined. A thread
+//! that is asleep or not scheduled costs nothing but its help: the team works with more workers than cores.
+//!
+//! ```text
+//! caller: write job, items = 0; state = (epoch + 1, open, 0 active); wake sleepers
+//!         take items until none are left; state.open = false; wait until state.active = 0
+//! thread: spin, then yield, then park until the epoch changes
+//!         if state.open: state.active += 1 (one exchange with the epoch); take items; state.active -= 1
+//! ```
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::{fmt, hint, io, ptr};
+
+/// A team of `n` workers: the calling thread and `n - 1` threads that wait for it.
+///
+/// The threads spin briefly after each region and then sleep, so an idle team burns no CPU.
+pub struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    region: Mutex<()>,
+}
+
+impl Workers {
+    /// Starts the team. `n` counts the caller; 0 is taken as 1. Where the platform has no threads the team is the caller
+    /// alone.
+    ///
+    /// # Errors
+    /// The error of the operating system if a thread cannot be started.
+    pub fn new(n: usize) -> io::Result<Self> {
+        let n = n.clamp(1, MAX_WORKERS);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let shared = Arc::new(Shared::new(if n > cores { SPINS_OVERSUBSCRIBED } else { SPINS }));
+        let mut team = Self { shared, threads: Vec::with_capacity(n - 1), region: Mutex::new(()) };
+        for worker in 1..n {
+            let shared = Arc::clone(&team.shared);
+            let body = move || shared.serve(worker);
+            match thread::Builder::new().name(format!("htp-sim-{worker}")).spawn(body) {
+                Ok(thread) => team.threads.push(thread),
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(team)
+    }
+
+    /// Workers in the team, the caller included.
+    pub fn count(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Calls `f(item, worker)` once for each item in `0..n_items`, on any worker in any order; returns when all are done.
+    ///
+    /// Allocates nothing. Calls from several threads run one after the other; a call from inside `f` runs inline on the
+    /// worker that makes it.
+    ///
+    /// # Panics
+    /// If `f` panics, the remaining items are dropped and the first panic is resumed here.
+    pub fn for_each(&self, n_items: usize, f: impl Fn(usize, usize) + Sync) {
+        if let Some(worker) = self.current_worker() {
+            (0..n_items).for_each(|item| f(item, worker));
+            return;
+        }
+        if n_items == 0 {
+            return;
+        }
+        // A panic in a region is resumed after the guard's region has been closed, so a poisoned lock means no harm.
+        let _serialised = self.region.lock().unwrap_or_else(PoisonError::into_inner);
+        if n_items == 1 || self.threads.is_empty() {
+            let _identity = Identity::enter(&self.shared, 0);
+            (0..n_items).for_each(|item| f(item, 0));
+            return;
+        }
+        let run = |worker: usize| {
+            let _identity = Identity::enter(&self.shared, worker);
+            self.shared.take_items(n_items, |item| f(item, worker));
+        };
+        self.shared.open(&run);
+        for (i, thread) in self.threads.iter().enumerate().take(n_items - 1) {
+            self.shared.wake(i + 1, thread);
+        }
+        self.shared.run_caught(&run, 0);
+        self.shared.close();
+        let panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    /// The number of the worker of this team that is running this code, if any is.
+    fn current_worker(&self) -> Option<usize> {
+        let (team, worker) = IDENTITY.get();
+        ptr::eq(team, Arc::as_ptr(&self.shared)).then_some(worker)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.quit.store(true, Ordering::SeqCst);
+        self.shared.state.fetch_add(EPOCH, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            thread.thread().unpark();
+            // A thread cannot panic outside the caught body; if it did, there is nothing left to do about it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workers").field("count", &self.count()).finish_non_exhaustive()
+    }
+}
+
+/// What the caller and the threads share. The hot words have a cache line each.
+struct Shared {
+    state: Line<AtomicU64>,
+    next: Line<AtomicUsize>,
+    /// Threads that sleep or are about to: lets a busy team skip the system call.
+    asleep: Line<[AtomicBool; MAX_WORKERS]>,
+    job: UnsafeCell<Option<Job>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    quit: AtomicBool,
+    spins: u32,
+}
+
+#[repr(align(128))]
+struct Line<T>(T);
+
+impl<T> std::ops::Deref for Line<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+/// A borrowed closure without its type and lifetime.
+#[derive(Clone, Copy)]
+struct Job {
+    closure: *const (),
+    call: unsafe fn(*const (), usize),
+}
+
+// SAFETY: `job` is the only part that is not `Sync` by itself. It is written by the caller while the region is closed and
+// no thread is active, and read by threads that joined an open region: `state` orders the two.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; a `Job` points to a `Sync` closure, which may be called from any thread.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn new(spins: u32) -> Self {
+        Self {
+            state: Line(AtomicU64::new(0)),
+            next: Line(AtomicUsize::new(0)),
+            asleep: Line([const { AtomicBool::new(false) }; MAX_WORKERS]),
+            job: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            quit: AtomicBool::new(false),
+            spins,
+        }
+    }
+
+    /// Publishes `run` as the job of a new epoch.
+    fn open<F: Fn(usize) + Sync>(&self, run: &F) {
+        /// # Safety
+        /// `closure` points to a live `F`.
+        unsafe fn call<F: Fn(usize)>(closure: *const (), worker: usize) {
+            // SAFETY: the caller's promise.
+            unsafe { (*closure.cast::<F>())(worker) }
+        }
+        let job = Job { closure: ptr::from_ref(run).cast(), call: call::<F> };
+        // SAFETY: the last region was closed and no thread is active, so nobody reads `job` now.
+        unsafe { *self.job.get() = Some(job) };
+        self.next.store(0, Ordering::Relaxed);
+        let epoch = self.state.load(Ordering::Relaxed) & !(EPOCH - 1);
+        self.state.store(epoch.wrapping_add(EPOCH) | OPEN, Ordering::SeqCst);
+    }
+
+    /// Lets nobody join any more and waits for those who did.
+    fn close(&self) {
+        let mut state = self.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0;
+        while state & ACTIVE != 0 {
+            if spins < self.spins {
+                spins += 1;
+                hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+            state = self.state.load(Ordering::Acquire);
+        }
+    }
+
+    fn wake(&self, worker: usize, thread: &JoinHandle<()>) {
+        if self.asleep[worker].load(Ordering::SeqCst) && self.asleep[worker].swap(false, Ordering::SeqCst) {
+            thread.thread().unpark();
+        }
+    }
+
+    fn take_items(&self, n_items: usize, f: impl Fn(usize)) {
+        loop {
+            let item = self.next.fetch_add(1, Ordering::Relaxed);
+            if item >= n_items {
+                return;
+            }
+            f(item);
+        }
+    }
+
+    /// Runs `run(worker)`; keeps the first panic and drops the remaining items.
+    fn run_caught(&self, run: impl Fn(usize), worker: usize) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(worker))) {
+            self.next.store(NO_MORE_ITEMS, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+    }
+
+    /// A thread's life.
+    fn serve(&self, worker: usize) {
+        let mut seen = 0;
+        loop {
+            self.wait_for_other_epoch(seen, worker);
+            if self.quit.load(Ordering::SeqCst) {
+                return;
+            }
+            let state = self.state.load(Ordering::Acquire);
+            if state & OPEN == 0 {
+                seen = state / EPOCH;
+            } else if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                seen = state / EPOCH;
+                // SAFETY: this thread is active in an open region, so `job` was written before and is not written now.
+                let job = unsafe { *self.job.get() };
+                if let Some(job) = job {
+                    // SAFETY: the closure lives until the caller's `close` returns, which waits for this thread.
+                    self.run_caught(|worker| unsafe { (job.call)(job.closure, worker) }, worker);
+                }
+                self.state.fetch_sub(1, Ordering::Release);
+            }
+        }
+    }
+
+    /// Returns when the epoch is not `seen`: spins, then gives way, then sleeps.
+    fn wait_for_other_epoch(&self, seen: u64, worker: usize) {
+        for i in 0..self.spins + YIELDS {
+            if self.state.load(Ordering::Relaxed) / EPOCH != seen {
+                return;
+            }
+            if i < self.spins { hint::spin_loop() } else { thread::yield_now() }
+        }
+        // The order of these two, and of their opposites in `open` and `wake`, is what makes a wake-up impossible to miss.
+        self.asleep[worker].store(true, Ordering::SeqCst);
+        while self.state.load(Ordering::SeqCst) / EPOCH == seen {
+            thread::park();
+        }
+        self.asleep[worker].store(false, Ordering::SeqCst);
+    }
+}
+
+/// While it lives, the current thread is known as a worker of a team.
+struct Identity {
+    before: (*const Shared, usize),
+}
+
+impl Identity {
+    fn enter(team: &Arc<Shared>, worker: usize) -> Self {
+        Self { before: IDENTITY.replace((Arc::as_ptr(team), worker)) }
+    }
+}
+
+impl Drop for Identity {
+    fn drop(&mut self) {
+        IDENTITY.set(self.before);
+    }
+}
+
+thread_local! {
+    static IDENTITY: Cell<(*const Shared, usize)> = const { Cell::new((ptr::null(), 0)) };
+}
+
+/// Workers in the largest team.
+pub const MAX_WORKERS: usize = 256;
+
+/// Pauses before a waiting thread gives way: 30 to 80 µs, longer than the gaps inside a decode step.
+const SPINS: u32 = 2000;
+
+/// The same when there are more workers than cores: whoever spins then keeps another from working.
+const SPINS_OVERSUBSCRIBED: u32 = 20;
+
+/// Times that a waiting thread gives way before it sleeps.
+const YIELDS: u32 = 8;
+
+/// `Shared::state`: threads inside the region, whether it may be joined, and the epoch above.
+const ACTIVE: u64 = (1 << 16) - 1;
+const OPEN: u64 = 1 << 16;
+const EPOCH: u64 = 1 << 17;
+
+/// Far above any item, far below overflow.
+const NO_MORE_ITEMS: usize = usize::MAX / 2;
+
+#[cfg(test)]
+mod tests;
