@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use thiserror::Error;
 
+pub mod qnn;
 #[doc(hidden)]
 pub mod scripted;
 
@@ -89,6 +90,12 @@ pub enum EngineError {
         /// The graphs that are there.
         found: String,
     },
+    /// A worker thread could not be started.
+    #[error("starting worker threads")]
+    Threads(#[source] std::io::Error),
+    /// A context binary could not be opened, prepared or run.
+    #[error("model")]
+    Core(#[source] qnn_core::Error),
     /// The config says one thing and the model another.
     #[error("{what}: config says {config}, model has {model}")]
     Mismatch {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    backend::ExecuteError,
+    backend::{ExecuteError, PrepareError},
     binary::{BinaryError, BinaryFault},
     graph::GraphError,
 };
@@ -35,6 +35,15 @@ pub enum Error {
     /// The graph is not well formed.
     #[error("graph")]
     Graph(#[from] GraphError),
+    /// A graph of a file cannot be run by the backend.
+    #[error("{path}")]
+    Prepare {
+        /// The context binary.
+        path: PathBuf,
+        /// Which node or tensor, and why.
+        #[source]
+        why: PrepareError,
+    },
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),

@@ -1,0 +1,319 @@
+//! The engine over `qnn-core`: context binaries, one per split, each with a prompt graph and a token graph.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use qnn_core::{
+    Backend, Bindings, Context, Executable, Graph, State,
+    backend::{ExecuteError, HtpBackend},
+    context::OpenOptions,
+};
+
+use super::{Engine, EngineError, Logits};
+use crate::config::EngineConfig;
+
+mod graph_name;
+
+use graph_name::GraphName;
+
+/// A model in context binaries, run by the `htp` backend.
+///
+/// Every split keeps its graphs by the most tokens they take in one run (AR-n). A run of m tokens takes the smallest
+/// graph that holds m, or the largest there is, again and again.
+pub struct QnnEngine {
+    splits: Vec<Split>,
+    /// AR-n of the graphs, the same for every split, ascending.
+    ar: Vec<usize>,
+    context_size: usize,
+    n_vocab: usize,
+    position: usize,
+    integers: Integers,
+    all_logits: Vec<f32>,
+    kernels: &'static str,
+    n_threads: usize,
+}
+
+/// One context binary with its cache.
+struct Split {
+    runners: Vec<Runner>,
+    state: State,
+}
+
+/// One graph ready to run.
+struct Runner {
+    executable: Box<dyn Executable>,
+    bindings: Bindings,
+    /// What each graph input is fed with.
+    feeds: Vec<Feed>,
+    logits: Option<usize>,
+}
+
+/// Where the value of a graph input comes from.
+#[derive(Clone, Copy)]
+enum Feed {
+    TokenIds,
+    Positions,
+    CacheIndex,
+    LogitIndices,
+    /// Output of this number of the split before.
+    Previous(usize),
+}
+
+/// Integer inputs of a run; kept, so that a step allocates nothing.
+#[derive(Default)]
+struct Integers {
+    ids: Vec<i32>,
+    positions: Vec<i32>,
+    cache_index: [i32; 1],
+    logit_indices: Vec<i32>,
+}
+
+impl QnnEngine {
+    /// Opens the context binaries of `config` and checks that they, together, are the model it describes.
+    ///
+    /// # Errors
+    /// [`EngineError`]: a file that cannot be opened or is damaged, graphs that are missing or do not fit together, a
+    /// context or vocabulary of another size than the config says.
+    pub fn open(config: &EngineConfig) -> Result<QnnEngine, EngineError> {
+        let n_threads = match config.n_threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let backend = HtpBackend::new(n_threads).map_err(EngineError::Threads)?;
+        let options = OpenOptions { use_mmap: config.use_mmap, ..OpenOptions::default() };
+        let mut contexts = Vec::new();
+        for path in &config.ctx_bins {
+            contexts.push(Context::open(path, &options).map_err(EngineError::Core)?);
+        }
+        let chosen = choose_graphs(&contexts, config)?;
+        let ar: Vec<usize> = chosen[0].iter().map(|(name, _)| name.ar).collect();
+        let mut splits: Vec<Split> = Vec::new();
+        for (i, graphs) in chosen.iter().enumerate() {
+            let before = splits.last().map(|split| &split.runners[..]);
+            splits.push(Split::new(&backend, graphs, before, config.context_size, &config.ctx_bins[i])?);
+        }
+        let n_vocab = logits_width(&splits, config)?;
+        Ok(QnnEngine {
+            splits,
+            ar,
+            context_size: config.context_size,
+            n_vocab,
+            position: 0,
+            integers: Integers::default(),
+            all_logits: Vec::new(),
+            kernels: backend.kernels(),
+            n_threads,
+        })
+    }
+
+    /// Name of the instruction set in use.
+    pub fn kernels(&self) -> &'static str {
+        self.kernels
+    }
+
+    /// Number of workers, the calling thread included.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// Runs one chunk through every split; `wanted` are the rows whose logits are computed.
+    fn run(&mut self, ids: &[u32], wanted: Logits, cancel: &AtomicBool) -> Result<(), EngineError> {
+        self.integers.set(ids, self.position, wanted);
+        let graph = self.ar.iter().position(|ar| ids.len() <= *ar).expect("chunks are at most the largest AR-n");
+        for i in 0..self.splits.len() {
+            let (before, rest) = self.splits.split_at_mut(i);
+            let Split { runners, state } = &mut rest[0];
+            let runner = &mut runners[graph];
+            runner.feed(&self.integers, before.last().map(|split| &split.runners[graph].bindings))?;
+            runner.executable.execute(&mut runner.bindings, state, cancel)?;
+        }
+        self.position += ids.len();
+        Ok(())
+    }
+
+    fn logits(&self, rows: usize) -> &[f32] {
+        let graph = self.ar.iter().position(|ar| rows <= *ar).unwrap_or(self.ar.len() - 1);
+        let runner = &self.splits[self.splits.len() - 1].runners[graph];
+        runner.logits.map_or(&[], |output| runner.bindings.output_f32(output))
+    }
+}
+
+impl Engine for QnnEngine {
+    fn n_vocab(&self) -> usize {
+        self.n_vocab
+    }
+
+    fn context_size(&self) -> usize {
+        self.context_size
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        self.position = self.position.min(position);
+    }
+
+    fn forward(&mut self, ids: &[u32], logits: Logits, cancel: &AtomicBool) -> Result<&[f32], EngineError> {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.n_vocab) {
+            return Err(EngineError::TokenOutOfRange { id: *id, n_vocab: self.n_vocab });
+        }
+        let need = self.position + ids.len();
+        if need > self.context_size {
+            return Err(EngineError::ContextExceeded { have: self.context_size, need });
+        }
+        self.all_logits.clear();
+        let largest = self.ar[self.ar.len() - 1];
+        let n_chunks = ids.len().div_ceil(largest);
+        let mut last_rows = 0;
+        for (i, chunk) in ids.chunks(largest).enumerate() {
+            let wanted = if logits == Logits::Last && i + 1 < n_chunks { Logits::None } else { logits };
+            self.run(chunk, wanted, cancel)?;
+            last_rows = chunk.len();
+            if logits == Logits::All {
+                let mut all = std::mem::take(&mut self.all_logits);
+                all.extend_from_slice(self.logits(last_rows));
+                self.all_logits = all;
+            }
+        }
+        Ok(match logits {
+            _ if ids.is_empty() => &[],
+            Logits::None => &[],
+            Logits::Last => self.logits(last_rows),
+            Logits::All => &self.all_logits,
+        })
+    }
+}
+
+impl Split {
+    fn new(
+        backend: &HtpBackend,
+        graphs: &[(GraphName, &Graph)],
+        before: Option<&[Runner]>,
+        context_size: usize,
+        path: &Path,
+    ) -> Result<Split, EngineError> {
+        let core = |why| EngineError::Core(qnn_core::Error::Prepare { path: path.to_owned(), why });
+        let mut runners = Vec::new();
+        for (i, (_, graph)) in graphs.iter().enumerate() {
+            let executable = backend.prepare(graph).map_err(core)?;
+            let bindings = Bindings::new(graph);
+            let feeds = feeds(graph, &bindings, before.map(|runners| &runners[i].bindings))?;
+            let logits = bindings.find_output("logits");
+            runners.push(Runner { executable, bindings, feeds, logits });
+        }
+        let all: Vec<&Graph> = graphs.iter().map(|(_, graph)| *graph).collect();
+        Ok(Split { runners, state: backend.new_state(&all, context_size).map_err(core)? })
+    }
+}
+
+impl Runner {
+    fn feed(&mut self, integers: &Integers, before: Option<&Bindings>) -> Result<(), ExecuteError> {
+        for (input, feed) in self.feeds.iter().enumerate() {
+            match feed {
+                Feed::TokenIds => self.bindings.set_i32(input, &integers.ids)?,
+                Feed::Positions => self.bindings.set_i32(input, &integers.positions)?,
+                Feed::CacheIndex => self.bindings.set_i32(input, &integers.cache_index)?,
+                Feed::LogitIndices => self.bindings.set_i32(input, &integers.logit_indices)?,
+                Feed::Previous(output) => {
+                    let values = before.map_or(&[][..], |bindings| bindings.output_f32(*output));
+                    self.bindings.set_f32(input, values)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Integers {
+    fn set(&mut self, ids: &[u32], position: usize, wanted: Logits) {
+        let rows = ids.len() as i32;
+        self.ids.clear();
+        self.ids.extend(ids.iter().map(|id| *id as i32));
+        self.positions.clear();
+        self.positions.extend((position as i32..).take(ids.len()));
+        self.cache_index = [position as i32];
+        self.logit_indices.clear();
+        match wanted {
+            Logits::None => {}
+            Logits::Last => self.logit_indices.push(rows - 1),
+            Logits::All => self.logit_indices.extend(0..rows),
+        }
+    }
+}
+
+/// Decides what each input of `graph` is fed with, by its name.
+fn feeds(graph: &Graph, bindings: &Bindings, before: Option<&Bindings>) -> Result<Vec<Feed>, EngineError> {
+    let feed = |name: &str| {
+        Some(match name {
+            "input_ids" => Feed::TokenIds,
+            "position_ids" => Feed::Positions,
+            "cache_index" => Feed::CacheIndex,
+            "logit_indices" => Feed::LogitIndices,
+            other => Feed::Previous(before?.find_output(other)?),
+        })
+    };
+    let unknown = |name: &str| EngineError::Mismatch {
+        what: "graph inputs",
+        config: "input_ids, position_ids, cache_index, logit_indices or an output of the split before".to_owned(),
+        model: format!("{name} in {}", graph.name()),
+    };
+    bindings.inputs().iter().map(|input| feed(&input.name).ok_or_else(|| unknown(&input.name))).collect()
+}
+
+/// For each context the graphs to run, by ascending AR-n: those of the smallest CL-n that holds the config's context.
+fn choose_graphs<'c>(
+    contexts: &'c [Context],
+    config: &EngineConfig,
+) -> Result<Vec<Vec<(GraphName, &'c Graph)>>, EngineError> {
+    let mut chosen: Vec<Vec<(GraphName, &Graph)>> = Vec::new();
+    for (i, context) in contexts.iter().enumerate() {
+        let mut graphs: Vec<(GraphName, &Graph)> = context
+            .graphs()
+            .filter_map(|name| Some((GraphName::parse(name)?, context.graph(name)?)))
+            .filter(|(name, _)| name.split == i + 1 && name.n_splits == contexts.len())
+            .collect();
+        let wanted_cl = graphs.iter().map(|(name, _)| name.cl).filter(|cl| *cl >= config.context_size).min();
+        graphs.retain(|(name, _)| Some(name.cl) == wanted_cl);
+        graphs.sort_by_key(|(name, _)| name.ar);
+        let ars = |list: &[(GraphName, &Graph)]| list.iter().map(|(name, _)| name.ar).collect::<Vec<_>>();
+        if graphs.is_empty() || chosen.first().is_some_and(|first| ars(first) != ars(&graphs)) {
+            let found: Vec<&str> = context.graphs().collect();
+            return Err(EngineError::MissingGraph {
+                wanted: format!(
+                    "graphs of split {} of {} with a context of at least {} (and the same AR-n in every split)",
+                    i + 1,
+                    contexts.len(),
+                    config.context_size
+                ),
+                found: format!("{} ({})", found.join(", "), config.ctx_bins[i].display()),
+            });
+        }
+        chosen.push(graphs);
+    }
+    Ok(chosen)
+}
+
+/// Width of the logits of the last split, which has to be the config's vocabulary.
+fn logits_width(splits: &[Split], config: &EngineConfig) -> Result<usize, EngineError> {
+    let runner = splits.last().and_then(|split| split.runners.first());
+    let width = runner.and_then(|r| r.logits.map(|output| r.bindings.outputs()[output].row_elements));
+    match width {
+        Some(width) if width == config.n_vocab => Ok(width),
+        model => Err(EngineError::Mismatch {
+            what: "context/n-vocab",
+            config: config.n_vocab.to_string(),
+            model: model.map_or_else(|| "no output called logits".to_owned(), |n| n.to_string()),
+        }),
+    }
+}
+
+impl From<ExecuteError> for EngineError {
+    fn from(why: ExecuteError) -> EngineError {
+        match why {
+            ExecuteError::Cancelled => EngineError::Cancelled,
+            other => EngineError::Core(qnn_core::Error::Execute(other)),
+        }
+    }
+}
