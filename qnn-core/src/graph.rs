@@ -157,10 +157,7 @@ impl Graph {
         self.by_name.insert(tensor.name.clone(), id);
         self.produced.push(!matches!(
             tensor.tensor_type,
-            TensorType::Native
-                | TensorType::UpdateableNative
-                | TensorType::AppRead
-                | TensorType::UpdateableAppRead
+            TensorType::Native | TensorType::UpdateableNative | TensorType::AppRead | TensorType::UpdateableAppRead
         ));
         self.tensors.push(tensor);
         Ok(id)
@@ -244,10 +241,9 @@ impl Graph {
     pub fn finalize(&self) -> Result<(), GraphError> {
         match self.outputs().into_iter().find(|id| !self.produced[id.index()]) {
             None => Ok(()),
-            Some(id) => Err(GraphError::OutputNotProduced {
-                graph: self.name.clone(),
-                tensor: self.tensor(id).name.clone(),
-            }),
+            Some(id) => {
+                Err(GraphError::OutputNotProduced { graph: self.name.clone(), tensor: self.tensor(id).name.clone() })
+            }
         }
     }
 
@@ -271,9 +267,7 @@ impl Graph {
             .tensors
             .get(id.index())
             .ok_or_else(|| GraphError::NoSuchTensor { node: node.name.clone(), id: id.0 })?;
-        let refuse = |why| {
-            Err(GraphError::NotWritable { node: node.name.clone(), tensor: tensor.name.clone(), why })
-        };
+        let refuse = |why| Err(GraphError::NotWritable { node: node.name.clone(), tensor: tensor.name.clone(), why });
         if tensor.tensor_type.is_static() {
             return refuse("a constant");
         }
@@ -298,9 +292,8 @@ impl Graph {
 
 /// Checks a tensor on its own: rank, dynamic extents, and that a constant's bytes and encoding fit.
 fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
-    let refuse = |have: String, want: &str| {
-        Err(GraphError::Tensor { tensor: tensor.name.clone(), have, want: want.to_owned() })
-    };
+    let refuse =
+        |have: String, want: &str| Err(GraphError::Tensor { tensor: tensor.name.clone(), have, want: want.to_owned() });
     if tensor.shape.rank() > MAX_RANK {
         return refuse(format!("{} dimensions", tensor.shape.rank()), "at most 8");
     }
@@ -333,8 +326,8 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
         }
         (Some(TensorData::Panels(panels)), true) => {
             let layout = panels.layout();
-            if tensor.shape != Shape::fixed(&[layout.n, layout.k]) {
-                return refuse(format!("panels [{}, {}]", layout.n, layout.k), &format!("{}", tensor.shape));
+            if tensor.shape != Shape::fixed(&[layout.n(), layout.k()]) {
+                return refuse(format!("panels [{}, {}]", layout.n(), layout.k()), &format!("{}", tensor.shape));
             }
             Ok(())
         }

@@ -14,10 +14,7 @@ use htp_sim::{Cx, Kernels, QuantizedRows, Workers};
 
 use crate::graph::Graph;
 
-use super::{
-    Backend, Bindings, Executable, ExecuteError, PrepareError, State,
-    state::CacheForm,
-};
+use super::{Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm};
 
 mod lower;
 mod pack;
@@ -63,12 +60,12 @@ impl HtpBackend {
 impl Backend for HtpBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
         let lowered = lower::lower(graph)?;
-        let plan = place::place(graph, lowered)?;
+        let plan = place::place(lowered);
         Ok(Box::new(Htp::new(self.clone(), plan)?))
     }
 
     fn new_state(&self, graphs: &[&Graph], capacity: usize) -> Result<State, PrepareError> {
-        State::new(graphs, capacity, CacheForm::Kernels)
+        State::new(graphs, capacity, CacheForm::Kernels { n_workers: self.workers.count() })
     }
 }
 
@@ -83,15 +80,13 @@ struct Htp {
 struct Memory {
     floats: Vec<Vec<f32>>,
     quantized: Vec<QuantizedRows>,
-    attention: Vec<htp_sim::AttentionScratch>,
 }
 
 impl Htp {
     fn new(backend: HtpBackend, plan: Plan) -> Result<Htp, PrepareError> {
         let floats = plan.float_capacity.iter().map(|n| Vec::with_capacity(*n)).collect();
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
-        let attention = plan.attention_scratch(backend.workers.count())?;
-        Ok(Htp { backend, plan, memory: Memory { floats, quantized, attention } })
+        Ok(Htp { backend, plan, memory: Memory { floats, quantized } })
     }
 }
 

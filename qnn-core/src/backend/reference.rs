@@ -81,8 +81,7 @@ impl Reference {
             OpKind::Sigmoid => vec![x.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect()],
             OpKind::Gelu => vec![x.iter().map(|v| gelu(*v)).collect()],
             OpKind::RotaryTable { scale } => {
-                let angles: Vec<f64> =
-                    x.iter().flat_map(|p| self.value(node, 1).iter().map(move |f| p * f)).collect();
+                let angles: Vec<f64> = x.iter().flat_map(|p| self.value(node, 1).iter().map(move |f| p * f)).collect();
                 let scaled = |f: fn(f64) -> f64| angles.iter().map(|a| f(*a) * f64::from(*scale)).collect();
                 vec![scaled(f64::cos), scaled(f64::sin)]
             }

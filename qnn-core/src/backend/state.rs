@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use htp_sim::{CacheFormat, CacheLayout};
+use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
 
 use crate::{
     graph::{Graph, Node},
@@ -19,6 +19,15 @@ use super::PrepareError;
 pub struct State {
     capacity: usize,
     caches: HashMap<String, Cache>,
+    /// Scratch memory of the attention kernels, one for all layers of the same extents.
+    scratch: Vec<Scratch>,
+}
+
+#[derive(Debug)]
+struct Scratch {
+    layout: CacheLayout,
+    heads: usize,
+    memory: AttentionScratch,
 }
 
 /// One layer's cache, in the form that its backend reads.
@@ -32,6 +41,8 @@ pub enum Cache {
         key: Vec<u8>,
         /// Value bytes.
         value: Vec<u8>,
+        /// Which scratch memory of the state its attention uses.
+        scratch: usize,
     },
     /// `[position][kv_heads · head_dim]` as f64.
     Reference {
@@ -45,8 +56,8 @@ pub enum Cache {
 /// Which form of cache to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CacheForm {
-    /// For the kernels of `htp-sim`.
-    Kernels,
+    /// For the kernels of `htp-sim`, run by so many workers.
+    Kernels { n_workers: usize },
     /// For the reference backend.
     Reference,
 }
@@ -54,17 +65,18 @@ pub(crate) enum CacheForm {
 impl State {
     /// Makes caches of `capacity` positions for every attention of `graphs`.
     pub(crate) fn new(graphs: &[&Graph], capacity: usize, form: CacheForm) -> Result<State, PrepareError> {
-        let mut caches = HashMap::new();
+        let mut state = State { capacity, caches: HashMap::new(), scratch: Vec::new() };
         for graph in graphs {
             for node in graph.nodes() {
                 let OpKind::Attention(attrs) = node.op else { continue };
                 let key = &graph.tensor(node.inputs[3]).name;
-                if !caches.contains_key(key) {
-                    caches.insert(key.clone(), new_cache(graph, node, &attrs, capacity, form)?);
+                if !state.caches.contains_key(key) {
+                    let cache = state.new_cache(graph, node, &attrs, form)?;
+                    state.caches.insert(key.clone(), cache);
                 }
             }
         }
-        Ok(State { capacity, caches })
+        Ok(state)
     }
 
     /// Positions that each cache holds.
@@ -76,6 +88,56 @@ impl State {
     pub(crate) fn cache_mut(&mut self, key_tensor: &str) -> Option<&mut Cache> {
         self.caches.get_mut(key_tensor)
     }
+
+    /// The same in the kernels' form, with the scratch memory of its attention.
+    pub(crate) fn kernel_cache_mut(&mut self, key_tensor: &str) -> Option<(CacheMut<'_>, &mut AttentionScratch)> {
+        match self.caches.get_mut(key_tensor)? {
+            Cache::Kernels { layout, key, value, scratch } => {
+                Some((CacheMut { layout: *layout, key, value }, &mut self.scratch[*scratch].memory))
+            }
+            Cache::Reference { .. } => None,
+        }
+    }
+
+    fn new_cache(
+        &mut self,
+        graph: &Graph,
+        node: &Node,
+        attrs: &AttentionAttrs,
+        form: CacheForm,
+    ) -> Result<Cache, PrepareError> {
+        let tensor = graph.tensor(node.inputs[3]);
+        let refuse = |why: String| PrepareError::Tensor { tensor: tensor.name.clone(), why };
+        let format = cache_format(tensor.data_type).ok_or_else(|| {
+            refuse(format!("a cache of {}, need FLOAT_32, FLOAT_16 or SFIXED_POINT_8", tensor.data_type))
+        })?;
+        let value = graph.tensor(node.inputs[4]);
+        if value.data_type != tensor.data_type {
+            return Err(refuse(format!("{}, but {} is {}", tensor.data_type, value.name, value.data_type)));
+        }
+        let layout = CacheLayout::new(attrs.kv_heads, attrs.head_dim, self.capacity, format)
+            .map_err(|e| refuse(e.to_string()))?;
+        match form {
+            CacheForm::Kernels { n_workers } => {
+                let scratch = self.scratch(n_workers, layout, attrs.heads).map_err(|e| refuse(e.to_string()))?;
+                let (key, value) = (vec![0; layout.key_bytes()], vec![0; layout.value_bytes()]);
+                Ok(Cache::Kernels { layout, key, value, scratch })
+            }
+            CacheForm::Reference => {
+                let elements = attrs.kv_heads * attrs.head_dim * self.capacity;
+                Ok(Cache::Reference { key: vec![0.0; elements], value: vec![0.0; elements] })
+            }
+        }
+    }
+
+    /// Index of the scratch memory for these extents, made at first use.
+    fn scratch(&mut self, n_workers: usize, layout: CacheLayout, heads: usize) -> Result<usize, ShapeError> {
+        if let Some(found) = self.scratch.iter().position(|s| s.layout == layout && s.heads == heads) {
+            return Ok(found);
+        }
+        self.scratch.push(Scratch { layout, heads, memory: AttentionScratch::new(n_workers, layout, heads)? });
+        Ok(self.scratch.len() - 1)
+    }
 }
 
 /// The kernels' format of a cache of element type `data_type`.
@@ -86,31 +148,4 @@ pub(crate) fn cache_format(data_type: DataType) -> Option<CacheFormat> {
         DataType::SFixedPoint8 => Some(CacheFormat::Int8),
         _ => None,
     }
-}
-
-fn new_cache(
-    graph: &Graph,
-    node: &Node,
-    attrs: &AttentionAttrs,
-    capacity: usize,
-    form: CacheForm,
-) -> Result<Cache, PrepareError> {
-    let tensor = graph.tensor(node.inputs[3]);
-    let refuse = |why: String| PrepareError::Tensor { tensor: tensor.name.clone(), why };
-    let format = cache_format(tensor.data_type)
-        .ok_or_else(|| refuse(format!("a cache of {}, need FLOAT_32, FLOAT_16 or SFIXED_POINT_8", tensor.data_type)))?;
-    let value = graph.tensor(node.inputs[4]);
-    if value.data_type != tensor.data_type {
-        return Err(refuse(format!("{}, but {} is {}", tensor.data_type, value.name, value.data_type)));
-    }
-    let layout = CacheLayout::new(attrs.kv_heads, attrs.head_dim, capacity, format).map_err(|e| refuse(e.to_string()))?;
-    Ok(match form {
-        CacheForm::Kernels => {
-            Cache::Kernels { key: vec![0; layout.key_bytes()], value: vec![0; layout.value_bytes()], layout }
-        }
-        CacheForm::Reference => {
-            let elements = attrs.kv_heads * attrs.head_dim * capacity;
-            Cache::Reference { key: vec![0.0; elements], value: vec![0.0; elements] }
-        }
-    })
 }

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use htp_sim::Activation;
-
 use crate::{
     backend::PrepareError,
     graph::{Graph, Node},
@@ -14,7 +12,7 @@ use crate::{
 
 use super::{
     pack::{floats_of, pack_constant},
-    step::{Binary, CacheRef, Float, LinearPart, NormOut, Quantized, QuantizedSpec, Source, Step, Unary, Work},
+    step::{Binary, CacheRef, Float, LinearPart, NormOut, Quantized, QuantizedSpec, Step, Unary, Work},
 };
 
 mod fuse;
@@ -28,7 +26,6 @@ pub(super) struct Lowered {
     pub(super) quantized: Vec<QuantizedSpec>,
     /// Float buffer and output number of each graph output.
     pub(super) outputs: Vec<(Float, usize)>,
-    pub(super) attention: Vec<(AttentionAttrs, usize)>,
 }
 
 /// Lowers `graph`.
@@ -72,13 +69,8 @@ impl<'g> Lowering<'g> {
             node.inputs.iter().for_each(|id| readers[id.index()].push(at));
         }
         let input_numbers = graph.inputs().into_iter().enumerate().map(|(number, id)| (id, number)).collect();
-        let result = Lowered {
-            steps: Vec::new(),
-            float_elements: Vec::new(),
-            quantized: Vec::new(),
-            outputs: Vec::new(),
-            attention: Vec::new(),
-        };
+        let result =
+            Lowered { steps: Vec::new(), float_elements: Vec::new(), quantized: Vec::new(), outputs: Vec::new() };
         let places = vec![Place::default(); graph.tensors().len()];
         let done = vec![false; graph.nodes().len()];
         let panels = pack_weights(graph)?;
@@ -275,21 +267,10 @@ impl<'g> Lowering<'g> {
         let rows = self.rows(node);
         let index_input = self.input_number(node, 5)?;
         let name = self.graph.tensor(node.inputs[3]).name.clone();
-        let scratch = self.attention_scratch(attrs, rows.max());
         let out = self.output(node, 0);
-        let cache = CacheRef { name, index_input, attrs: *attrs, scratch };
+        let cache = CacheRef { name, index_input, attrs: *attrs };
         self.push(&node.name, rows, Work::Attention { q, k, v, out, cache });
         self.requantize(node.outputs[0])
-    }
-
-    fn attention_scratch(&mut self, attrs: &AttentionAttrs, max_rows: usize) -> usize {
-        let known = &mut self.result.attention;
-        if let Some(found) = known.iter().position(|(a, _)| a == attrs) {
-            known[found].1 = known[found].1.max(max_rows);
-            return found;
-        }
-        known.push((*attrs, max_rows));
-        known.len() - 1
     }
 
     fn is_linear_on(&self, at: usize, x: TensorId) -> bool {

@@ -68,7 +68,11 @@ fn weight_format(tensor: &Tensor) -> Result<WeightFormat, String> {
         (Some(Encoding::AxisScaleOffset { axis: 0, offsets, .. }), DataType::SFixedPoint4 | DataType::SFixedPoint8)
             if offsets.iter().all(|o| *o == 0) =>
         {
-            if four { WeightFormat::Int4PerChannel } else { WeightFormat::Int8PerChannel }
+            if four {
+                WeightFormat::Int4PerChannel
+            } else {
+                WeightFormat::Int8PerChannel
+            }
         }
         (Some(Encoding::Block { block_size, offsets, .. }), data_type) => match (offsets, data_type) {
             (BlockOffsets::Symmetric, DataType::SFixedPoint8) => WeightFormat::Int8Block { block: *block_size },

@@ -1,8 +1,8 @@
 //! Placing: many virtual buffers, each written once, onto few real ones.
 
-use htp_sim::{AttentionParams, AttentionScratch};
+use htp_sim::AttentionParams;
 
-use crate::{backend::PrepareError, graph::Graph, op::AttentionAttrs};
+use crate::op::AttentionAttrs;
 
 use super::{
     lower::Lowered,
@@ -18,19 +18,6 @@ pub(super) struct Plan {
     pub(super) quantized: Vec<QuantizedSpec>,
     /// Buffer and output number of each graph output.
     pub(super) outputs: Vec<(usize, usize)>,
-    /// One scratch memory per distinct set of attributes, with the most rows it serves.
-    attention: Vec<(AttentionAttrs, usize)>,
-}
-
-impl Plan {
-    /// Scratch memory for the attention steps.
-    pub(super) fn attention_scratch(&self, n_workers: usize) -> Result<Vec<AttentionScratch>, PrepareError> {
-        let new = |(attrs, max_rows): &(AttentionAttrs, usize)| {
-            AttentionScratch::new(n_workers, attrs.kv_heads, attrs.head_dim, &attention_params(attrs), *max_rows)
-                .map_err(|e| PrepareError::Tensor { tensor: "attention scratch".to_owned(), why: e.to_string() })
-        };
-        self.attention.iter().map(new).collect()
-    }
 }
 
 /// The kernels' form of the attributes.
@@ -39,7 +26,7 @@ pub(super) fn attention_params(attrs: &AttentionAttrs) -> AttentionParams {
 }
 
 /// Gives every virtual buffer a real one. Two virtual buffers share a real one if their lives do not overlap.
-pub(super) fn place(graph: &Graph, mut lowered: Lowered) -> Result<Plan, PrepareError> {
+pub(super) fn place(mut lowered: Lowered) -> Plan {
     let n_steps = lowered.steps.len();
     let mut float_life = vec![Life::NONE; lowered.float_elements.len()];
     let mut quantized_life = vec![Life::NONE; lowered.quantized.len()];
@@ -58,14 +45,12 @@ pub(super) fn place(graph: &Graph, mut lowered: Lowered) -> Result<Plan, Prepare
         step.work.quantized(&mut |q| *q = quantized_home[*q]);
     }
     let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
-    debug_assert!(graph.finalize().is_ok());
-    Ok(Plan {
+    Plan {
         float_capacity: float_owners.iter().map(largest).collect(),
         quantized: quantized_owners.iter().map(|owners| lowered.quantized[owners[0]]).collect(),
         outputs: lowered.outputs.iter().map(|(float, output)| (float_home[*float], *output)).collect(),
         steps: lowered.steps,
-        attention: lowered.attention,
-    })
+    }
 }
 
 /// First and last step that touches a buffer.

@@ -1,9 +1,9 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Cache as KernelCache, CacheMut, Cx, Gate, GateUp, Part, Rows, ShapeError, Write};
+use htp_sim::{Cache, Cx, Gate, GateUp, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
-    backend::{Bindings, ExecuteError, State, Value, state::Cache},
+    backend::{Bindings, ExecuteError, State, Value},
     tensor::Panels,
 };
 
@@ -30,8 +30,9 @@ pub(super) fn run(
         Work::Select { x, width, indices, out } => run.select(memory, (*x, *out), *width, *indices),
         Work::Linear { x, parts } => run.linear(memory, *x, parts),
         Work::Gated { x, gate, up, activation, out } => {
-            let halves = GateUp { gate: half(gate), up: half(up) };
-            run.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
+            let width = up.weights.layout().n();
+            run.with_out(memory, *out, width, |memory, out| {
+                let halves = GateUp { gate: half(gate), up: half(up) };
                 htp_sim::gated_linear(cx, source(memory, *x, rows), halves, *activation, out)
             })
         }
@@ -85,24 +86,26 @@ impl Run<'_> {
                 memory.floats[*sin] = table;
                 done
             }
-            Work::Rotate { x, heads, head_dim, cos, sin } => self.with_out(memory, *x, heads * head_dim, |memory, x| {
-                htp_sim::rotate(cx, x, *heads, *head_dim, &memory.floats[*cos], &memory.floats[*sin])
-            }),
+            Work::Rotate { x, heads, head_dim, cos, sin } => {
+                self.with_out(memory, *x, heads * head_dim, |memory, x| {
+                    htp_sim::rotate(cx, x, *heads, *head_dim, &memory.floats[*cos], &memory.floats[*sin])
+                })
+            }
             Work::Binary { op, a, b, out } => {
                 let width = memory.floats[*a].len() / rows.max(1);
                 self.with_out(memory, *out, width, |memory, out| {
                     let (a, b) = (&memory.floats[*a], &memory.floats[*b]);
                     match op {
-                        Binary::Add => htp_sim::add(cx, a, b, out),
-                        Binary::Multiply => htp_sim::mul(cx, a, b, out),
+                        Binary::Add => elementwise::add(cx, a, b, out),
+                        Binary::Multiply => elementwise::mul(cx, a, b, out),
                     }
                 })
             }
             Work::Unary { op, x, out } => {
                 let width = memory.floats[*x].len() / rows.max(1);
                 self.with_out(memory, *out, width, |memory, out| match op {
-                    Unary::Sigmoid => htp_sim::sigmoid(cx, &memory.floats[*x], out),
-                    Unary::Gelu => htp_sim::gelu(cx, &memory.floats[*x], out),
+                    Unary::Sigmoid => elementwise::sigmoid(cx, &memory.floats[*x], out),
+                    Unary::Gelu => elementwise::gelu_tanh(cx, &memory.floats[*x], out),
                 })
             }
             Work::Copy { x, out } => {
@@ -190,18 +193,15 @@ impl Run<'_> {
             capacity,
         };
         let past = usize::try_from(at).ok().filter(|at| at + self.rows <= capacity).ok_or_else(full)?;
-        let Some(Cache::Kernels { layout, key, value }) = state.cache_mut(&cache.name) else {
+        let Some((mut target, scratch)) = state.kernel_cache_mut(&cache.name) else {
             let why = "no cache of this backend has this name".to_owned();
             return Err(ExecuteError::State { tensor: cache.name.clone(), why });
         };
-        let mut target = CacheMut { layout: *layout, key, value };
         self.check(htp_sim::append(self.cx, &mut target, past, &memory.floats[k], &memory.floats[v]))?;
-        let cache_view = KernelCache { layout: *layout, key, value };
+        let view = Cache { layout: target.layout, key: target.key, value: target.value };
         let params = attention_params(&cache.attrs);
         self.with_out(memory, out, cache.attrs.heads * cache.attrs.head_dim, |memory, out| {
-            let Memory { floats, attention, .. } = memory;
-            let scratch = &mut attention[cache.scratch];
-            htp_sim::attention(self.cx, &cache_view, past, &floats[q], &params, scratch, out)
+            htp_sim::attention(self.cx, &view, past, &memory.floats[q], &params, scratch, out)
         })
     }
 

@@ -91,8 +91,6 @@ pub(super) struct CacheRef {
     pub(super) index_input: usize,
     /// Heads and scale.
     pub(super) attrs: AttentionAttrs,
-    /// Which of the plan's scratch memories it uses.
-    pub(super) scratch: usize,
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -2,11 +2,7 @@
 
 use htp_sim::Activation;
 
-use crate::{
-    op::OpKind,
-    tensor::TensorId,
-    types::DataType,
-};
+use crate::{op::OpKind, tensor::TensorId, types::DataType};
 
 use super::Lowering;
 
@@ -37,7 +33,8 @@ pub(super) fn gated(lowering: &Lowering<'_>, at: usize) -> Option<Gated> {
         let node = &lowering.graph.nodes()[product];
         let other = *node.inputs.iter().find(|id| **id != activated)?;
         let up = producer(lowering, other, x)?;
-        let fusible = up != gate && !lowering.done[product] && private(lowering, other) && same_width(lowering, gate, up);
+        let fusible =
+            up != gate && !lowering.done[product] && private(lowering, other) && same_width(lowering, gate, up);
         fusible.then_some(Gated { gate, up, product, activation, between })
     };
     let mut candidates = lowering.readers[x.index()].iter().copied().filter(|n| lowering.is_linear_on(*n, x));
@@ -105,9 +102,7 @@ fn only_reader(lowering: &Lowering<'_>, id: TensorId, op: &OpKind) -> Option<usi
 /// The linear node on `x` that writes `id`, if it is not done.
 fn producer(lowering: &Lowering<'_>, id: TensorId, x: TensorId) -> Option<usize> {
     let mut nodes = lowering.readers[x.index()].iter().copied();
-    nodes.find(|n| {
-        lowering.is_linear_on(*n, x) && !lowering.done[*n] && lowering.graph.nodes()[*n].outputs[0] == id
-    })
+    nodes.find(|n| lowering.is_linear_on(*n, x) && !lowering.done[*n] && lowering.graph.nodes()[*n].outputs[0] == id)
 }
 
 fn private(lowering: &Lowering<'_>, id: TensorId) -> bool {

@@ -11,8 +11,8 @@ use crate::{
 };
 
 use super::{
+    super::step::{Float, Quantized, QuantizedSpec, Source, Work},
     Lowering,
-    step::{Float, Quantized, QuantizedSpec, Source, Work},
 };
 
 impl Lowering<'_> {
@@ -75,7 +75,9 @@ impl Lowering<'_> {
     pub(super) fn linear_source(&mut self, node: &Node, weights: &[Panels]) -> Result<Source, PrepareError> {
         let id = node.inputs[0];
         match self.places[id.index()].quantized {
-            Some(quantized) if weights.iter().all(|w| !w.layout().format().is_float()) => Ok(Source::Quantized(quantized)),
+            Some(quantized) if weights.iter().all(|w| !w.layout().format().is_float()) => {
+                Ok(Source::Quantized(quantized))
+            }
             _ => Ok(Source::Float(self.float(id)?)),
         }
     }

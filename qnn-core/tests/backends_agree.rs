@@ -1,0 +1,406 @@
+//! Guards the promise that one graph has one meaning: `htp` gives what the f64 `reference` gives, whatever is fused.
+
+use std::sync::atomic::AtomicBool;
+
+use half::f16;
+use proptest::prelude::*;
+use qnn_core::{
+    Backend, Bindings, BlockOffsets, DataType, Dim, Encoding, Floats, Graph, OpKind, Shape, Tensor, TensorData,
+    TensorId, TensorType,
+    backend::{ExecuteError, HtpBackend, ReferenceBackend},
+    op::AttentionAttrs,
+};
+
+/// A weight's storage.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    F32,
+    F16,
+    Int8Channel,
+    Int8Block(usize),
+    Int4Block(usize),
+    Int4Integer(usize),
+    Int4Min(usize),
+}
+
+/// Everything that varies from case to case.
+#[derive(Debug, Clone)]
+struct Case {
+    seed: u64,
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    ffn: usize,
+    vocab: usize,
+    form: Form,
+    activation: DataType,
+    cache: DataType,
+    gelu: bool,
+    bias: bool,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    prompt: usize,
+    workers: usize,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let form = prop_oneof![
+        Just(Form::F32),
+        Just(Form::F16),
+        Just(Form::Int8Channel),
+        Just(Form::Int8Block(32)),
+        Just(Form::Int8Block(16)),
+        Just(Form::Int4Block(32)),
+        Just(Form::Int4Integer(32)),
+        Just(Form::Int4Min(32)),
+    ];
+    let shape = (any::<u64>(), 1usize..3, 1usize..4, 1usize..3, 1usize..4, 20usize..70);
+    let kinds = (
+        form,
+        prop_oneof![Just(DataType::Float32), Just(DataType::SFixedPoint16), Just(DataType::SFixedPoint8)],
+        prop_oneof![Just(DataType::Float32), Just(DataType::Float16), Just(DataType::SFixedPoint8)],
+        any::<(bool, bool)>(),
+        prop_oneof![Just(None), Just(Some(3usize)), Just(Some(17))],
+        prop_oneof![Just(None), Just(Some(4.0f32))],
+        (1usize..40, 1usize..4),
+    );
+    (shape, kinds).prop_map(|((seed, kv_heads, group, head, ffn, vocab), kinds)| {
+        let (form, activation, cache, (gelu, bias), window, softcap, (prompt, workers)) = kinds;
+        let (head_dim, ffn) = (head * 32, ffn * 32);
+        let activation = if matches!(form, Form::F32 | Form::F16) { DataType::Float32 } else { activation };
+        Case {
+            seed,
+            kv_heads,
+            group,
+            head_dim,
+            ffn,
+            vocab,
+            form,
+            activation,
+            cache,
+            gelu,
+            bias,
+            window,
+            softcap,
+            prompt,
+            workers,
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// Broken if lowering, fusion or placing changes a result, at a prompt or at the steps after it.
+    #[test]
+    fn htp_equals_reference(case in cases()) {
+        let graph = Builder::new(&case).decoder(&case);
+        let ids: Vec<i32> = (0..case.prompt + 2).map(|i| (i * 7 % case.vocab) as i32).collect();
+        let runs = [&ids[..case.prompt], &ids[case.prompt..case.prompt + 1], &ids[case.prompt + 1..]];
+        let htp = run(&HtpBackend::new(case.workers).unwrap(), &graph, &runs);
+        let reference = run(&ReferenceBackend, &graph, &runs);
+        let top = reference.iter().fold(0.0f32, |top, v| top.max(v.abs()));
+        // Codes of activations may fall to the other side of a rounding edge: one step of the coarsest grid in use.
+        let coarse = case.activation == DataType::SFixedPoint8 || case.cache == DataType::SFixedPoint8;
+        let bound = if coarse { 4e-2 } else { 2e-3 } * top;
+        for (i, (a, b)) in htp.iter().zip(&reference).enumerate() {
+            prop_assert!((a - b).abs() <= bound, "logit {i}: htp {a}, reference {b}, bound {bound}");
+        }
+    }
+}
+
+/// Broken if a value that two nodes read is overwritten by a fused step, or an output is lost.
+#[test]
+fn shared_values_survive_fusion() {
+    let case = Case {
+        seed: 5,
+        kv_heads: 1,
+        group: 2,
+        head_dim: 32,
+        ffn: 64,
+        vocab: 33,
+        form: Form::F32,
+        activation: DataType::Float32,
+        cache: DataType::Float32,
+        gelu: false,
+        bias: true,
+        window: None,
+        softcap: None,
+        prompt: 3,
+        workers: 2,
+    };
+    let mut b = Builder::new(&case);
+    let x = b.input("x", DataType::Float32, Some(32));
+    let fc = b.linear("fc", x, 32, 32);
+    let sigmoid = b.op("sigmoid", OpKind::Sigmoid, &[fc]);
+    let silu = b.op("silu", OpKind::ElementWiseMultiply, &[fc, sigmoid]);
+    let up = b.linear("up", x, 32, 32);
+    let gated = b.op("gated", OpKind::ElementWiseMultiply, &[silu, up]);
+    let sum = b.op("sum", OpKind::ElementWiseAdd, &[x, gated]);
+    let down = b.linear("down", sum, 32, 32);
+    let residual = b.op("residual", OpKind::ElementWiseAdd, &[sum, down]);
+    let late = b.op("late", OpKind::ElementWiseMultiply, &[residual, up]);
+    for id in [silu, sum, residual, late] {
+        b.graph.mark_output(id);
+    }
+    let graph = b.graph;
+    let values: Vec<f32> = (0..96).map(|i| (i as f32 * 0.37).sin()).collect();
+    let outputs = |backend: &dyn Backend| {
+        let mut bindings = Bindings::new(&graph);
+        bindings.set_f32(0, &values).unwrap();
+        let mut state = backend.new_state(&[&graph], 1).unwrap();
+        backend.prepare(&graph).unwrap().execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
+        (0..4).flat_map(|i| bindings.output_f32(i).to_vec()).collect::<Vec<f32>>()
+    };
+    let (htp, reference) = (outputs(&HtpBackend::new(2).unwrap()), outputs(&ReferenceBackend));
+    assert_eq!(htp.len(), 4 * 96);
+    for (a, b) in htp.iter().zip(&reference) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
+    }
+}
+
+/// Broken if an id or a position from outside reaches memory it must not, or a cancel is not seen.
+#[test]
+fn bad_inputs_are_refused() {
+    let case = Case {
+        seed: 1,
+        kv_heads: 1,
+        group: 1,
+        head_dim: 32,
+        ffn: 32,
+        vocab: 20,
+        form: Form::F32,
+        activation: DataType::Float32,
+        cache: DataType::Float32,
+        gelu: false,
+        bias: false,
+        window: None,
+        softcap: None,
+        prompt: 4,
+        workers: 1,
+    };
+    let graph = Builder::new(&case).decoder(&case);
+    for backend in [&HtpBackend::new(1).unwrap() as &dyn Backend, &ReferenceBackend] {
+        let mut executable = backend.prepare(&graph).unwrap();
+        let mut state = backend.new_state(&[&graph], 8).unwrap();
+        let mut check = |ids: &[i32], at: i32, row: i32, stop: bool| {
+            let mut bindings = Bindings::new(&graph);
+            let positions: Vec<i32> = (at..).take(ids.len()).collect();
+            bindings.set_i32(0, ids).unwrap();
+            bindings.set_i32(1, &positions).unwrap();
+            bindings.set_i32(2, &[at]).unwrap();
+            bindings.set_i32(3, &[row]).unwrap();
+            executable.execute(&mut bindings, &mut state, &AtomicBool::new(stop))
+        };
+        assert_eq!(check(&[1, 2], 0, 1, false), Ok(()));
+        assert!(matches!(check(&[1, 20], 0, 0, false), Err(ExecuteError::Index { index: 20, len: 20, .. })));
+        assert!(matches!(check(&[1, -1], 0, 0, false), Err(ExecuteError::Index { index: -1, .. })));
+        assert!(matches!(check(&[1, 2], 0, 2, false), Err(ExecuteError::Index { index: 2, len: 2, .. })));
+        assert!(matches!(check(&[1, 2], 7, 0, false), Err(ExecuteError::CacheFull { end: 9, capacity: 8, .. })));
+        assert_eq!(check(&[1, 2], 0, 1, true), Err(ExecuteError::Cancelled));
+        let mut bindings = Bindings::new(&graph);
+        assert!(bindings.set_i32(0, &vec![0; 129]).is_err(), "more rows than AR-n");
+        assert!(bindings.set_i32(2, &[1, 2]).is_err(), "two cache indices");
+        assert!(bindings.set_f32(0, &[1.0]).is_err(), "floats for ids");
+    }
+}
+
+/// Logits of every run, one after the other; each run asks for its last row only.
+fn run(backend: &dyn Backend, graph: &Graph, runs: &[&[i32]]) -> Vec<f32> {
+    let mut executable = backend.prepare(graph).unwrap();
+    let mut state = backend.new_state(&[graph], 64).unwrap();
+    let mut bindings = Bindings::new(graph);
+    let (mut past, mut logits) = (0, Vec::new());
+    for ids in runs {
+        let positions: Vec<i32> = (past..).take(ids.len()).collect();
+        bindings.set_i32(0, ids).unwrap();
+        bindings.set_i32(1, &positions).unwrap();
+        bindings.set_i32(2, &[past]).unwrap();
+        bindings.set_i32(3, &[ids.len() as i32 - 1]).unwrap();
+        executable.execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
+        logits.extend_from_slice(bindings.output_f32(0));
+        past += ids.len() as i32;
+    }
+    logits
+}
+
+struct Builder {
+    graph: Graph,
+    seed: u64,
+    form: Form,
+    activation: DataType,
+    bias: bool,
+}
+
+impl Builder {
+    fn new(case: &Case) -> Builder {
+        let (seed, form, activation, bias) = (case.seed | 1, case.form, case.activation, case.bias);
+        Builder { graph: Graph::new("test"), seed, form, activation, bias }
+    }
+
+    /// One decoder layer between a tied embedding and head.
+    fn decoder(mut self, case: &Case) -> Graph {
+        let heads = case.kv_heads * case.group;
+        let (hidden, kv_width) = (heads * case.head_dim, case.kv_heads * case.head_dim);
+        let attrs = AttentionAttrs {
+            heads,
+            kv_heads: case.kv_heads,
+            head_dim: case.head_dim,
+            scale: 1.0 / (case.head_dim as f32).sqrt(),
+            window: case.window,
+            softcap: case.softcap,
+        };
+        let ids = self.input("input_ids", DataType::Int32, None);
+        let positions = self.input_by("position_ids", ids);
+        let cache_index = self.add("cache_index", TensorType::AppWrite, DataType::Int32, Shape::fixed(&[1]), None);
+        let wanted = self.input("logit_indices", DataType::Int32, None);
+        let embed = self.weight("embed.weight", case.vocab, hidden);
+        let x = self.op("embed", OpKind::Gather, &[embed, ids]);
+        let inv_freq = self.floats("inv_freq", case.head_dim / 2);
+        let tables =
+            self.graph.op("rope", OpKind::RotaryTable { scale: 1.0 }, &[positions, inv_freq], DataType::Float32);
+        let tables = tables.unwrap();
+        let normed = self.norm("norm1", x, hidden);
+        let [q, k, v] =
+            [("q", hidden), ("k", kv_width), ("v", kv_width)].map(|(name, n)| self.linear(name, normed, n, hidden));
+        let rotate = OpKind::RotaryEmbedding { head_dim: case.head_dim };
+        let q = self.op("q_rope", rotate, &[q, tables[0], tables[1]]);
+        let k = self.op("k_rope", rotate, &[k, tables[0], tables[1]]);
+        let cache = [case.kv_heads, 64, case.head_dim];
+        let [pk, pv] = ["past_key", "past_value"]
+            .map(|name| self.add(name, TensorType::AppReadWrite, case.cache, Shape::fixed(&cache), None));
+        let attended = self.quantized_op("attention", OpKind::Attention(attrs), &[q, k, v, pk, pv, cache_index]);
+        let o = self.linear("o", attended, hidden, hidden);
+        let x = self.op("residual1", OpKind::ElementWiseAdd, &[x, o]);
+        let normed = self.norm("norm2", x, hidden);
+        let gate = self.linear("gate", normed, case.ffn, hidden);
+        let up = self.linear("up", normed, case.ffn, hidden);
+        let activated = if case.gelu {
+            self.op("gelu", OpKind::Gelu, &[gate])
+        } else {
+            let sigmoid = self.op("sigmoid", OpKind::Sigmoid, &[gate]);
+            self.op("silu", OpKind::ElementWiseMultiply, &[gate, sigmoid])
+        };
+        let product = self.quantized_op("product", OpKind::ElementWiseMultiply, &[activated, up]);
+        let down = self.linear("down", product, hidden, case.ffn);
+        let x = self.op("residual2", OpKind::ElementWiseAdd, &[x, down]);
+        let last = self.op("last", OpKind::Gather, &[x, wanted]);
+        let normed = self.norm("norm3", last, hidden);
+        let logits = self.op("logits", OpKind::FullyConnected, &[normed, embed]);
+        self.graph.mark_output(logits);
+        self.graph.finalize().unwrap();
+        self.graph
+    }
+
+    fn random(&mut self) -> f32 {
+        self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.seed >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        kind: TensorType,
+        data_type: DataType,
+        shape: Shape,
+        data: Option<Vec<u8>>,
+    ) -> TensorId {
+        let data = data.map(|bytes| TensorData::Flat(bytes.into()));
+        let tensor = Tensor { name: name.to_owned(), tensor_type: kind, data_type, shape, encoding: None, data };
+        self.graph.add_tensor(tensor).unwrap()
+    }
+
+    fn input(&mut self, name: &str, data_type: DataType, width: Option<usize>) -> TensorId {
+        let own = TensorId(self.graph.tensors().len() as u32);
+        let dims = std::iter::once(Dim::UpTo { max: 128, by: own }).chain(width.map(Dim::Fixed)).collect();
+        self.add(name, TensorType::AppWrite, data_type, Shape(dims), None)
+    }
+
+    fn input_by(&mut self, name: &str, by: TensorId) -> TensorId {
+        self.add(name, TensorType::AppWrite, DataType::Int32, Shape(vec![Dim::UpTo { max: 128, by }]), None)
+    }
+
+    fn floats(&mut self, name: &str, n: usize) -> TensorId {
+        let bytes = (0..n).flat_map(|_| (0.6 + 0.4 * self.random()).to_le_bytes()).collect();
+        self.add(name, TensorType::Static, DataType::Float32, Shape::fixed(&[n]), Some(bytes))
+    }
+
+    fn op(&mut self, name: &str, op: OpKind, inputs: &[TensorId]) -> TensorId {
+        self.graph.op(name, op, inputs, DataType::Float32).unwrap()[0]
+    }
+
+    fn quantized_op(&mut self, name: &str, op: OpKind, inputs: &[TensorId]) -> TensorId {
+        self.graph.op(name, op, inputs, self.activation).unwrap()[0]
+    }
+
+    fn norm(&mut self, name: &str, x: TensorId, k: usize) -> TensorId {
+        let weight = self.floats(&format!("{name}.weight"), k);
+        self.quantized_op(name, OpKind::RmsNorm { epsilon: 1e-5 }, &[x, weight])
+    }
+
+    fn linear(&mut self, name: &str, x: TensorId, n: usize, k: usize) -> TensorId {
+        let weight = self.weight(&format!("{name}.weight"), n, k);
+        let mut inputs = vec![x, weight];
+        if self.bias {
+            inputs.push(self.floats(&format!("{name}.bias"), n));
+        }
+        self.op(name, OpKind::FullyConnected, &inputs)
+    }
+
+    fn weight(&mut self, name: &str, n: usize, k: usize) -> TensorId {
+        let spread = 1.0 / (k as f32).sqrt();
+        let values: Vec<f32> = (0..n * k).map(|_| self.random()).collect();
+        let (data_type, encoding, bytes) = store(self.form, k, n, &values, spread);
+        let tensor = Tensor {
+            name: name.to_owned(),
+            tensor_type: TensorType::Static,
+            data_type,
+            shape: Shape::fixed(&[n, k]),
+            encoding,
+            data: Some(TensorData::Flat(bytes.into())),
+        };
+        self.graph.add_tensor(tensor).unwrap()
+    }
+}
+
+/// Random weights in `form`: codes from `values` in -1..1, scales around `spread`.
+fn store(form: Form, k: usize, n: usize, values: &[f32], spread: f32) -> (DataType, Option<Encoding>, Vec<u8>) {
+    let bytes8 = || values.iter().map(|v| (v * 127.0) as i8 as u8).collect::<Vec<u8>>();
+    let nibbles = |f: &dyn Fn(f32) -> u8| values.chunks(2).map(|p| f(p[0]) & 15 | f(p[1]) << 4).collect::<Vec<u8>>();
+    let scales = |count: usize, step: f32| {
+        (0..count).map(|i| spread * step * (1.0 + 0.1 * (i % 7) as f32)).collect::<Vec<f32>>()
+    };
+    let block = |bitwidth, block_size: usize, step: f32, offsets: BlockOffsets| {
+        let scales = Floats::from_f16(&scales(n * k / block_size, step));
+        Some(Encoding::Block { bitwidth, block_size, scales, offsets })
+    };
+    let unsigned = |v: f32| ((v + 1.0) * 7.5) as u8;
+    match form {
+        Form::F32 => (DataType::Float32, None, values.iter().flat_map(|v| (v * spread).to_le_bytes()).collect()),
+        Form::F16 => {
+            (DataType::Float16, None, values.iter().flat_map(|v| f16::from_f32(v * spread).to_le_bytes()).collect())
+        }
+        Form::Int8Channel => {
+            let scales = Floats::from_f32(&scales(n, 1.0 / 127.0));
+            let encoding = Encoding::AxisScaleOffset { bitwidth: 8, axis: 0, scales, offsets: Vec::new() };
+            (DataType::SFixedPoint8, Some(encoding), bytes8())
+        }
+        Form::Int8Block(size) => {
+            (DataType::SFixedPoint8, block(8, size, 1.0 / 127.0, BlockOffsets::Symmetric), bytes8())
+        }
+        Form::Int4Block(size) => {
+            let codes = nibbles(&|v| (v * 7.9) as i8 as u8);
+            (DataType::SFixedPoint4, block(4, size, 1.0 / 8.0, BlockOffsets::Symmetric), codes)
+        }
+        Form::Int4Integer(size) => {
+            let offsets = (0..n * k / size).map(|i| (-8 + (i % 3) as i8) as u8).collect::<Vec<u8>>();
+            let encoding = block(4, size, 1.0 / 8.0, BlockOffsets::Integer(offsets.into()));
+            (DataType::UFixedPoint4, encoding, nibbles(&unsigned))
+        }
+        Form::Int4Min(size) => {
+            let mins: Vec<f32> = (0..n * k / size).map(|i| -spread * (0.9 + 0.03 * (i % 5) as f32)).collect();
+            let encoding = block(4, size, 1.0 / 8.0, BlockOffsets::Min(Floats::from_f16(&mins)));
+            (DataType::UFixedPoint4, encoding, nibbles(&unsigned))
+        }
+    }
+}
