@@ -137,8 +137,11 @@ pub enum BinaryError {
     Short { have_bytes: u64 },
     #[error("{what} is damaged: checksum {have:08x}, need {want:08x}")]
     Checksum { what: String, have: u32, want: u32 },
-    #[error("format version {have}, written by SDK {sdk}; this is SDK {}, which reads version {}",
-        SdkVersion::CURRENT, layout::FORMAT_VERSION)]
+    #[error(
+        "format version {have}, written by SDK {sdk}; this is SDK {}, which reads version {}",
+        SdkVersion::CURRENT,
+        layout::FORMAT_VERSION
+    )]
     Version { have: u16, sdk: SdkVersion },
     #[error("is an adapter section, need a context binary")]
     AdapterSection,
@@ -155,15 +158,27 @@ pub enum BinaryError {
     #[error("section {section} is used by no graph")]
     Unused { section: String },
     #[error("section {section}")]
-    Json { section: String, #[source] why: serde_json::Error },
+    Json {
+        section: String,
+        #[source]
+        why: serde_json::Error,
+    },
     #[error("section {section}")]
-    Graph { section: String, #[source] why: crate::record::RecordError },
+    Graph {
+        section: String,
+        #[source]
+        why: crate::record::RecordError,
+    },
     #[error("{have} graphs, need 1 to {MAX_GRAPHS}")]
     GraphCount { have: usize },
     #[error("graphs {first} and {second} have different constants called {tensor}")]
     Conflict { first: String, second: String, tensor: String },
     #[error("{what}")]
-    Io { what: &'static str, #[source] why: std::io::Error },
+    Io {
+        what: &'static str,
+        #[source]
+        why: std::io::Error,
+    },
 }
 
 impl BinaryError {

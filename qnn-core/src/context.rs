@@ -8,8 +8,8 @@ use std::path::Path;
 
 use crate::{
     binary::{
-        Binary, BinaryError, BinaryFault, BinaryInfo, BinaryWriter, Identity, MAX_GRAPHS, Meta, SdkVersion, SectionKind,
-        Verify, Written, write_file,
+        Binary, BinaryError, BinaryFault, BinaryInfo, BinaryWriter, Identity, MAX_GRAPHS, Meta, SdkVersion,
+        SectionKind, Verify, Written, write_file,
     },
     error::Error,
     graph::Graph,
@@ -215,11 +215,7 @@ fn to_binary(meta: &Meta, graphs: &[Graph]) -> Result<Vec<u8>, BinaryError> {
     Ok(out.into_inner())
 }
 
-fn write_all<W: Write + Seek>(
-    writer: &mut BinaryWriter<W>,
-    meta: &Meta,
-    graphs: &[Graph],
-) -> Result<(), BinaryError> {
+fn write_all<W: Write + Seek>(writer: &mut BinaryWriter<W>, meta: &Meta, graphs: &[Graph]) -> Result<(), BinaryError> {
     let records: Vec<GraphRecord> = graphs.iter().map(GraphRecord::from_graph).collect();
     write_records(writer, meta, &records)?;
     let mut written: HashMap<(SectionKind, &str), (&Graph, Bytes)> = HashMap::new();
@@ -262,7 +258,8 @@ fn read_meta(binary: &Binary) -> Result<Meta, BinaryFault> {
 
 fn read_graphs(binary: &Binary) -> Result<Vec<Graph>, BinaryFault> {
     let sections = binary.sections();
-    let mut used: Vec<bool> = sections.iter().map(|s| matches!(s.kind, SectionKind::Meta | SectionKind::Graph)).collect();
+    let mut used: Vec<bool> =
+        sections.iter().map(|s| matches!(s.kind, SectionKind::Meta | SectionKind::Graph)).collect();
     let at: Vec<usize> = (0..sections.len()).filter(|i| sections[*i].kind == SectionKind::Graph).collect();
     check_count(at.len()).map_err(|why| why.at(sections[0].at_bytes))?;
     let mut graphs = Vec::with_capacity(at.len());

@@ -5,12 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Meta, SectionKind, layout::FORMAT_VERSION};
-use crate::{
-    context::Context,
-    graph::Graph,
-    record::TensorRecord,
-    tensor::TensorId,
-};
+use crate::{context::Context, graph::Graph, record::TensorRecord, tensor::TensorId};
 
 /// Contents of a context binary, without the bytes of constants.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -100,9 +95,8 @@ impl BinaryInfo {
 
 impl GraphInfo {
     fn of(graph: &Graph) -> GraphInfo {
-        let records = |ids: Vec<TensorId>| {
-            ids.into_iter().map(|id| TensorRecord::from_tensor(graph.tensor(id), graph)).collect()
-        };
+        let records =
+            |ids: Vec<TensorId>| ids.into_iter().map(|id| TensorRecord::from_tensor(graph.tensor(id), graph)).collect();
         let mut operations = BTreeMap::new();
         for node in graph.nodes() {
             *operations.entry(node.op.name()).or_default() += 1;

@@ -1,0 +1,259 @@
+//! A tiny llama built by hand, and the means to damage context binaries.
+#![allow(dead_code, reason = "each test file uses its part of this")]
+
+use qnn_core::{
+    BlockOffsets, Bytes, DataType, Dim, Encoding, Floats, Graph, OpKind, Shape, Tensor, TensorData, TensorId,
+    TensorType, op::AttentionAttrs,
+};
+
+/// How a weight is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    F32,
+    F16,
+    Int8Channel,
+    Int4Channel,
+    Int8Block,
+    Int4Block,
+    Int4BlockInteger,
+    Int4BlockMin,
+}
+
+pub(crate) const FORMS: [Form; 8] = [
+    Form::F32,
+    Form::F16,
+    Form::Int8Channel,
+    Form::Int4Channel,
+    Form::Int8Block,
+    Form::Int4Block,
+    Form::Int4BlockInteger,
+    Form::Int4BlockMin,
+];
+
+/// What to build.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiny {
+    pub(crate) seed: u64,
+    pub(crate) ar: usize,
+    pub(crate) cl: usize,
+    pub(crate) layers: usize,
+    /// Form of the linear layers' weights, in turn; empty means f32.
+    pub(crate) forms: &'static [Form],
+}
+
+impl Default for Tiny {
+    fn default() -> Tiny {
+        Tiny { seed: 1, ar: 8, cl: 32, layers: 2, forms: &[] }
+    }
+}
+
+pub(crate) const HIDDEN: usize = 32;
+pub(crate) const VOCAB: usize = 40;
+const HEADS: usize = 2;
+const KV_HEADS: usize = 1;
+const HEAD_DIM: usize = 16;
+const FFN: usize = 64;
+
+/// A graph in the shape that the importers give theirs: same inputs, names, states and metadata.
+pub(crate) fn tiny(name: &str, tiny: Tiny) -> Graph {
+    let mut b = Builder { graph: Graph::new(name), rng: Rng(tiny.seed), forms: tiny.forms, n_linear: 0 };
+    let ids = b.input("input_ids", Some(tiny.ar));
+    let positions = b.input_by("position_ids", tiny.ar, ids);
+    let cache_index = b.input("cache_index", None);
+    let logit_indices = b.input("logit_indices", Some(tiny.ar));
+    let embedding = b.weight("model.embed_tokens.weight", VOCAB, HIDDEN, Form::F32);
+    let inv_freq = b.vector("inv_freq", HEAD_DIM / 2);
+    let mut hidden = b.op("model.embed_tokens", OpKind::Gather, &[embedding, ids])[0];
+    let table = b.op("rotary", OpKind::RotaryTable { scale: 1.0 }, &[positions, inv_freq]);
+    let mut layer_outputs = Vec::new();
+    for layer in 0..tiny.layers {
+        let states = ["key", "value"].map(|kind| b.state(&format!("past_{kind}_{layer}_in"), tiny.cl));
+        hidden = b.layer(layer, hidden, &table, &[states[0], states[1], cache_index]);
+        layer_outputs.push(b.graph.tensor(hidden).name.clone());
+    }
+    let picked = b.op("model.last", OpKind::Gather, &[hidden, logit_indices])[0];
+    let weight = b.vector("model.norm.weight", HIDDEN);
+    let normed = b.op("model.norm", OpKind::RmsNorm { epsilon: 1e-5 }, &[picked, weight])[0];
+    let logits = b.op("logits", OpKind::FullyConnected, &[normed, embedding])[0];
+    b.graph.mark_output(logits);
+    b.graph.set_metadata("layer_outputs", layer_outputs.join(","));
+    b.graph.set_metadata("architecture", "tiny");
+    b.graph.set_metadata("max_position_embeddings", "64");
+    b.graph.finalize().expect("the graph is complete");
+    b.graph
+}
+
+struct Builder {
+    graph: Graph,
+    rng: Rng,
+    forms: &'static [Form],
+    n_linear: usize,
+}
+
+impl Builder {
+    fn layer(&mut self, layer: usize, x: TensorId, table: &[TensorId], states: &[TensorId]) -> TensorId {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let normed = self.norm(&name("input_layernorm"), x);
+        let q = self.linear(&name("self_attn.q_proj"), normed, HEADS * HEAD_DIM, HIDDEN);
+        let k = self.linear(&name("self_attn.k_proj"), normed, KV_HEADS * HEAD_DIM, HIDDEN);
+        let v = self.linear(&name("self_attn.v_proj"), normed, KV_HEADS * HEAD_DIM, HIDDEN);
+        let rotate = OpKind::RotaryEmbedding { head_dim: HEAD_DIM };
+        let q = self.op(&name("self_attn.q_rope"), rotate, &[q, table[0], table[1]])[0];
+        let k = self.op(&name("self_attn.k_rope"), rotate, &[k, table[0], table[1]])[0];
+        let attrs = AttentionAttrs {
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            scale: 0.25,
+            window: None,
+            softcap: None,
+        };
+        let inputs = [q, k, v, states[0], states[1], states[2]];
+        let attention = self.op(&name("self_attn"), OpKind::Attention(attrs), &inputs)[0];
+        let o = self.linear(&name("self_attn.o_proj"), attention, HIDDEN, HEADS * HEAD_DIM);
+        let x = self.op(&name("residual_1"), OpKind::ElementWiseAdd, &[x, o])[0];
+        let normed = self.norm(&name("post_attention_layernorm"), x);
+        let gate = self.linear(&name("mlp.gate_proj"), normed, FFN, HIDDEN);
+        let up = self.linear(&name("mlp.up_proj"), normed, FFN, HIDDEN);
+        let sigmoid = self.op(&name("mlp.sigmoid"), OpKind::Sigmoid, &[gate])[0];
+        let silu = self.op(&name("mlp.silu"), OpKind::ElementWiseMultiply, &[gate, sigmoid])[0];
+        let product = self.op(&name("mlp.product"), OpKind::ElementWiseMultiply, &[silu, up])[0];
+        let down = self.linear(&name("mlp.down_proj"), product, HIDDEN, FFN);
+        self.op(&name("residual_2"), OpKind::ElementWiseAdd, &[x, down])[0]
+    }
+
+    fn norm(&mut self, name: &str, x: TensorId) -> TensorId {
+        let weight = self.vector(&format!("{name}.weight"), HIDDEN);
+        self.op(name, OpKind::RmsNorm { epsilon: 1e-5 }, &[x, weight])[0]
+    }
+
+    fn linear(&mut self, name: &str, x: TensorId, n: usize, k: usize) -> TensorId {
+        let form = if self.forms.is_empty() { Form::F32 } else { self.forms[self.n_linear % self.forms.len()] };
+        self.n_linear += 1;
+        let weight = self.weight(&format!("{name}.weight"), n, k, form);
+        self.op(name, OpKind::FullyConnected, &[x, weight])[0]
+    }
+
+    fn op(&mut self, name: &str, op: OpKind, inputs: &[TensorId]) -> Vec<TensorId> {
+        self.graph.op(name, op, inputs, DataType::Float32).expect("the tiny model is well formed")
+    }
+
+    fn input(&mut self, name: &str, ar: Option<usize>) -> TensorId {
+        let own = TensorId(self.graph.tensors().len() as u32);
+        let dim = ar.map_or(Dim::Fixed(1), |max| Dim::UpTo { max, by: own });
+        self.add(name, TensorType::AppWrite, DataType::Int32, Shape(vec![dim]), None, None)
+    }
+
+    fn input_by(&mut self, name: &str, max: usize, by: TensorId) -> TensorId {
+        self.add(name, TensorType::AppWrite, DataType::Int32, Shape(vec![Dim::UpTo { max, by }]), None, None)
+    }
+
+    fn state(&mut self, name: &str, cl: usize) -> TensorId {
+        let shape = Shape::fixed(&[KV_HEADS, cl, HEAD_DIM]);
+        self.add(name, TensorType::AppReadWrite, DataType::Float32, shape, None, None)
+    }
+
+    fn vector(&mut self, name: &str, n: usize) -> TensorId {
+        let bytes = (0..n).flat_map(|_| (1.0 + 0.1 * self.rng.float()).to_le_bytes()).collect();
+        self.add(name, TensorType::Static, DataType::Float32, Shape::fixed(&[n]), None, Some(bytes))
+    }
+
+    fn weight(&mut self, name: &str, n: usize, k: usize, form: Form) -> TensorId {
+        let (data_type, encoding, bytes) = random_weight(&mut self.rng, n, k, form);
+        self.add(name, TensorType::Static, data_type, Shape::fixed(&[n, k]), encoding, Some(bytes))
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        tensor_type: TensorType,
+        data_type: DataType,
+        shape: Shape,
+        encoding: Option<Encoding>,
+        bytes: Option<Vec<u8>>,
+    ) -> TensorId {
+        let data = bytes.map(|bytes| TensorData::Flat(Bytes::from(bytes)));
+        let tensor = Tensor { name: name.to_owned(), tensor_type, data_type, shape, encoding, data };
+        self.graph.add_tensor(tensor).expect("the tiny model is well formed")
+    }
+}
+
+/// Type, encoding and bytes of a random weight `[n, k]`.
+pub(crate) fn random_weight(rng: &mut Rng, n: usize, k: usize, form: Form) -> (DataType, Option<Encoding>, Vec<u8>) {
+    let block_size = 16;
+    let blocks = n * k / block_size;
+    let mut bytes = |len: usize| -> Vec<u8> { (0..len).map(|_| rng.next() as u8).collect() };
+    let (codes8, codes4) = (bytes(n * k), bytes((n * k).div_ceil(2)));
+    let whole = bytes(blocks).iter().map(|b| (b % 16).wrapping_neg()).collect::<Vec<u8>>();
+    let mut floats = |len: usize| -> Vec<f32> { (0..len).map(|_| 0.01 + 0.005 * rng.float()).collect() };
+    let axis = |bitwidth, scales: &[f32]| Encoding::AxisScaleOffset {
+        bitwidth,
+        axis: 0,
+        scales: Floats::from_f32(scales),
+        offsets: Vec::new(),
+    };
+    let block = |bitwidth, scales: &[f32], offsets| Encoding::Block {
+        bitwidth,
+        block_size,
+        scales: Floats::from_f16(scales),
+        offsets,
+    };
+    match form {
+        Form::F32 => (DataType::Float32, None, floats(n * k).iter().flat_map(|v| (v * 10.0).to_le_bytes()).collect()),
+        Form::F16 => (DataType::Float16, None, Floats::from_f16(&floats(n * k)).bytes().to_vec()),
+        Form::Int8Channel => (DataType::SFixedPoint8, Some(axis(8, &floats(n))), codes8),
+        Form::Int4Channel => (DataType::SFixedPoint4, Some(axis(4, &floats(n))), codes4),
+        Form::Int8Block => (DataType::SFixedPoint8, Some(block(8, &floats(blocks), BlockOffsets::Symmetric)), codes8),
+        Form::Int4Block => (DataType::SFixedPoint4, Some(block(4, &floats(blocks), BlockOffsets::Symmetric)), codes4),
+        Form::Int4BlockInteger => {
+            let offsets = BlockOffsets::Integer(whole.into());
+            (DataType::UFixedPoint4, Some(block(4, &floats(blocks), offsets)), codes4)
+        }
+        Form::Int4BlockMin => {
+            let minima: Vec<f32> = floats(blocks).iter().map(|v| v * -8.0).collect();
+            let offsets = BlockOffsets::Min(Floats::from_f16(&minima));
+            (DataType::UFixedPoint4, Some(block(4, &floats(blocks), offsets)), codes4)
+        }
+    }
+}
+
+/// SplitMix64: the same numbers for ever.
+#[derive(Debug, Clone)]
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From -1 to 1.
+    pub(crate) fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// An error with all its causes, as a user sees it.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Makes both checksums of header and table true again, so that what they protect is checked itself.
+pub(crate) fn mend_checksums(file: &mut [u8]) {
+    let table_at = u64::from_le_bytes(file[24..32].try_into().expect("eight bytes")) as usize;
+    if let Some(table) = file.get(table_at..) {
+        let crc = crc32fast::hash(table);
+        file[40..44].copy_from_slice(&crc.to_le_bytes());
+    }
+    let crc = crc32fast::hash(&file[..124]);
+    file[124..128].copy_from_slice(&crc.to_le_bytes());
+}
