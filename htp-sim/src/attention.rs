@@ -152,7 +152,7 @@ fn check(
     expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
     expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
     let width = size("width of q", &[params.heads, layout.head_dim()])?;
-    if q.len() % width != 0 {
+    if !q.len().is_multiple_of(width) {
         return Err(ShapeError::new("length of q", q.len(), Needed::MultipleOf(width)));
     }
     let m = q.len() / width;
@@ -178,7 +178,7 @@ fn check(
 }
 
 fn check_heads(layout: CacheLayout, heads: usize) -> Result<(), ShapeError> {
-    if heads == 0 || heads % layout.kv_heads() != 0 {
+    if heads == 0 || !heads.is_multiple_of(layout.kv_heads()) {
         return Err(ShapeError::new("query heads", heads, Needed::MultipleOf(layout.kv_heads())));
     }
     Ok(())

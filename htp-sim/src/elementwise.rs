@@ -107,7 +107,7 @@ pub fn gelu_erf(cx: &Cx<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeErro
 /// # Errors
 /// [`ShapeError`] if `k` is 0 or `x` is not a whole number of rows.
 pub fn softmax_rows(cx: &Cx<'_>, x: &mut [f32], k: usize) -> Result<(), ShapeError> {
-    if k == 0 || x.len() % k != 0 {
+    if k == 0 || !x.len().is_multiple_of(k) {
         return Err(ShapeError::new("length of x", x.len(), Needed::MultipleOf(k)));
     }
     let rows = x.len() / k;

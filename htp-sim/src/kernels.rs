@@ -39,11 +39,12 @@ pub struct Kernels {
     pub(crate) quantize: unsafe fn(RowValues<'_>, QuantizedRowMut<'_>),
     pub(crate) unary: unsafe fn(Unary, &mut [f32]),
     pub(crate) gate: unsafe fn(Activation, &mut [f32], &[f32]),
-    pub(crate) rotate: unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]),
+    pub(crate) rotate: RotateFn,
 }
 
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
+pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
 pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.

@@ -31,6 +31,8 @@ pub mod quantize;
 pub mod rope;
 #[allow(unsafe_code, reason = "a slice that several threads write")]
 mod scratch;
+#[cfg(test)]
+mod testing;
 #[allow(unsafe_code, reason = "shares a closure with other threads")]
 mod workers;
 

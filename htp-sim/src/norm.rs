@@ -67,7 +67,7 @@ fn whole_rows(x: &[f32], k: usize) -> Result<usize, ShapeError> {
     if k == 0 {
         return Err(ShapeError::new("length of the norm's weight", k, Needed::AtLeast(1)));
     }
-    if x.len() % k != 0 {
+    if !x.len().is_multiple_of(k) {
         return Err(ShapeError::new("length of x", x.len(), Needed::MultipleOf(k)));
     }
     Ok(x.len() / k)

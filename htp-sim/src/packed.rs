@@ -118,7 +118,7 @@ impl PackedLayout {
             if block == 0 || block % step != 0 {
                 return Err(ShapeError::new("weight block", block, Needed::MultipleOf(step)));
             }
-            if k % block != 0 {
+            if !k.is_multiple_of(block) {
                 return Err(ShapeError::new("weight block", block, Needed::DivisorOf(k)));
             }
         }

@@ -56,7 +56,7 @@ impl QuantizedRows {
             return Err(ShapeError::new("values in a row", k, Needed::AtLeast(1)));
         }
         expect_at_most("values in a quantized row", k, MAX_INTEGER_K)?;
-        if sum_block == 0 || k % sum_block != 0 {
+        if sum_block == 0 || !k.is_multiple_of(sum_block) {
             return Err(ShapeError::new("block of sums", sum_block, Needed::DivisorOf(k)));
         }
         let k_padded = k.next_multiple_of(8);

@@ -51,7 +51,7 @@ pub fn rotate(
     if width == 0 {
         return Err(ShapeError::new("width of x", 0, Needed::AtLeast(1)));
     }
-    if x.len() % width != 0 {
+    if !x.len().is_multiple_of(width) {
         return Err(ShapeError::new("length of x", x.len(), Needed::MultipleOf(width)));
     }
     let rows = x.len() / width;
@@ -59,7 +59,7 @@ pub fn rotate(
     if rows == 0 {
         return Ok(());
     }
-    if cos.len() % rows != 0 {
+    if !cos.len().is_multiple_of(rows) {
         return Err(ShapeError::new("length of cos", cos.len(), Needed::MultipleOf(rows)));
     }
     let half = cos.len() / rows;

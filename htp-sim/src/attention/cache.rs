@@ -188,7 +188,7 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
     expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
     expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
     let width = layout.kv_heads * layout.head_dim;
-    if k.len() % width != 0 {
+    if !k.len().is_multiple_of(width) {
         return Err(ShapeError::new("length of k", k.len(), Needed::MultipleOf(width)));
     }
     expect_len("length of v", v.len(), k.len())?;

@@ -1,1 +1,201 @@
+use super::*;
+use crate::testing::{Noise, bits, each_tier, team};
+use crate::{Kernels, Workers};
 
+/// A case: shapes, the cache's contents and the queries.
+struct Case {
+    layout: CacheLayout,
+    params: AttentionParams,
+    past: usize,
+    m: usize,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    q: Vec<f32>,
+}
+
+impl Case {
+    fn new(layout: CacheLayout, params: AttentionParams, past: usize, m: usize) -> Self {
+        let mut noise = Noise((past * 31 + m) as u64);
+        let row = layout.kv_heads() * layout.head_dim();
+        let k = noise.floats((past + m) * row).iter().map(|k| k * 3.0).collect();
+        let v = noise.floats((past + m) * row);
+        let q = noise.floats(m * params.heads * layout.head_dim()).iter().map(|q| q * 3.0).collect();
+        Self { layout, params, past, m, k, v, q }
+    }
+
+    /// The cache with all rows in it; what was never written is NaN.
+    fn cache(&self, cx: &Cx<'_>) -> (Vec<u8>, Vec<u8>) {
+        let (mut key, mut value) = (vec![0xff; self.layout.key_bytes()], vec![0xff; self.layout.value_bytes()]);
+        let mut cache = CacheMut { layout: self.layout, key: &mut key, value: &mut value };
+        let split = self.past * self.layout.kv_heads() * self.layout.head_dim();
+        append(cx, &mut cache, 0, &self.k[..split], &self.v[..split]).expect("fits");
+        append(cx, &mut cache, self.past, &self.k[split..], &self.v[split..]).expect("fits");
+        (key, value)
+    }
+
+    fn run(&self, cx: &Cx<'_>) -> Vec<f32> {
+        let (key, value) = self.cache(cx);
+        let cache = Cache { layout: self.layout, key: &key, value: &value };
+        let workers = cx.workers.count();
+        let mut scratch = AttentionScratch::new(workers, self.layout, self.params.heads).expect("fits");
+        let mut out = vec![0.0; self.q.len()];
+        attention(cx, &cache, self.past, &self.q, &self.params, &mut scratch, &mut out).expect("fits");
+        out
+    }
+
+    /// The formula in f64, on what the cache's format makes of keys, values and queries.
+    fn oracle(&self) -> Vec<f64> {
+        let (d, kv_heads, heads) = (self.layout.head_dim(), self.layout.kv_heads(), self.params.heads);
+        let mut out = vec![0.0; self.q.len()];
+        for (at, out) in out.chunks_mut(d).enumerate() {
+            let (row, head) = (at / heads, at % heads);
+            let kv_head = head / (heads / kv_heads);
+            let q = self.stored(&self.q[at * d..][..d], 127.0 * 256.0);
+            let end = self.past + row + 1;
+            let start = self.params.window.map_or(0, |window| end.saturating_sub(window));
+            let scores: Vec<f64> = (start..end)
+                .map(|position| {
+                    let k = self.stored(&self.k[(position * kv_heads + kv_head) * d..][..d], 127.0);
+                    let score = q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>() * f64::from(self.params.scale);
+                    self.params.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                })
+                .collect();
+            let max = scores.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+            for (position, score) in (start..end).zip(&scores) {
+                let v = self.stored(&self.v[(position * kv_heads + kv_head) * d..][..d], 127.0);
+                out.iter_mut().zip(v).for_each(|(out, v)| *out += (score - max).exp() / sum * v);
+            }
+        }
+        out
+    }
+
+    /// `x` as the cache's format stores it, with `limit` as the largest code.
+    fn stored(&self, x: &[f32], limit: f32) -> Vec<f64> {
+        let absmax = x.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let scale = absmax / limit;
+        x.iter()
+            .map(|&x| match (self.layout.format(), limit == 127.0) {
+                (CacheFormat::F32, _) | (CacheFormat::F16, false) => f64::from(x),
+                (CacheFormat::F16, true) => f64::from(half::f16::from_f32(x).to_f32()),
+                (CacheFormat::Int8, _) => f64::from((x / scale).round_ties_even()) * f64::from(scale),
+            })
+            .collect()
+    }
+}
+
+fn params(heads: usize, head_dim: usize) -> AttentionParams {
+    AttentionParams { heads, scale: 1.0 / (head_dim as f32).sqrt(), window: None, softcap: None }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for format in [CacheFormat::F32, CacheFormat::F16, CacheFormat::Int8] {
+        let layout = |kv_heads, head_dim, capacity| {
+            CacheLayout::new(kv_heads, head_dim, capacity, format).expect("sizes are fine")
+        };
+        for (past, m) in [(0, 1), (0, 5), (15, 1), (16, 3), (255, 2), (300, 1), (530, 18), (0, 70), (0, 0)] {
+            cases.push(Case::new(layout(3, 64, 600), params(9, 64), past, m));
+        }
+        for head_dim in [1, 7, 36, 80, 128, 192] {
+            cases.push(Case::new(layout(1, head_dim, 100), params(2, head_dim), 33, 4));
+        }
+        // More query heads than rows in a tile; more KV heads than workers.
+        cases.push(Case::new(layout(1, 16, 300), params(40, 16), 270, 2));
+        cases.push(Case::new(layout(13, 8, 300), params(13, 8), 270, 1));
+        let window = |window| AttentionParams { window: Some(window), ..params(4, 32) };
+        for (past, m, size) in [(0, 40, 8), (500, 1, 300), (500, 20, 17), (600, 1, 1), (100, 3, 1000)] {
+            cases.push(Case::new(layout(2, 32, 700), window(size), past, m));
+        }
+        let capped = AttentionParams { softcap: Some(2.0), ..params(4, 32) };
+        cases.push(Case::new(layout(2, 32, 300), capped, 280, 6));
+    }
+    cases
+}
+
+/// Attention is the f64 formula on what the cache stores, for every format, tier and mask.
+#[test]
+fn attention_is_the_formula() {
+    let workers = team(2);
+    for case in cases() {
+        let expected = case.oracle();
+        each_tier(&workers, |cx| {
+            for (i, (found, expected)) in case.run(cx).iter().zip(&expected).enumerate() {
+                let error = (f64::from(*found) - expected).abs();
+                let (past, m) = (case.past, case.m);
+                assert!(
+                    error < 1e-5,
+                    "{} {:?} past {past} m {m}: {i}: {found} {expected}",
+                    cx.kernels.name,
+                    case.layout
+                );
+            }
+        });
+    }
+}
+
+/// A result depends neither on the number of workers nor on which rows are computed together.
+#[test]
+fn results_do_not_depend_on_the_split() {
+    let teams: Vec<Workers> = (1..=3).map(team).collect();
+    for case in cases() {
+        for kernels in Kernels::available() {
+            let expected = bits(&case.run(&Cx { kernels, workers: &teams[0] }));
+            for workers in &teams[1..] {
+                let found = bits(&case.run(&Cx { kernels, workers }));
+                assert_eq!(found, expected, "{} workers {} past {}", kernels.name, workers.count(), case.past);
+            }
+            let cx = Cx { kernels, workers: &teams[1] };
+            let (key, value) = case.cache(&cx);
+            let cache = Cache { layout: case.layout, key: &key, value: &value };
+            let mut scratch = AttentionScratch::new(2, case.layout, case.params.heads).expect("fits");
+            let width = case.params.heads * case.layout.head_dim();
+            for (row, q) in case.q.chunks(width).enumerate() {
+                let mut out = vec![0.0; width];
+                attention(&cx, &cache, case.past + row, q, &case.params, &mut scratch, &mut out).expect("fits");
+                assert_eq!(
+                    bits(&out),
+                    expected[row * width..][..width],
+                    "{} row {row} past {}",
+                    kernels.name,
+                    case.past
+                );
+            }
+        }
+    }
+}
+
+/// What does not fit is refused before anything is written.
+#[test]
+fn wrong_shapes_are_refused() {
+    let workers = team(2);
+    let cx = crate::testing::portable(&workers);
+    let layout = CacheLayout::new(2, 8, 20, CacheFormat::Int8).expect("sizes are fine");
+    let (mut key, mut value) = (vec![1; layout.key_bytes()], vec![1; layout.value_bytes()]);
+    let mut cache = CacheMut { layout, key: &mut key, value: &mut value };
+    let rows = vec![1.0; 3 * 16];
+    let error = append(&cx, &mut cache, 18, &rows, &rows).expect_err("one too many");
+    assert_eq!(error.to_string(), "positions after this step: found 21, need at most 20");
+    assert!(append(&cx, &mut cache, usize::MAX, &rows, &rows).is_err());
+    assert!(append(&cx, &mut cache, 0, &rows[1..], &rows).is_err());
+    assert!(append(&cx, &mut cache, 0, &rows, &rows[16..]).is_err());
+    assert!(cache.key.iter().chain(&*cache.value).all(|&byte| byte == 1));
+    let mut scratch = AttentionScratch::new(2, layout, 4).expect("fits");
+    let q = vec![1.0; 3 * 32];
+    let good = params(4, 8);
+    let mut refused = |past: usize, q: &[f32], params: AttentionParams, out_len: usize| {
+        let mut out = vec![7.0; out_len];
+        let error = attention(&cx, &cache.as_ref(), past, q, &params, &mut scratch, &mut out);
+        assert!(error.is_err() && out.iter().all(|&y| y == 7.0), "past {past}, {params:?}");
+    };
+    refused(18, &q, good, 96);
+    refused(0, &q[1..], good, 95);
+    refused(0, &q, good, 95);
+    refused(0, &q, AttentionParams { heads: 3, ..good }, 96);
+    refused(0, &q, AttentionParams { heads: 6, ..good }, 96);
+    refused(0, &q, AttentionParams { window: Some(0), ..good }, 96);
+    refused(0, &q, AttentionParams { softcap: Some(0.0), ..good }, 96);
+    assert!(CacheLayout::new(2, 1024, 20, CacheFormat::F32).is_err());
+    assert!(CacheLayout::new(usize::MAX, 512, usize::MAX, CacheFormat::F32).is_err());
+    assert!(CacheLayout::new(0, 8, 20, CacheFormat::F32).is_err());
+}

@@ -1,1 +1,377 @@
+use super::*;
+use crate::packed::{BlockOffset, PackedLayout, WeightFormat};
+use crate::quantize::{ActBits, quantize_rows};
+use crate::testing::{FLOAT_FORMATS, Noise, bits, each_tier, integer_formats, portable, team, weights};
+use crate::{Kernels, Workers};
 
+const BITS: [ActBits; 2] = [ActBits::Eight, ActBits::Sixteen];
+
+fn part<'a>(weights: PackedWeights<'a>, out: &'a mut [f32]) -> Part<'a> {
+    Part { weights, bias: None, branch: None, write: Write::Store, out }
+}
+
+/// Quantizes `x` for weights of `layout`.
+fn quantized(cx: &Cx<'_>, x: &[f32], layout: &PackedLayout, act: ActBits) -> QuantizedRows {
+    let sum_block = layout.format().block().unwrap_or(layout.k());
+    let mut rows = QuantizedRows::new(x.len() / layout.k(), layout.k(), act, sum_block).expect("sizes are fine");
+    quantize_rows(cx, x, &mut rows).expect("lengths match");
+    rows
+}
+
+/// `x · Wᵀ` by one weight.
+fn product(cx: &Cx<'_>, x: Rows<'_>, weights: PackedWeights<'_>) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x.count() * weights.layout().n()];
+    linear(cx, x, &mut [part(weights, &mut out)]).expect("lengths match");
+    out
+}
+
+/// `x · Wᵀ` in f64, and the sum of the products' magnitudes.
+fn oracle(x: impl Fn(usize, usize) -> f64, m: usize, weights: PackedWeights<'_>) -> Vec<(f64, f64)> {
+    let (n, k) = (weights.layout().n(), weights.layout().k());
+    let mut w = vec![0.0; k];
+    let mut out = vec![(0.0, 0.0); m * n];
+    for column in 0..n {
+        weights.dequantize_row(column, &mut w);
+        for row in 0..m {
+            let products = w.iter().enumerate().map(|(i, &w)| x(row, i) * f64::from(w));
+            out[row * n + column] = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+        }
+    }
+    out
+}
+
+fn assert_near(found: &[f32], expected: &[(f64, f64)], bound: f64, what: &str) {
+    for (i, (&found, &(expected, size))) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(found) - expected).abs();
+        assert!(error <= bound * size + 1e-30, "{what}: value {i} is {found}, expected {expected} (size {size})");
+    }
+}
+
+/// Quantized products are the f64 products of what codes and scales stand for, up to f32 rounding.
+#[test]
+fn integer_products_mean_what_the_encoding_says() {
+    let workers = team(2);
+    let mut noise = Noise(1);
+    for (m, n, k) in [(1, 1, 32), (3, 17, 64), (2, 40, 36), (5, 33, 576), (1, 16, 7)] {
+        for format in integer_formats(k) {
+            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+            let blob = weights(&layout, 7);
+            let w = layout.view(&blob).expect("length matches");
+            let x = noise.floats(m * k);
+            for act in BITS {
+                let cx = portable(&workers);
+                let rows = quantized(&cx, &x, &layout, act);
+                let expected = oracle(|r, i| f64::from(rows.code(r, i)) * f64::from(rows.scale(r)), m, w);
+                let found = product(&cx, Rows::Quantized(&rows), w);
+                // Minima and offsets make large terms that cancel; the bound is relative to the terms, not the sum.
+                let bound = if matches!(format, WeightFormat::Int4Block { .. }) { 4e-5 } else { 2e-6 };
+                assert_near(&found, &expected, bound, &format!("{m}x{n}x{k} {format:?} {act:?}"));
+            }
+        }
+    }
+}
+
+/// Every tier gives the bits of `portable` for integer weights, at every edge of a tile.
+#[test]
+fn tiers_agree_on_integer_products() {
+    let workers = team(2);
+    let mut noise = Noise(2);
+    let rows_and_columns =
+        [(0, 5), (1, 1), (1, 15), (2, 16), (3, 17), (4, 31), (5, 67), (7, 48), (8, 16), (9, 33), (13, 130), (131, 19)];
+    for k in [32, 36, 72, 100, 256, 576] {
+        for format in integer_formats(k) {
+            for (m, n) in rows_and_columns {
+                let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+                let blob = weights(&layout, 11);
+                let w = layout.view(&blob).expect("length matches");
+                let x: Vec<f32> = (0..m * k).map(|_| f32::from(noise.code(-1, 1)) * 2.0 + noise.float()).collect();
+                for act in BITS {
+                    let rows = quantized(&portable(&workers), &x, &layout, act);
+                    let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+                    each_tier(&workers, |cx| {
+                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
+                        assert_eq!(found, expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// The largest codes everywhere, in both signs, do not overflow or saturate on any tier.
+#[test]
+fn extreme_codes_do_not_saturate() {
+    let workers = team(1);
+    let k = 512;
+    for format in integer_formats(k) {
+        let layout = PackedLayout::new(16, k, format).expect("sizes are fine");
+        let (least, most) = if format.is_4bit() { (0, 15) } else { (-128, 127) };
+        for code in [least, most] {
+            let scales = vec![1.0; 16 * layout.blocks()];
+            let offsets = match format {
+                WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => {
+                    vec![if code == 0 { -128 } else { 127 }; scales.len()]
+                }
+                _ => vec![],
+            };
+            let offsets = match format {
+                WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => crate::Offsets::Integer(&offsets),
+                WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => crate::Offsets::Min(&scales),
+                _ => crate::Offsets::None,
+            };
+            let blob = crate::pack_quantized(&layout, &vec![code; 16 * k], &scales, offsets).expect("lengths match");
+            let w = layout.view(&blob).expect("length matches");
+            for (sign, act) in [(1.0, BITS[0]), (-1.0, BITS[0]), (1.0, BITS[1]), (-1.0, BITS[1])] {
+                // The scale comes out as exactly 1, so codes are the values.
+                let x = vec![sign * act.limit() as f32; k];
+                let rows = quantized(&portable(&workers), &x, &layout, act);
+                let expected = oracle(|_, _| f64::from(sign) * f64::from(act.limit()), 1, w);
+                each_tier(&workers, |cx| {
+                    let found = product(cx, Rows::Quantized(&rows), w);
+                    assert_near(&found, &expected, 1e-6, &format!("{} {format:?} {act:?}", cx.kernels.name));
+                });
+            }
+        }
+    }
+}
+
+/// Float rows by any weights stay within the stated bound of the f64 product, on every tier.
+#[test]
+fn float_products_are_within_the_bound() {
+    let workers = team(2);
+    let mut noise = Noise(3);
+    for (m, n, k) in [(0, 3, 8), (1, 1, 1), (1, 15, 8), (2, 130, 64), (5, 65, 129), (17, 64, 96), (6, 33, 576)] {
+        let mut formats = FLOAT_FORMATS.to_vec();
+        formats.extend(integer_formats(k));
+        for format in formats {
+            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+            let blob = weights(&layout, 13);
+            let w = layout.view(&blob).expect("length matches");
+            let x = noise.floats(m * k);
+            let expected = oracle(|row, i| f64::from(x[row * k + i]), m, w);
+            each_tier(&workers, |cx| {
+                let found = product(cx, Rows::F32 { x: &x, m }, w);
+                let bound = (k + 2) as f64 * f64::from(f32::EPSILON);
+                assert_near(&found, &expected, bound, &format!("{} {m}x{n}x{k} {format:?}", cx.kernels.name));
+            });
+        }
+    }
+}
+
+/// A result depends neither on the number of workers nor on which rows and parts are computed together.
+#[test]
+fn results_do_not_depend_on_the_split() {
+    let teams: Vec<Workers> = (1..=4).map(team).collect();
+    let (m, n, k) = (37, 83, 96);
+    let x = Noise(4).floats(m * k);
+    for format in integer_formats(k).into_iter().chain(FLOAT_FORMATS) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 17);
+        let w = layout.view(&blob).expect("length matches");
+        for kernels in Kernels::available() {
+            let run = |workers: &Workers, x: &[f32]| {
+                let cx = Cx { kernels, workers };
+                let rows = quantized(&cx, x, &layout, ActBits::Sixteen);
+                let float = Rows::F32 { x, m: x.len() / k };
+                product(&cx, if format.is_float() { float } else { Rows::Quantized(&rows) }, w)
+            };
+            let expected = bits(&run(&teams[0], &x));
+            for workers in &teams {
+                assert_eq!(
+                    bits(&run(workers, &x)),
+                    expected,
+                    "{} {format:?} {} workers",
+                    kernels.name,
+                    workers.count()
+                );
+            }
+            let one_by_one: Vec<f32> = x.chunks(k).flat_map(|x| run(&teams[1], x)).collect();
+            assert_eq!(bits(&one_by_one), expected, "{} {format:?} row by row", kernels.name);
+        }
+    }
+}
+
+/// Real layers: every tier agrees, on one row and on some.
+#[test]
+fn real_layers_agree() {
+    let workers = team(2);
+    let format = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
+    for (m, n, k) in [(1, 1536, 576), (11, 576, 1536), (1, 49152, 576)] {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 19);
+        let w = layout.view(&blob).expect("length matches");
+        let x = Noise(5).floats(m * k);
+        let rows = quantized(&portable(&workers), &x, &layout, ActBits::Sixteen);
+        let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+        each_tier(&workers, |cx| {
+            assert!(bits(&product(cx, Rows::Quantized(&rows), w)) == expected, "{}", cx.kernels.name)
+        });
+    }
+}
+
+/// Bias, branch and residual are added to the product; several parts and weights of different formats share x.
+#[test]
+fn epilogue_adds_bias_branch_and_residual() {
+    let workers = team(3);
+    let (m, k, r) = (5, 64, 8);
+    let mut noise = Noise(6);
+    let x = noise.floats(m * k);
+    let t = noise.floats(m * 3 * r);
+    let formats = [WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric }, WeightFormat::Int8PerChannel];
+    let columns = [70, 33];
+    let layouts = [0, 1].map(|i| PackedLayout::new(columns[i], k, formats[i]).expect("sizes are fine"));
+    let ups = [0, 1].map(|i| {
+        PackedLayout::new(columns[i], r, [WeightFormat::F16, WeightFormat::Int8PerChannel][i]).expect("sizes are fine")
+    });
+    let blobs = [0, 1].map(|i| weights(&layouts[i], 23));
+    let up_blobs = [0, 1].map(|i| weights(&ups[i], 29));
+    let w = [0, 1].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
+    let up = [0, 1].map(|i| ups[i].view(&up_blobs[i]).expect("length matches"));
+    let biases = columns.map(|n| noise.floats(n));
+    let before = columns.map(|n| noise.floats(m * n));
+    each_tier(&workers, |cx| {
+        let rows = quantized(cx, &x, &layouts[0], ActBits::Sixteen);
+        let base = [0, 1].map(|i| product(cx, Rows::Quantized(&rows), w[i]));
+        let mut outs = before.clone();
+        let mut parts: Vec<Part<'_>> = outs
+            .iter_mut()
+            .enumerate()
+            .map(|(i, out)| Part {
+                weights: w[i],
+                bias: Some(&biases[i]),
+                branch: Some(Branch { t: &t, t_stride: 3 * r, t_at: r * (i + 1), up: up[i] }),
+                write: [Write::Add, Write::Store][i],
+                out,
+            })
+            .collect();
+        linear(cx, Rows::Quantized(&rows), &mut parts).expect("lengths match");
+        for i in [0, 1] {
+            let branch = oracle(|row, j| f64::from(t[row * 3 * r + r * (i + 1) + j]), m, up[i]);
+            let expected: Vec<(f64, f64)> = (0..m * columns[i])
+                .map(|at| {
+                    let old = if i == 0 { before[i][at] } else { 0.0 };
+                    let sum =
+                        f64::from(base[i][at]) + f64::from(biases[i][at % columns[i]]) + branch[at].0 + f64::from(old);
+                    (sum, 1.0 + f64::from(base[i][at].abs()) + branch[at].1)
+                })
+                .collect();
+            assert_near(&outs[i], &expected, 1e-5, cx.kernels.name);
+        }
+    });
+}
+
+/// A branch whose t is zero leaves the base bit for bit, signs of zeros included.
+#[test]
+fn zero_branch_is_the_base() {
+    let workers = team(2);
+    let (n, k, r) = (20, 32, 4);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
+    let blob = weights(&layout, 31);
+    let up = PackedLayout::new(n, r, WeightFormat::F32).expect("sizes are fine");
+    let up_blob = weights(&up, 37);
+    let mut x = Noise(7).floats(3 * k);
+    x[..k].fill(-0.0);
+    // Row 1 has a live branch, so the tile as a whole cannot be skipped.
+    let mut t = vec![0.0; 3 * r];
+    t[r..2 * r].fill(1.0);
+    t[0] = -0.0;
+    each_tier(&workers, |cx| {
+        let w = layout.view(&blob).expect("length matches");
+        let rows = quantized(cx, &x, &layout, ActBits::Sixteen);
+        let base = product(cx, Rows::Quantized(&rows), w);
+        let mut out = vec![0.0; 3 * n];
+        let branch = Branch { t: &t, t_stride: r, t_at: 0, up: up.view(&up_blob).expect("length matches") };
+        linear(cx, Rows::Quantized(&rows), &mut [Part { branch: Some(branch), ..part(w, &mut out) }])
+            .expect("lengths match");
+        assert_eq!(bits(&out[..n]), bits(&base[..n]));
+        assert_ne!(bits(&out[n..2 * n]), bits(&base[n..2 * n]));
+        assert_eq!(bits(&out[2 * n..]), bits(&base[2 * n..]));
+    });
+}
+
+/// The fused gate gives the bits of its three steps.
+#[test]
+fn gated_linear_is_gate_times_up() {
+    let workers = team(2);
+    let (m, n, k) = (9, 70, 64);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min })
+        .expect("sizes are fine");
+    let blobs = [weights(&layout, 41), weights(&layout, 43)];
+    let [gate, up] = [0, 1].map(|i| layout.view(&blobs[i]).expect("length matches"));
+    let bias = Noise(8).floats(n);
+    let x = Noise(9).floats(m * k);
+    each_tier(&workers, |cx| {
+        let rows = quantized(cx, &x, &layout, ActBits::Eight);
+        for activation in [Activation::Silu, Activation::Gelu] {
+            let mut gates = vec![0.0; m * n];
+            let biased = Part { bias: Some(&bias), ..part(gate, &mut gates) };
+            linear(cx, Rows::Quantized(&rows), &mut [biased]).expect("lengths match");
+            let mut expected = vec![0.0; m * n];
+            match activation {
+                Activation::Silu => crate::elementwise::silu(cx, &gates, &mut expected),
+                Activation::Gelu => crate::elementwise::gelu_tanh(cx, &gates, &mut expected),
+            }
+            .expect("lengths match");
+            let ups = product(cx, Rows::Quantized(&rows), up);
+            crate::elementwise::mul_assign(cx, &mut expected, &ups).expect("lengths match");
+            let mut found = vec![0.0; m * n];
+            let halves = GateUp {
+                gate: Gate { weights: gate, bias: Some(&bias), branch: None },
+                up: Gate { weights: up, bias: None, branch: None },
+            };
+            gated_linear(cx, Rows::Quantized(&rows), halves, activation, &mut found).expect("lengths match");
+            assert_eq!(bits(&found), bits(&expected), "{} {activation:?}", cx.kernels.name);
+        }
+    });
+}
+
+/// Rows with a NaN or an infinity give NaN and leave other rows alone.
+#[test]
+fn broken_rows_are_contained() {
+    let workers = team(1);
+    let layout = PackedLayout::new(16, 32, WeightFormat::Int8PerChannel).expect("sizes are fine");
+    let blob = weights(&layout, 47);
+    let mut x = Noise(10).floats(3 * 32);
+    x[3] = f32::NAN;
+    x[64 + 5] = f32::NEG_INFINITY;
+    each_tier(&workers, |cx| {
+        let rows = quantized(cx, &x, &layout, ActBits::Sixteen);
+        let out = product(cx, Rows::Quantized(&rows), layout.view(&blob).expect("length matches"));
+        assert!(out[..16].iter().chain(&out[32..]).all(|y| y.is_nan()));
+        assert!(out[16..32].iter().all(|y| y.is_finite()));
+    });
+}
+
+/// What does not fit is refused, and the outputs stay as they were.
+#[test]
+fn wrong_shapes_are_refused() {
+    let workers = team(1);
+    let cx = portable(&workers);
+    let block = WeightFormat::Int8Block { block: 16 };
+    let layout = PackedLayout::new(16, 32, block).expect("sizes are fine");
+    let blob = weights(&layout, 53);
+    let w = layout.view(&blob).expect("length matches");
+    let float = PackedLayout::new(16, 32, WeightFormat::F32).expect("sizes are fine");
+    let float_blob = weights(&float, 53);
+    let x = vec![1.0; 64];
+    let rows = quantized(&cx, &x, &layout, ActBits::Eight);
+    let other_sums = quantized(&cx, &x, &float, ActBits::Eight);
+    let check = |x: Rows<'_>, w: PackedWeights<'_>, out_len: usize, bias: Option<&[f32]>, message: &str| {
+        let mut out = vec![7.0; out_len];
+        let error = linear(&cx, x, &mut [Part { bias, ..part(w, &mut out) }]).expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(out.iter().all(|&y| y == 7.0));
+    };
+    check(Rows::Quantized(&rows), w, 31, None, "length of out: found 31, need 32");
+    check(Rows::Quantized(&rows), w, 32, Some(&[0.0; 3]), "length of bias: found 3, need 16");
+    check(Rows::F32 { x: &x[1..], m: 2 }, w, 32, None, "length of x: found 63, need 64");
+    check(Rows::Quantized(&other_sums), w, 32, None, "block of sums in x: found 32, need 16");
+    let float = float.view(&float_blob).expect("length matches");
+    check(Rows::Quantized(&rows), float, 32, None, "outputs of a float weight: found 16, need rows of floats");
+    let mut outs = vec![vec![0.0; 32]; MAX_PARTS + 1];
+    let mut parts: Vec<Part<'_>> = outs.iter_mut().map(|out| part(w, out)).collect();
+    assert!(linear(&cx, Rows::Quantized(&rows), &mut parts).is_err());
+    let mut out = vec![0.0; 32];
+    let branch = Branch { t: &x[..8], t_stride: 4, t_at: 1, up: w };
+    assert!(linear(&cx, Rows::Quantized(&rows), &mut [Part { branch: Some(branch), ..part(w, &mut out) }]).is_err());
+}

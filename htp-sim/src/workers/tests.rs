@@ -1,1 +1,92 @@
+use std::sync::atomic::AtomicUsize;
 
+use super::*;
+
+/// Every item is done exactly once, by a worker that exists, whatever the size of the team.
+#[test]
+fn every_item_is_done_once() {
+    for count in [1, 2, 3, 8] {
+        let workers = Workers::new(count).expect("threads can be started");
+        assert_eq!(workers.count(), count);
+        for n_items in [0, 1, 2, 3, 100, 1000] {
+            let done: Vec<AtomicUsize> = (0..n_items).map(|_| AtomicUsize::new(0)).collect();
+            workers.for_each(n_items, |item, worker| {
+                assert!(worker < count);
+                done[item].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{count} workers, {n_items} items");
+        }
+    }
+}
+
+/// Many short regions in a row neither hang nor lose items, with far more workers than cores too.
+#[test]
+fn short_regions_in_a_row() {
+    for (count, regions) in [(2, 20_000), (3, 5_000), (32, 2_000)] {
+        let workers = Workers::new(count).expect("threads can be started");
+        let sum = AtomicUsize::new(0);
+        for _ in 0..regions {
+            workers.for_each(7, |item, _| {
+                sum.fetch_add(item, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.into_inner(), regions * 21);
+    }
+}
+
+/// A team that has gone to sleep wakes up again.
+#[test]
+fn sleeping_team_wakes() {
+    let workers = Workers::new(3).expect("threads can be started");
+    for _ in 0..5 {
+        thread::sleep(std::time::Duration::from_millis(5));
+        let both = std::sync::Barrier::new(2);
+        // Two items that wait for each other: one worker alone would hang.
+        workers.for_each(2, |_, _| {
+            both.wait();
+        });
+    }
+}
+
+/// A panic in an item reaches the caller with its message, and the team works afterwards.
+#[test]
+fn panic_reaches_the_caller() {
+    for count in [1, 3] {
+        let workers = Workers::new(count).expect("threads can be started");
+        for bad in [0, 5, 99] {
+            let run = || workers.for_each(100, |item, _| assert!(item != bad, "item {bad} is bad"));
+            let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("an item panics");
+            assert_eq!(panic.downcast_ref::<String>().map(String::as_str), Some(format!("item {bad} is bad").as_str()));
+            let done = AtomicUsize::new(0);
+            workers.for_each(50, |_, _| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 50);
+        }
+    }
+}
+
+/// Calls from several threads take turns, and a call from inside a region runs inline instead of hanging.
+#[test]
+fn concurrent_and_nested_calls() {
+    let workers = Workers::new(2).expect("threads can be started");
+    let inside = AtomicUsize::new(0);
+    let sum = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..200 {
+                    workers.for_each(3, |_, worker| {
+                        assert!(inside.fetch_add(1, Ordering::SeqCst) < 2, "two regions at once");
+                        workers.for_each(4, |item, inner| {
+                            assert_eq!(inner, worker);
+                            sum.fetch_add(item, Ordering::Relaxed);
+                        });
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(sum.into_inner(), 4 * 200 * 3 * 6);
+}
