@@ -121,7 +121,8 @@ pub(crate) struct RowValues<'a> {
     pub(crate) norm: Option<(f32, &'a [f32])>,
 }
 
-/// Where a quantized row goes. `hi` is as long as x; `lo` too, or empty for 8 bits.
+/// Where a quantized row goes. `hi` is as long as x; `lo` too, or empty for 8 bits; `sums` has one sum for each `sum_block`
+/// values of x, all of them.
 pub(crate) struct QuantizedRowMut<'a> {
     pub(crate) hi: &'a mut [i8],
     pub(crate) lo: &'a mut [i8],

@@ -59,11 +59,12 @@ impl Problem<'_> {
                 scratch.q[row * head_dim..][..head_dim].copy_from_slice(x);
                 continue;
             }
+            let mut sum = 0;
             let target = QuantizedRowMut {
                 hi: &mut scratch.hi[row * stride..][..head_dim],
                 lo: &mut scratch.lo[row * stride..][..head_dim],
                 scale: &mut scratch.q_scales[row],
-                sums: &mut [],
+                sums: std::slice::from_mut(&mut sum),
                 sum_block: head_dim,
                 plane_sums: &mut scratch.plane_sums[row],
             };

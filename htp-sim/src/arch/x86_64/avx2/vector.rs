@@ -1,0 +1,45 @@
+//! The portable vector functions, compiled for this tier's registers.
+
+use crate::arch::portable::vector;
+use crate::elementwise::{Activation, Unary};
+use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals};
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
+    vector::softmax(scores)
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn soft_cap(x: &mut [f32], cap: f32) {
+    vector::soft_cap(x, cap);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn sum_squares(x: &[f32]) -> f32 {
+    vector::sum_squares(x)
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn normalize(x: &[f32], inv: f32, weight: &[f32], out: &mut [f32]) {
+    vector::normalize(x, inv, weight, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
+    vector::quantize(row, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn unary(function: Unary, x: &mut [f32]) {
+    vector::unary(function, x);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    vector::gate(activation, gate, up);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
+    vector::rotate(first, second, cos, sin);
+}

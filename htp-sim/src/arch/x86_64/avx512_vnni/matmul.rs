@@ -1,0 +1,451 @@
+//! Matrix products of one tile. A register holds the 16 outputs of a panel; up to eight rows of x share each load of
+//! weights, and `vpdpbusd` takes x straight from memory as a broadcast of four inputs.
+//!
+//! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
+//! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
+
+use std::arch::x86_64::*;
+
+use crate::kernels::{FloatTile, IntegerTile};
+use crate::packed::{BlockOffset, PANEL};
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<false, false>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, false>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<false, true>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, true>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F32>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F16>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<BF16>(tile, out);
+}
+
+/// Cuts the rows of a tile into groups that the kernels were compiled for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn integer<const FOUR_BIT: bool, const BLOCKS: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if tile.lo.is_empty() {
+        integer_rows::<FOUR_BIT, BLOCKS, 1>(tile, out);
+    } else {
+        integer_rows::<FOUR_BIT, BLOCKS, 2>(tile, out);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn integer_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize>(
+    tile: &IntegerTile<'_>,
+    out: &mut [f32],
+) {
+    for panel in 0..tile.panels {
+        let mut row = 0;
+        while row < tile.rows {
+            let at = Place { panel, row };
+            row += match tile.rows - row {
+                8.. => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 8>(tile, at, out),
+                4.. => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 4>(tile, at, out),
+                3 => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 3>(tile, at, out),
+                2 => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 2>(tile, at, out),
+                _ => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 1>(tile, at, out),
+            };
+        }
+    }
+}
+
+/// A panel of the tile and the first of some rows.
+#[derive(Clone, Copy)]
+struct Place {
+    panel: usize,
+    row: usize,
+}
+
+/// One panel by `ROWS` rows; returns `ROWS`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    out: &mut [f32],
+) -> usize {
+    let values = if BLOCKS {
+        block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at)
+    } else {
+        channel_floats::<FOUR_BIT, PLANES, ROWS>(tile, at)
+    };
+    for (i, values) in values.into_iter().enumerate() {
+        store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
+    }
+    ROWS
+}
+
+/// The finished floats of one panel and `ROWS` rows, per-channel weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+) -> [__m512; ROWS] {
+    let zero = if FOUR_BIT { 8 } else { 128 };
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k)];
+    let mut start = [[_mm512_setzero_si512(); PLANES]; ROWS];
+    for (row, start) in start.iter_mut().enumerate() {
+        for (plane, start) in start.iter_mut().enumerate() {
+            *start = _mm512_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero));
+        }
+    }
+    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
+    let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, &planes, 0, start) };
+    let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
+    let mut values = [_mm512_setzero_ps(); ROWS];
+    for (row, value) in values.iter_mut().enumerate() {
+        let scale = _mm512_mul_ps(scales, _mm512_set1_ps(tile.x_scales[at.row + row]));
+        let mut dot = _mm512_cvtepi32_ps(dots[row][0]);
+        if PLANES == 2 {
+            dot = _mm512_add_ps(_mm512_mul_ps(dot, _mm512_set1_ps(256.0)), _mm512_cvtepi32_ps(dots[row][PLANES - 1]));
+        }
+        *value = _mm512_mul_ps(dot, scale);
+    }
+    values
+}
+
+/// The finished floats of one panel and `ROWS` rows, block weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+) -> [__m512; ROWS] {
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let blocks = tile.k / tile.block;
+    let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
+    let first = at.panel * blocks * PANEL;
+    let scales = &tile.scales[first * 2..][..blocks * PANEL * 2];
+    let sums = &tile.sums[at.row * blocks..][..ROWS * blocks];
+    // What is added to an unsigned code by the representation, and by the encoding.
+    let shift = match (tile.offset, FOUR_BIT) {
+        (BlockOffset::Symmetric, true) => -8,
+        (_, false) => -128,
+        (BlockOffset::Integer | BlockOffset::Min, true) => 0,
+    };
+    let mut acc = [_mm512_setzero_ps(); ROWS];
+    for (block, (codes, scales)) in codes.chunks_exact(block_bytes).zip(scales.chunks_exact(PANEL * 2)).enumerate() {
+        let mut start = [[_mm512_setzero_si512(); PLANES]; ROWS];
+        for (row, start) in start.iter_mut().enumerate() {
+            start[PLANES - 1] = _mm512_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
+        }
+        // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
+        let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        let mut dots = dots.map(|dots| match PLANES {
+            1 => dots[0],
+            _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
+        });
+        let scale = load_f16(scales);
+        if tile.offset == BlockOffset::Integer {
+            let offset = load_i8(&tile.offsets[first + block * PANEL..]);
+            for (row, dot) in dots.iter_mut().enumerate() {
+                let sum = _mm512_set1_epi32(sums[row * blocks + block]);
+                *dot = _mm512_add_epi32(*dot, _mm512_mullo_epi32(offset, sum));
+            }
+        }
+        for (acc, dot) in acc.iter_mut().zip(dots) {
+            *acc = _mm512_add_ps(*acc, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)));
+        }
+        if tile.offset == BlockOffset::Min {
+            let min = load_f16(&tile.offsets[(first + block * PANEL) * 2..]);
+            for (row, acc) in acc.iter_mut().enumerate() {
+                let sum = _mm512_set1_ps(sums[row * blocks + block] as f32);
+                *acc = _mm512_add_ps(*acc, _mm512_mul_ps(min, sum));
+            }
+        }
+    }
+    for (row, acc) in acc.iter_mut().enumerate() {
+        *acc = _mm512_mul_ps(*acc, _mm512_set1_ps(tile.x_scales[at.row + row]));
+    }
+    acc
+}
+
+/// The planes of x from some row on.
+struct Planes<const PLANES: usize> {
+    start: [*const i8; PLANES],
+    stride: usize,
+}
+
+impl<const PLANES: usize> Planes<PLANES> {
+    fn new(tile: &IntegerTile<'_>, row: usize) -> Self {
+        let at = row * tile.x_stride;
+        let mut start = [tile.hi[at..].as_ptr(); PLANES];
+        if PLANES == 2 {
+            start[PLANES - 1] = tile.lo[at..].as_ptr();
+        }
+        Self { start, stride: tile.x_stride }
+    }
+
+    /// Four inputs of a row, sixteen times.
+    ///
+    /// # Safety
+    /// The plane has bytes `k..k + 4` of this row.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(&self, plane: usize, row: usize, k: usize) -> __m512i {
+        // SAFETY: the caller's promise; the read is unaligned.
+        unsafe { _mm512_set1_epi32(self.start[plane].add(row * self.stride + k).cast::<i32>().read_unaligned()) }
+    }
+}
+
+/// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x.
+///
+/// # Safety
+/// Each plane of each row has the inputs from `k` on that `codes` holds.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    codes: &[u8],
+    planes: &Planes<PLANES>,
+    mut k: usize,
+    start: [[__m512i; PLANES]; ROWS],
+) -> [[__m512i; PLANES]; ROWS] {
+    let mut acc = start;
+    // With few rows the four cycles of `vpdpbusd` show: a second set of sums makes the chains half as long.
+    let mut odd = [[_mm512_setzero_si512(); PLANES]; ROWS];
+    let (low_mask, flip) = (_mm512_set1_epi8(15), _mm512_set1_epi8(-128));
+    let mut rows = codes.as_chunks::<64>().0.iter();
+    while let Some(row) = rows.next() {
+        if ROWS == 1 {
+            // A decode step reads weights once, faster than the hardware looks ahead: see bench matmul/.../m1.
+            _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+        }
+        let codes = load_bytes(row);
+        let (first, second) = if FOUR_BIT {
+            (_mm512_and_si512(codes, low_mask), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_mask))
+        } else {
+            let Some(next) = rows.next() else {
+                let codes = _mm512_xor_si512(codes, flip);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    for (plane, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: the caller's promise: `codes` still holds these four inputs.
+                        *acc = _mm512_dpbusd_epi32(*acc, codes, unsafe { planes.broadcast(plane, r, k) });
+                    }
+                }
+                break;
+            };
+            (_mm512_xor_si512(codes, flip), _mm512_xor_si512(load_bytes(next), flip))
+        };
+        for r in 0..ROWS {
+            for plane in 0..PLANES {
+                // SAFETY: the caller's promise: `codes` still holds these eight inputs.
+                let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                acc[r][plane] = _mm512_dpbusd_epi32(acc[r][plane], first, x);
+                if ROWS <= 2 {
+                    odd[r][plane] = _mm512_dpbusd_epi32(odd[r][plane], second, next_x);
+                } else {
+                    acc[r][plane] = _mm512_dpbusd_epi32(acc[r][plane], second, next_x);
+                }
+            }
+        }
+        k += 8;
+    }
+    if ROWS <= 2 {
+        for (acc, odd) in acc.iter_mut().flatten().zip(odd.iter().flatten()) {
+            *acc = _mm512_add_epi32(*acc, *odd);
+        }
+    }
+    acc
+}
+
+/// Bytes of 16 outputs' codes for `k` inputs.
+fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
+    if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
+}
+
+/// Float rows by 8-bit per-channel weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
+        let mut row = 0;
+        while row < tile.rows {
+            let at = Place { panel, row };
+            row += match tile.rows - row {
+                4.. => w8c_rows::<4>(tile, at, scales, out),
+                2.. => w8c_rows::<2>(tile, at, scales, out),
+                _ => w8c_rows::<1>(tile, at, scales, out),
+            };
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, scales: __m512, out: &mut [f32]) -> usize {
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..tile.panel_bytes];
+    let mut acc = [_mm512_setzero_ps(); ROWS];
+    for (group, codes) in codes.as_chunks::<64>().0[..tile.k.div_ceil(4)].iter().enumerate() {
+        let codes = load_bytes(codes);
+        // Byte i of each lane, moved to the top and shifted down with its sign.
+        let floats = [
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(codes)),
+        ];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let x = &tile.x[(at.row + r) * tile.x_stride..][..tile.k][group * 4..];
+            for (x, floats) in x.iter().zip(floats) {
+                *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x), floats, *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        store(&mut out[((at.row + r) * tile.panels + at.panel) * PANEL..], _mm512_mul_ps(acc, scales));
+    }
+    ROWS
+}
+
+/// Float rows by float weights: some rows by some panels at a time, so that enough sums are under way.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float<const ELEMENT: u8>(tile: &FloatTile<'_>, out: &mut [f32]) {
+    let mut panel = 0;
+    while panel < tile.panels {
+        panel += match tile.panels - panel {
+            4.. => float_panels::<ELEMENT, 4>(tile, panel, out),
+            2.. => float_panels::<ELEMENT, 2>(tile, panel, out),
+            _ => float_panels::<ELEMENT, 1>(tile, panel, out),
+        };
+    }
+}
+
+/// `PANELS` panels by all rows; returns `PANELS`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float_panels<const ELEMENT: u8, const PANELS: usize>(tile: &FloatTile<'_>, panel: usize, out: &mut [f32]) -> usize {
+    let mut row = 0;
+    while row < tile.rows {
+        let at = Place { panel, row };
+        row += match tile.rows - row {
+            6.. => float_rows::<ELEMENT, PANELS, 6>(tile, at, out),
+            4.. => float_rows::<ELEMENT, PANELS, 4>(tile, at, out),
+            3 => float_rows::<ELEMENT, PANELS, 3>(tile, at, out),
+            2 => float_rows::<ELEMENT, PANELS, 2>(tile, at, out),
+            _ => float_rows::<ELEMENT, PANELS, 1>(tile, at, out),
+        };
+    }
+    PANELS
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float_rows<const ELEMENT: u8, const PANELS: usize, const ROWS: usize>(
+    tile: &FloatTile<'_>,
+    at: Place,
+    out: &mut [f32],
+) -> usize {
+    let row_bytes = PANEL * if ELEMENT == F32 { 4 } else { 2 };
+    let mut acc = [[_mm512_setzero_ps(); PANELS]; ROWS];
+    let mut codes = [tile.codes.as_ptr(); PANELS];
+    for (i, codes) in codes.iter_mut().enumerate() {
+        *codes = tile.codes[(at.panel + i) * tile.panel_bytes..][..tile.k * row_bytes].as_ptr();
+    }
+    let mut x = [tile.x.as_ptr(); ROWS];
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = tile.x[(at.row + i) * tile.x_stride..][..tile.k].as_ptr();
+    }
+    for k in 0..tile.k {
+        // SAFETY: the slices above have `tile.k` rows of `row_bytes`.
+        let w = codes.map(|codes| unsafe { load_row::<ELEMENT>(codes.add(k * row_bytes)) });
+        for (acc, x) in acc.iter_mut().zip(x) {
+            // SAFETY: the slices above have `tile.k` values.
+            let x = _mm512_set1_ps(unsafe { *x.add(k) });
+            for (acc, w) in acc.iter_mut().zip(w) {
+                *acc = _mm512_fmadd_ps(x, w, *acc);
+            }
+        }
+    }
+    for (i, acc) in acc.into_iter().enumerate() {
+        let out = &mut out[((at.row + i) * tile.panels + at.panel) * PANEL..];
+        for (panel, acc) in acc.into_iter().enumerate() {
+            store(&mut out[panel * PANEL..], acc);
+        }
+    }
+    ROWS
+}
+
+/// Sixteen float weights.
+///
+/// # Safety
+/// `from` has sixteen elements.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m512 {
+    // SAFETY: the caller's promise; the loads are unaligned.
+    unsafe {
+        match ELEMENT {
+            F32 => _mm512_loadu_ps(from.cast()),
+            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
+            _ => {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_bytes(from: &[u8; 64]) -> __m512i {
+    // SAFETY: 64 bytes, unaligned.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_f32(from: &[u8]) -> __m512 {
+    // SAFETY: the slice has 64 bytes (checked here), unaligned.
+    unsafe { _mm512_loadu_ps(from[..64].as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_f16(from: &[u8]) -> __m512 {
+    // SAFETY: the slice has 32 bytes (checked here), unaligned.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from[..32].as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_i8(from: &[u8]) -> __m512i {
+    // SAFETY: the slice has 16 bytes (checked here), unaligned.
+    _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from[..16].as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(to: &mut [f32], values: __m512) {
+    // SAFETY: the slice has sixteen values (checked here), unaligned.
+    unsafe { _mm512_storeu_ps(to[..PANEL].as_mut_ptr(), values) }
+}
+
+/// Elements of float weights.
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
+/// How far ahead a decode step asks for weights.
+const PREFETCH_BYTES: usize = 4096;
