@@ -1,5 +1,28 @@
-//! The dialog API: query, apply_lora, set_lora_strength.
+//! The dialog API: text in, an on-device model's answer out.
+//!
+//! Start at [`Dialog`]: [`Dialog::chat`] takes messages, [`Dialog::query`] a raw prompt. On the way down a prompt passes
+//! [`prompt`] (chat template), [`tokenizer`] and the decode loop in `dialog/basic.rs`; what runs the model is behind the
+//! trait [`engine::Engine`]; on the way up an id comes out of the [`sampler`] and becomes text in `text_stream.rs`.
+//! [`config`] reads Genie's JSON, strictly.
+//!
+//! Names, codes and the JSON schema are those of Qualcomm's Genie; the code is not. This crate knows no kernels and no
+//! instruction sets: below the engine it ends.
 #![deny(unsafe_code)]
 
 pub mod config;
+mod dialog;
 pub mod engine;
+mod error;
+pub mod profile;
+pub mod prompt;
+pub mod sampler;
+mod text_stream;
+pub mod tokenizer;
+
+pub use config::DialogConfig;
+pub use dialog::{Dialog, Finish, Flow, QueryReport, SentenceCode, Signal, Timings};
+pub use error::{Code, Error};
+pub use prompt::Message;
+
+/// Version of this library, as `major.minor.patch`.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,91 @@
+//! `genie-bench`: speed and memory of a model, one JSON line per figure or a table on a terminal.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::ensure;
+use clap::Parser;
+use genie::config::DialogConfig;
+
+mod measure;
+mod report;
+
+use measure::Bench;
+use report::Report;
+
+/// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
+///
+/// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), pp<N> and tg<n>_d<depth> (tok/s),
+/// rss_after_first and peak_rss (MB). Each is the median of the rounds, with the least and the greatest.
+#[derive(Parser)]
+#[command(name = "genie-bench", version)]
+struct Arguments {
+    /// Dialog config (JSON).
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    /// Prompt lengths to measure prefill at.
+    #[arg(short, long, value_delimiter = ',', default_value = "128,512")]
+    prompts: Vec<usize>,
+    /// Cache depths to measure decode at.
+    #[arg(short, long, value_delimiter = ',', default_value = "0,512")]
+    depths: Vec<usize>,
+    /// Tokens of one decode measurement.
+    #[arg(short, long, default_value_t = 48)]
+    n_tokens: usize,
+    /// Worker threads; the config's if absent.
+    #[arg(short, long)]
+    threads: Option<usize>,
+    /// Rounds of each measurement.
+    #[arg(short, long, default_value_t = 5)]
+    rounds: usize,
+    /// JSON lines even on a terminal.
+    #[arg(long)]
+    json: bool,
+    /// Internal: load, answer a prompt of so many ids with one token, print resident memory, end.
+    #[arg(long, hide = true)]
+    first_token: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("genie-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    ensure!(arguments.rounds > 0, "--rounds is 0, need at least 1");
+    ensure!(arguments.n_tokens > 0, "--n-tokens is 0, need at least 1");
+    let mut config = DialogConfig::from_file(&arguments.config)?;
+    if let Some(threads) = arguments.threads {
+        config.engine.n_threads = threads;
+    }
+    if let Some(prompt) = arguments.first_token {
+        return measure::first_token_child(&config, prompt);
+    }
+    let mut report = Report::new(std::io::stdout().is_terminal() && !arguments.json);
+    let child = measure::Child { config: &arguments.config, threads: arguments.threads };
+    report.add("load_model", "ms", measure::load(&config, arguments.rounds)?);
+    let (start, rss) = child.start_to_first_token(FIRST_PROMPT, arguments.rounds)?;
+    report.add(&format!("start_to_first_token_p{FIRST_PROMPT}"), "ms", start);
+    let mut bench = Bench::open(&config)?;
+    report.add(&format!("ttft_p{FIRST_PROMPT}"), "ms", bench.time_to_first_token(FIRST_PROMPT, arguments.rounds)?);
+    for prompt in &arguments.prompts {
+        report.add(&format!("pp{prompt}"), "tok/s", bench.prefill(*prompt, arguments.rounds)?);
+    }
+    for depth in &arguments.depths {
+        let rates = bench.decode(*depth, arguments.n_tokens, arguments.rounds)?;
+        report.add(&format!("tg{}_d{depth}", arguments.n_tokens), "tok/s", rates);
+    }
+    report.add("rss_after_first", "MB", rss);
+    report.add("peak_rss", "MB", vec![measure::memory_mb("VmHWM:")?]);
+    report.finish();
+    Ok(())
+}
+
+/// Prompt length of the first-token figures.
+const FIRST_PROMPT: usize = 128;

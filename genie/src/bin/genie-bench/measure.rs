@@ -1,0 +1,154 @@
+//! The measurements. All times are wall clock; ids are pseudo-random but the same in every run.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use genie::config::DialogConfig;
+use genie::engine::{Engine, Logits, qnn::QnnEngine};
+use genie::tokenizer::Tokenizer;
+
+/// An open model.
+pub(crate) struct Bench {
+    engine: QnnEngine,
+    never: AtomicBool,
+}
+
+impl Bench {
+    pub(crate) fn open(config: &DialogConfig) -> anyhow::Result<Bench> {
+        Ok(Bench { engine: QnnEngine::open(&config.engine)?, never: AtomicBool::new(false) })
+    }
+
+    /// Milliseconds from a prompt to the id of its first answer token.
+    pub(crate) fn time_to_first_token(&mut self, prompt: usize, rounds: usize) -> anyhow::Result<Vec<f64>> {
+        let ids = self.ids(prompt);
+        self.rounds(rounds, |bench| {
+            let start = Instant::now();
+            bench.first_token(&ids)?;
+            Ok(milliseconds(start))
+        })
+    }
+
+    /// Tokens per second of a prompt, the logits of its last id included.
+    pub(crate) fn prefill(&mut self, prompt: usize, rounds: usize) -> anyhow::Result<Vec<f64>> {
+        let ids = self.ids(prompt);
+        self.rounds(rounds, |bench| {
+            let start = Instant::now();
+            bench.first_token(&ids)?;
+            Ok(prompt as f64 / start.elapsed().as_secs_f64())
+        })
+    }
+
+    /// Tokens per second of greedy decoding behind a cache of `depth` ids.
+    pub(crate) fn decode(&mut self, depth: usize, n_tokens: usize, rounds: usize) -> anyhow::Result<Vec<f64>> {
+        let ids = self.ids(depth + 1);
+        self.rounds(rounds, |bench| {
+            bench.engine.rewind(0);
+            bench.engine.forward(&ids[..depth], Logits::None, &bench.never)?;
+            let mut next = ids[depth];
+            let start = Instant::now();
+            for _ in 0..n_tokens {
+                next = argmax(bench.engine.forward(&[next], Logits::Last, &bench.never)?);
+            }
+            Ok(n_tokens as f64 / start.elapsed().as_secs_f64())
+        })
+    }
+
+    /// One round to warm up, then `rounds` that count.
+    fn rounds(
+        &mut self,
+        rounds: usize,
+        mut one: impl FnMut(&mut Bench) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<Vec<f64>> {
+        one(self)?;
+        (0..rounds).map(|_| one(self)).collect()
+    }
+
+    fn first_token(&mut self, ids: &[u32]) -> anyhow::Result<u32> {
+        self.engine.rewind(0);
+        Ok(argmax(self.engine.forward(ids, Logits::Last, &self.never)?))
+    }
+
+    fn ids(&self, n: usize) -> Vec<u32> {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u32 % self.engine.n_vocab() as u32
+        };
+        (0..n).map(|_| next()).collect()
+    }
+}
+
+/// Milliseconds to open the model and its tokenizer.
+pub(crate) fn load(config: &DialogConfig, rounds: usize) -> anyhow::Result<Vec<f64>> {
+    let one = || -> anyhow::Result<f64> {
+        let start = Instant::now();
+        QnnEngine::open(&config.engine)?;
+        Tokenizer::load(&config.tokenizer_path)?;
+        Ok(milliseconds(start))
+    };
+    (0..rounds).map(|_| one()).collect()
+}
+
+/// How to start this program again, for figures that need a fresh process.
+pub(crate) struct Child<'a> {
+    pub(crate) config: &'a Path,
+    pub(crate) threads: Option<usize>,
+}
+
+impl Child<'_> {
+    /// Milliseconds from the start of a process to its first token, and its resident memory (MB) then.
+    pub(crate) fn start_to_first_token(&self, prompt: usize, rounds: usize) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+        let both: Vec<(f64, f64)> = (0..rounds).map(|_| self.once(prompt)).collect::<anyhow::Result<_>>()?;
+        Ok(both.into_iter().unzip())
+    }
+
+    fn once(&self, prompt: usize) -> anyhow::Result<(f64, f64)> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--config").arg(self.config).arg("--first-token").arg(prompt.to_string());
+        if let Some(threads) = self.threads {
+            command.arg("--threads").arg(threads.to_string());
+        }
+        let start = Instant::now();
+        let mut child = command.stdout(Stdio::piped()).spawn().context("starting a second process")?;
+        let mut line = String::new();
+        let output = child.stdout.take().expect("stdout was asked for");
+        BufReader::new(output).read_line(&mut line)?;
+        let elapsed = milliseconds(start);
+        let status = child.wait()?;
+        ensure!(status.success(), "the process that measures the start ended with {status}");
+        Ok((elapsed, line.trim().parse().context("reading the second process")?))
+    }
+}
+
+/// The other side of [`Child`]: everything a chat does up to its first token.
+pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow::Result<()> {
+    let tokenizer = Tokenizer::load(&config.tokenizer_path)?;
+    let mut bench = Bench::open(config)?;
+    let ids = bench.ids(prompt);
+    bench.first_token(&ids)?;
+    println!("{}", memory_mb("VmRSS:")?);
+    drop(tokenizer);
+    Ok(())
+}
+
+/// A field of the kernel's account of this process, in MB (10⁶ bytes).
+pub(crate) fn memory_mb(field: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).context(field.to_owned())?;
+    let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse().context(field.to_owned())?;
+    Ok(kibibytes * 1024.0 / 1e6)
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let best =
+        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
+    best.0 as u32
+}

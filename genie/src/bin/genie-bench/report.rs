@@ -1,0 +1,39 @@
+//! Figures as they come: JSON lines, or a table at the end.
+
+/// Collects figures.
+pub(crate) struct Report {
+    table: bool,
+    rows: Vec<[String; 5]>,
+}
+
+impl Report {
+    pub(crate) fn new(table: bool) -> Report {
+        Report { table, rows: Vec::new() }
+    }
+
+    /// Adds the figure `metric`, in `unit`, measured as `values`.
+    pub(crate) fn add(&mut self, metric: &str, unit: &str, mut values: Vec<f64>) {
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (values[0], values[values.len() - 1]);
+        let median = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
+        if self.table {
+            let number = |v: f64| format!("{v:.1}");
+            self.rows.push([metric.to_owned(), number(median), number(min), number(max), unit.to_owned()]);
+            eprintln!("{metric}: {median:.1} {unit}");
+        } else {
+            let line = serde_json::json!({"metric": metric, "unit": unit, "median": median, "min": min, "max": max});
+            println!("{line}");
+        }
+    }
+
+    /// Prints the table, if there is one.
+    pub(crate) fn finish(self) {
+        if !self.table {
+            return;
+        }
+        println!("{:<28} {:>10} {:>10} {:>10}  unit", "metric", "median", "min", "max");
+        for [metric, median, min, max, unit] in self.rows {
+            println!("{metric:<28} {median:>10} {min:>10} {max:>10}  {unit}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Logits to token id.
+//!
+//! The stages, in the order that transformers has them: penalties, temperature, top-k, top-p, min-p, draw. Greedy
+//! (asked for, or temperature 0, or top-k 1) takes the largest logit after the penalties; of equal ones, the smallest
+//! id. The same seed gives the same tokens for the same logits on every machine: the generator and the exponential
+//! are written out here and use exactly rounded operations only.
+
+use thiserror::Error;
+
+use crate::config::{SamplerConfig, TokenPenalty};
+
+mod random;
+
+pub(crate) use random::Random;
+
+/// Why no token can be chosen.
+#[derive(Debug, Error, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum SamplerError {
+    /// A logit is NaN or plus infinity.
+    #[error("logit {index} is {value}, need a number or minus infinity")]
+    NonFinite {
+        /// Index in the vocabulary.
+        index: usize,
+        /// The value found.
+        value: f32,
+    },
+    /// Every token is ruled out.
+    #[error("all {len} logits are minus infinity, need at least one number")]
+    AllRuledOut {
+        /// Number of logits.
+        len: usize,
+    },
+}
+
+/// Chooses tokens. Allocates at its first call only.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    config: SamplerConfig,
+    random: Random,
+    penalized: Vec<f32>,
+    window: Vec<u32>,
+    candidates: Vec<Candidate>,
+}
+
+/// A token that may still be drawn. `weight` is its scaled logit at first and becomes its probability.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    weight: f64,
+    id: u32,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random numbers.
+    pub fn new(config: SamplerConfig) -> Self {
+        Self {
+            random: Random::new(config.seed),
+            config,
+            penalized: Vec::new(),
+            window: Vec::new(),
+            candidates: Vec::new(),
+        }
+    }
+
+    /// What the sampler does.
+    pub fn config(&self) -> &SamplerConfig {
+        &self.config
+    }
+
+    /// Takes another config. The random numbers go on unless the seed changed. (`GenieSampler_applyConfig`)
+    pub fn apply(&mut self, config: SamplerConfig) {
+        if config.seed != self.config.seed {
+            self.random = Random::new(config.seed);
+        }
+        self.config = config;
+    }
+
+    /// Starts the random numbers again; without a fixed seed, with fresh ones.
+    pub fn reset(&mut self) {
+        self.random = Random::new(self.config.seed);
+    }
+
+    /// Chooses the token that follows `history`.
+    ///
+    /// # Errors
+    /// [`SamplerError`]; nothing has changed then.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
+        let is_bad = |value: f32| value.is_nan() || value == f32::INFINITY;
+        if logits.iter().fold(false, |bad, &value| bad | is_bad(value)) {
+            let (index, &value) =
+                logits.iter().enumerate().find(|(_, value)| is_bad(**value)).expect("one was just seen");
+            return Err(SamplerError::NonFinite { index, value });
+        }
+        let window = &history[history.len().saturating_sub(self.config.penalty.last_n)..];
+        let logits = if is_off(&self.config.penalty) || window.is_empty() {
+            logits
+        } else {
+            self.penalized.clear();
+            self.penalized.extend_from_slice(logits);
+            self.window.clear();
+            self.window.extend_from_slice(window);
+            penalize(&self.config.penalty, &mut self.window, &mut self.penalized);
+            &self.penalized
+        };
+        let max = logits.iter().fold(f32::NEG_INFINITY, |max, &value| if max < value { value } else { max });
+        if max == f32::NEG_INFINITY {
+            return Err(SamplerError::AllRuledOut { len: logits.len() });
+        }
+        if self.config.greedy || self.config.temp == 0.0 || self.config.top_k == 1 {
+            return Ok(logits.iter().position(|&value| value == max).expect("the largest is one of them") as u32);
+        }
+        let candidates = &mut self.candidates;
+        take_top_k(self.config.top_k, logits, candidates);
+        let temp = f64::from(self.config.temp);
+        for candidate in candidates.iter_mut() {
+            candidate.weight = exp((candidate.weight - f64::from(max)) / temp);
+        }
+        if self.config.top_p < 1.0 {
+            take_top_p(f64::from(self.config.top_p), candidates);
+        }
+        // The likeliest token is always here and weighs 1.
+        candidates.retain(|candidate| f64::from(self.config.min_p) <= candidate.weight);
+        Ok(draw(candidates, self.random.unit()))
+    }
+
+    /// The state of the random numbers, to go back to with [`Sampler::restore`].
+    pub(crate) fn random(&self) -> Random {
+        self.random
+    }
+
+    pub(crate) fn restore(&mut self, random: Random) {
+        self.random = random;
+    }
+}
+
+fn is_off(penalty: &TokenPenalty) -> bool {
+    is_neutral(penalty.repetition) && penalty.presence == 0.0 && penalty.frequency == 0.0
+}
+
+fn is_neutral(repetition: f32) -> bool {
+    repetition == 0.0 || repetition == 1.0
+}
+
+/// Lowers the logits of the tokens in `window`. Sorts `window`.
+fn penalize(penalty: &TokenPenalty, window: &mut [u32], logits: &mut [f32]) {
+    window.sort_unstable();
+    for same in window.chunk_by(|a, b| a == b) {
+        let Some(logit) = logits.get_mut(same[0] as usize).filter(|logit| logit.is_finite()) else { continue };
+        let mut value = *logit;
+        if !is_neutral(penalty.repetition) {
+            value = if 0.0 < value { value / penalty.repetition } else { value * penalty.repetition };
+        }
+        value -= penalty.presence + penalty.frequency * same.len() as f32;
+        *logit = value.clamp(f32::MIN, f32::MAX);
+    }
+}
+
+/// The `top_k` largest logits, best first; all of them, in order of ids, if `top_k` is 0 or no limit.
+///
+/// The list never holds more than twice `top_k`: when it is full, the worse half goes, and what is no better than the
+/// rest does not get in again. That reads the logits once and sorts next to nothing.
+fn take_top_k(top_k: usize, logits: &[f32], candidates: &mut Vec<Candidate>) {
+    candidates.clear();
+    let has_limit = 0 < top_k && top_k < logits.len();
+    let full = if has_limit { 2 * top_k } else { usize::MAX };
+    let mut floor = f32::NEG_INFINITY;
+    for (id, &logit) in logits.iter().enumerate() {
+        if floor < logit {
+            candidates.push(Candidate { weight: f64::from(logit), id: id as u32 });
+            if candidates.len() == full {
+                candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
+                candidates.truncate(top_k);
+                floor = candidates[top_k - 1].weight as f32;
+            }
+        }
+    }
+    if has_limit {
+        candidates.sort_unstable_by(Candidate::order);
+        candidates.truncate(top_k);
+    }
+}
+
+/// The fewest candidates, best first, whose weights sum to `top_p` of all. At least one.
+///
+/// Only as many are sorted as are needed, in growing portions.
+fn take_top_p(top_p: f64, candidates: &mut Vec<Candidate>) {
+    let target = top_p * candidates.iter().map(|candidate| candidate.weight).sum::<f64>();
+    let (mut sorted, mut sum) = (0, 0.0);
+    while sorted < candidates.len() {
+        let end = candidates.len().min((2 * sorted).max(FIRST_PORTION));
+        if end < candidates.len() {
+            candidates[sorted..].select_nth_unstable_by(end - sorted - 1, Candidate::order);
+        }
+        candidates[sorted..end].sort_unstable_by(Candidate::order);
+        for i in sorted..end {
+            sum += candidates[i].weight;
+            if target <= sum {
+                return candidates.truncate(i + 1);
+            }
+        }
+        sorted = end;
+    }
+}
+
+/// The candidate at `unit`, in 0..1, of the summed weights.
+fn draw(candidates: &[Candidate], unit: f64) -> u32 {
+    let mut left = unit * candidates.iter().map(|candidate| candidate.weight).sum::<f64>();
+    for candidate in candidates {
+        left -= candidate.weight;
+        if left < 0.0 {
+            return candidate.id;
+        }
+    }
+    candidates.last().expect("the likeliest token is never cut").id
+}
+
+impl Candidate {
+    /// Better first; of equal ones the smaller id.
+    fn order(&self, other: &Self) -> std::cmp::Ordering {
+        other.weight.total_cmp(&self.weight).then(self.id.cmp(&other.id))
+    }
+}
+
+/// `e` to the power of `x`, which is at most 0. Below -700 it is 0.
+///
+/// The result has a relative error below 1e-15, and the same bits everywhere: `x = n ln 2 + r`, a Taylor sum for `r`,
+/// and `n` put into the exponent.
+fn exp(x: f64) -> f64 {
+    if x < -700.0 {
+        return 0.0;
+    }
+    let n = (x * std::f64::consts::LOG2_E).round();
+    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
+    let sum = (1..=13).rev().fold(1.0, |sum, i| 1.0 + sum * r / f64::from(i));
+    sum * f64::from_bits(((1023 + n as i64) as u64) << 52)
+}
+
+/// ln 2 cut to 32 bits, so that `n * LN_2_HIGH` is exact, and the rest of it.
+const LN_2_HIGH: f64 = 0.693_147_180_369_123_8;
+const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+
+/// How many candidates top-p sorts first: enough in most cases.
+const FIRST_PORTION: usize = 64;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,238 @@
+//! Text to token ids, and token ids to bytes.
+//!
+//! Reading follows the `tokenizer.json` through the `tokenizers` crate. Writing is done here, byte by byte, because an
+//! answer arrives one token at a time and a character may be spread over several of them.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use tokenizers::{AddedVocabulary, Model, OffsetType, PreTokenizedString, PreTokenizer};
+
+mod decoder;
+mod mask;
+
+use decoder::Decoder;
+pub(crate) use mask::Mask;
+
+/// A tokenizer. Immutable, so that dialogs may share it.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    decoder: Decoder,
+    control: Vec<Control>,
+}
+
+/// A token that steers the model, such as `<|im_end|>`.
+#[derive(Debug)]
+struct Control {
+    literal: String,
+    id: u32,
+    special: bool,
+}
+
+/// What the text of a control token means inside a text that is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Specials {
+    /// It is the control token.
+    Recognise,
+    /// It is text like any other.
+    AsText,
+}
+
+/// Why a tokenizer cannot be loaded or cannot encode.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// The file cannot be read.
+    #[error("{}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        why: std::io::Error,
+    },
+    /// The file is longer than any tokenizer.
+    #[error("{}: {have_bytes} bytes, a tokenizer has at most {limit_bytes}", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Length found.
+        have_bytes: u64,
+        /// Length allowed.
+        limit_bytes: u64,
+    },
+    /// The text is not a tokenizer of the kind that `tokenizers` writes.
+    #[error("{}: not a tokenizer: {why}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        why: String,
+    },
+    /// The tokenizer decodes in a way that this version cannot stream.
+    #[error("{}: decoder {decoder} is not supported; byte-level, metaspace and byte-fallback decoders are", path.display())]
+    Decoder {
+        /// The file.
+        path: PathBuf,
+        /// The decoder found.
+        decoder: String,
+    },
+    /// A text cannot be encoded.
+    #[error("text of {len_bytes} bytes cannot be encoded: {why}")]
+    Encode {
+        /// Length of the text.
+        len_bytes: usize,
+        /// What the encoder says.
+        why: String,
+    },
+    /// A text is longer than any context could hold.
+    #[error("text has {have_bytes} bytes, need at most {limit_bytes}")]
+    TextTooLong {
+        /// Length found.
+        have_bytes: usize,
+        /// Length allowed.
+        limit_bytes: usize,
+    },
+    /// No private-use characters are left to mark text with.
+    #[error("text uses too many private-use characters to tell it from control tokens")]
+    NoFreeCharacters,
+}
+
+impl Tokenizer {
+    /// Loads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError`] with the file and the reason.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let fail = |why| TokenizerError::Read { path: path.to_owned(), why };
+        let have_bytes = std::fs::metadata(path).map_err(fail)?.len();
+        if MAX_FILE_BYTES < have_bytes {
+            return Err(TokenizerError::TooLong { path: path.to_owned(), have_bytes, limit_bytes: MAX_FILE_BYTES });
+        }
+        Self::from_bytes(&std::fs::read(path).map_err(fail)?, path)
+    }
+
+    /// Reads the bytes of a `tokenizer.json`; `path` is what errors name.
+    ///
+    /// # Errors
+    /// [`TokenizerError`] with the reason.
+    pub fn from_bytes(bytes: &[u8], path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let fail = |why: String| TokenizerError::Format { path: path.to_owned(), why };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|why| fail(why.to_string()))?;
+        inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
+        let decoder = Decoder::new(inner.get_decoder())
+            .map_err(|decoder| TokenizerError::Decoder { path: path.to_owned(), decoder })?;
+        let control = control_tokens(inner.get_added_vocabulary());
+        Ok(Self { inner, decoder, control })
+    }
+
+    /// Encodes `text`. Nothing is added to it: no token that begins or ends a text.
+    ///
+    /// # Errors
+    /// [`TokenizerError`] if the text is too long.
+    pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, TokenizerError> {
+        check_length(text)?;
+        match specials {
+            Specials::Recognise => {
+                let fail = |why: tokenizers::Error| encode_error(text, &why);
+                Ok(self.inner.encode_fast(text, false).map_err(fail)?.get_ids().to_vec())
+            }
+            Specials::AsText => {
+                let mask = Mask::new(self, [text])?;
+                self.encode_masked(&mask.all(text), &mask)
+            }
+        }
+    }
+
+    /// Encodes a text in which `mask` has hidden what must not become a control token.
+    ///
+    /// The steps are those of `tokenizers`' own encoder; between finding control tokens and splitting into words the
+    /// hidden characters come back.
+    pub(crate) fn encode_masked(&self, text: &str, mask: &Mask) -> Result<Vec<u32>, TokenizerError> {
+        check_length(text)?;
+        let encode = || -> tokenizers::Result<Vec<u32>> {
+            let inner = &self.inner;
+            let mut pieces: PreTokenizedString =
+                inner.get_added_vocabulary().extract_and_normalize(inner.get_normalizer(), text);
+            pieces.normalize(|piece| {
+                piece.map(|c| mask.unmask_char(c));
+                Ok(())
+            })?;
+            if let Some(splitter) = inner.get_pre_tokenizer() {
+                splitter.pre_tokenize(&mut pieces)?;
+            }
+            inner.get_model().tokenize_in_pretokenized(&mut pieces, None)?;
+            Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+        };
+        encode().map_err(|why| encode_error(text, &why))
+    }
+
+    /// Appends the bytes of a token to `out`. They may be part of a character only.
+    ///
+    /// Control tokens marked special have no bytes, nor has an id that the tokenizer does not know. `is_first` says
+    /// that the token begins the text: some tokenizers drop a space there. Returns whether the token is part of the text.
+    pub(crate) fn append_bytes(&self, id: u32, is_first: bool, out: &mut Vec<u8>) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        let token = self.inner.id_to_token(id).filter(|token| !added.is_special_token(token));
+        if let Some(token) = &token {
+            self.decoder.append(token, is_first, out);
+        }
+        token.is_some()
+    }
+
+    /// The text of `ids`, without control tokens marked special. Bytes that form no character become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut bytes = Vec::new();
+        let mut is_first = true;
+        for &id in ids {
+            is_first &= !self.append_bytes(id, is_first, &mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The id of the control token with this text.
+    pub fn control_token(&self, literal: &str) -> Option<u32> {
+        self.control.iter().find(|control| control.literal == literal).map(|control| control.id)
+    }
+
+    /// Number of ids, added tokens included.
+    pub fn n_vocab(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}
+
+/// Added tokens that steer the model: those marked special, and those that look like markup. The rest are words and
+/// runs of spaces which some tokenizers add to save tokens.
+fn control_tokens(added: &AddedVocabulary) -> Vec<Control> {
+    let is_markup = |literal: &str| literal.chars().any(|c| !c.is_alphanumeric() && !c.is_whitespace());
+    let mut control: Vec<Control> = added
+        .get_added_tokens_decoder()
+        .iter()
+        .filter(|(_, token)| !token.content.is_empty() && (token.special || is_markup(&token.content)))
+        .map(|(&id, token)| Control { literal: token.content.clone(), id, special: token.special })
+        .collect();
+    control.sort_by_key(|control| control.id);
+    control
+}
+
+fn check_length(text: &str) -> Result<(), TokenizerError> {
+    match text.len() {
+        0..=MAX_TEXT_BYTES => Ok(()),
+        have_bytes => Err(TokenizerError::TextTooLong { have_bytes, limit_bytes: MAX_TEXT_BYTES }),
+    }
+}
+
+fn encode_error(text: &str, why: &tokenizers::Error) -> TokenizerError {
+    TokenizerError::Encode { len_bytes: text.len(), why: why.to_string() }
+}
+
+/// Longest tokenizer file that is read.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// Longest text that is encoded: far above any context, far below any overflow of 32-bit offsets.
+const MAX_TEXT_BYTES: usize = 64 << 20;
+
+#[cfg(test)]
+mod tests;
