@@ -1,6 +1,30 @@
-//! avx2
+//! AVX2 with FMA and half-float conversion: 8 outputs to a register, two registers to a panel.
 
-use crate::arch::portable;
+mod attention;
+mod matmul;
+mod vector;
+
 use crate::kernels::Kernels;
 
-pub(crate) const KERNELS: Kernels = Kernels { name: "avx2", ..portable::KERNELS };
+pub(crate) const KERNELS: Kernels = Kernels {
+    name: "avx2",
+    matmul_q_w8c: matmul::q_w8c,
+    matmul_q_w4c: matmul::q_w4c,
+    matmul_q_w8b: matmul::q_w8b,
+    matmul_q_w4b: matmul::q_w4b,
+    matmul_f32_f32: matmul::f32_f32,
+    matmul_f32_f16: matmul::f32_f16,
+    matmul_f32_bf16: matmul::f32_bf16,
+    matmul_f32_w8c: matmul::f32_w8c,
+    values_f32: attention::values_f32,
+    values_f16: attention::values_f16,
+    values_i8: attention::values_i8,
+    softmax: vector::softmax,
+    soft_cap: vector::soft_cap,
+    sum_squares: vector::sum_squares,
+    normalize: vector::normalize,
+    quantize: vector::quantize,
+    unary: vector::unary,
+    gate: vector::gate,
+    rotate: vector::rotate,
+};

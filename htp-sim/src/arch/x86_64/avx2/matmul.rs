@@ -1,0 +1,450 @@
+//! Matrix products of one tile, half a panel (8 outputs) at a time.
+//!
+//! `vpmaddubsw` adds two products in 16 bits and saturates, so the codes are cut to 4 bits: `15 · 128 · 2 = 3840`, and
+//! eight such sums still fit. 8-bit codes plus 128 are `16 · high + low`, each 4 bits. What the 128 adds, `128 · Σx`, is
+//! taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
+
+use std::arch::x86_64::*;
+
+use crate::kernels::{FloatTile, IntegerTile};
+use crate::packed::{BlockOffset, PANEL};
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<false, false>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, false>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<false, true>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, true>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F32>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F16>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<BF16>(tile, out);
+}
+
+/// Cuts the rows of a tile into groups that the kernels were compiled for.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn integer<const FOUR_BIT: bool, const BLOCKS: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let mut row = 0;
+        while row < tile.rows {
+            let at = Place { panel, row };
+            row += match (tile.lo.is_empty(), tile.rows - row) {
+                (true, 4..) => panel_rows::<FOUR_BIT, BLOCKS, 1, 4>(tile, at, out),
+                (true, 2..) => panel_rows::<FOUR_BIT, BLOCKS, 1, 2>(tile, at, out),
+                (true, _) => panel_rows::<FOUR_BIT, BLOCKS, 1, 1>(tile, at, out),
+                (false, 2..) => panel_rows::<FOUR_BIT, BLOCKS, 2, 2>(tile, at, out),
+                (false, _) => panel_rows::<FOUR_BIT, BLOCKS, 2, 1>(tile, at, out),
+            };
+        }
+    }
+}
+
+/// A panel of the tile and the first of some rows.
+#[derive(Clone, Copy)]
+struct Place {
+    panel: usize,
+    row: usize,
+}
+
+/// One panel by `ROWS` rows; returns `ROWS`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    out: &mut [f32],
+) -> usize {
+    for half in 0..2 {
+        let values = if BLOCKS {
+            block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half)
+        } else {
+            channel_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half)
+        };
+        for (i, values) in values.into_iter().enumerate() {
+            store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
+        }
+    }
+    ROWS
+}
+
+/// The finished floats of half a panel and `ROWS` rows, per-channel weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+) -> [__m256; ROWS] {
+    let zero = if FOUR_BIT { 8 } else { 128 };
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k)];
+    let mut start = [[_mm256_setzero_si256(); PLANES]; ROWS];
+    for (row, start) in start.iter_mut().enumerate() {
+        for (plane, start) in start.iter_mut().enumerate() {
+            *start = _mm256_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero));
+        }
+    }
+    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
+    let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, half, &planes, 0, start) };
+    let scales = load_f32(&tile.scales[(at.panel * PANEL + half * LANES) * 4..]);
+    let mut values = [_mm256_setzero_ps(); ROWS];
+    for (row, value) in values.iter_mut().enumerate() {
+        let scale = _mm256_mul_ps(scales, _mm256_set1_ps(tile.x_scales[at.row + row]));
+        let mut dot = _mm256_cvtepi32_ps(dots[row][0]);
+        if PLANES == 2 {
+            dot = _mm256_add_ps(_mm256_mul_ps(dot, _mm256_set1_ps(256.0)), _mm256_cvtepi32_ps(dots[row][PLANES - 1]));
+        }
+        *value = _mm256_mul_ps(dot, scale);
+    }
+    values
+}
+
+/// The finished floats of half a panel and `ROWS` rows, block weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+) -> [__m256; ROWS] {
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let blocks = tile.k / tile.block;
+    let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
+    let first = at.panel * blocks * PANEL;
+    let scales = &tile.scales[first * 2..][..blocks * PANEL * 2];
+    let sums = &tile.sums[at.row * blocks..][..ROWS * blocks];
+    // What is added to an unsigned code by the representation, and by the encoding.
+    let shift = match (tile.offset, FOUR_BIT) {
+        (BlockOffset::Symmetric, true) => -8,
+        (_, false) => -128,
+        (BlockOffset::Integer | BlockOffset::Min, true) => 0,
+    };
+    let mut acc = [_mm256_setzero_ps(); ROWS];
+    for (block, (codes, scales)) in codes.chunks_exact(block_bytes).zip(scales.chunks_exact(PANEL * 2)).enumerate() {
+        let mut start = [[_mm256_setzero_si256(); PLANES]; ROWS];
+        for (row, start) in start.iter_mut().enumerate() {
+            start[PLANES - 1] = _mm256_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
+        }
+        // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
+        let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, half, &planes, block * tile.block, start) };
+        let mut dots = dots.map(|dots| match PLANES {
+            1 => dots[0],
+            _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
+        });
+        let scale = load_f16(&scales[half * LANES * 2..]);
+        let lanes_at = first + block * PANEL + half * LANES;
+        if tile.offset == BlockOffset::Integer {
+            let offset = load_i8(&tile.offsets[lanes_at..]);
+            for (row, dot) in dots.iter_mut().enumerate() {
+                let sum = _mm256_set1_epi32(sums[row * blocks + block]);
+                *dot = _mm256_add_epi32(*dot, _mm256_mullo_epi32(offset, sum));
+            }
+        }
+        for (acc, dot) in acc.iter_mut().zip(dots) {
+            *acc = _mm256_add_ps(*acc, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dot)));
+        }
+        if tile.offset == BlockOffset::Min {
+            let min = load_f16(&tile.offsets[lanes_at * 2..]);
+            for (row, acc) in acc.iter_mut().enumerate() {
+                let sum = _mm256_set1_ps(sums[row * blocks + block] as f32);
+                *acc = _mm256_add_ps(*acc, _mm256_mul_ps(min, sum));
+            }
+        }
+    }
+    for (row, acc) in acc.iter_mut().enumerate() {
+        *acc = _mm256_mul_ps(*acc, _mm256_set1_ps(tile.x_scales[at.row + row]));
+    }
+    acc
+}
+
+/// The planes of x from some row on.
+struct Planes<const PLANES: usize> {
+    start: [*const i8; PLANES],
+    stride: usize,
+}
+
+impl<const PLANES: usize> Planes<PLANES> {
+    fn new(tile: &IntegerTile<'_>, row: usize) -> Self {
+        let at = row * tile.x_stride;
+        let mut start = [tile.hi[at..].as_ptr(); PLANES];
+        if PLANES == 2 {
+            start[PLANES - 1] = tile.lo[at..].as_ptr();
+        }
+        Self { start, stride: tile.x_stride }
+    }
+
+    /// Four inputs of a row, eight times.
+    ///
+    /// # Safety
+    /// The plane has bytes `k..k + 4` of this row.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn broadcast(&self, plane: usize, row: usize, k: usize) -> __m256i {
+        // SAFETY: the caller's promise; the read is unaligned.
+        unsafe { _mm256_set1_epi32(self.start[plane].add(row * self.stride + k).cast::<i32>().read_unaligned()) }
+    }
+}
+
+/// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x.
+///
+/// # Safety
+/// Each plane of each row has the inputs from `k` on that `codes` holds.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+    codes: &[u8],
+    half: usize,
+    planes: &Planes<PLANES>,
+    mut k: usize,
+    start: [[__m256i; PLANES]; ROWS],
+) -> [[__m256i; PLANES]; ROWS] {
+    let mut acc = start;
+    let low_mask = _mm256_set1_epi8(15);
+    // The top bit of an 8-bit code is the top bit of its high nibble: adding 128 flips it.
+    let flip = _mm256_set1_epi8(8);
+    let (step, high_weight) = if FOUR_BIT { (8, 1) } else { (4, 16) };
+    // 32 inputs: as many sums as 16 bits hold.
+    for codes in codes.as_chunks::<64>().0.chunks(32 / step) {
+        let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
+        let mut high = [[_mm256_setzero_si256(); PLANES]; ROWS];
+        for codes in codes {
+            let codes = load_bytes(&codes.as_chunks().0[half]);
+            let first = _mm256_and_si256(codes, low_mask);
+            let mut second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+            if !FOUR_BIT {
+                second = _mm256_xor_si256(second, flip);
+            }
+            for r in 0..ROWS {
+                for plane in 0..PLANES {
+                    // SAFETY: the caller's promise: `codes` still holds these inputs, eight or four.
+                    let x = unsafe { planes.broadcast(plane, r, k) };
+                    // SAFETY: as above.
+                    let second_x = if FOUR_BIT { unsafe { planes.broadcast(plane, r, k + 4) } } else { x };
+                    let (low, high) = (&mut low[r][plane], &mut high[r][plane]);
+                    *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first, x));
+                    let products = _mm256_maddubs_epi16(second, second_x);
+                    let second_sum = if FOUR_BIT { low } else { high };
+                    *second_sum = _mm256_add_epi16(*second_sum, products);
+                }
+            }
+            k += step;
+        }
+        for r in 0..ROWS {
+            for plane in 0..PLANES {
+                let acc = &mut acc[r][plane];
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(low[r][plane], _mm256_set1_epi16(1)));
+                if !FOUR_BIT {
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(high[r][plane], _mm256_set1_epi16(high_weight)));
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// Bytes of 16 outputs' codes for `k` inputs.
+fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
+    if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
+}
+
+/// Float rows by 8-bit per-channel weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let mut row = 0;
+        while row < tile.rows {
+            let at = Place { panel, row };
+            row += match tile.rows - row {
+                4.. => w8c_rows::<4>(tile, at, out),
+                2.. => w8c_rows::<2>(tile, at, out),
+                _ => w8c_rows::<1>(tile, at, out),
+            };
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, out: &mut [f32]) -> usize {
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..tile.panel_bytes];
+    for half in 0..2 {
+        let scales = load_f32(&tile.scales[(at.panel * PANEL + half * LANES) * 4..]);
+        let mut acc = [_mm256_setzero_ps(); ROWS];
+        for (group, codes) in codes.as_chunks::<64>().0[..tile.k.div_ceil(4)].iter().enumerate() {
+            let codes = load_bytes(&codes.as_chunks().0[half]);
+            // Byte i of each lane, moved to the top and shifted down with its sign.
+            let floats = [
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(codes))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(codes))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(codes))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(codes)),
+            ];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = &tile.x[(at.row + r) * tile.x_stride..][..tile.k][group * 4..];
+                for (x, floats) in x.iter().zip(floats) {
+                    *acc = _mm256_fmadd_ps(_mm256_set1_ps(*x), floats, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.into_iter().enumerate() {
+            let out = &mut out[((at.row + r) * tile.panels + at.panel) * PANEL + half * LANES..];
+            store(out, _mm256_mul_ps(acc, scales));
+        }
+    }
+    ROWS
+}
+
+/// Float rows by float weights: some rows by some panels at a time, so that enough sums are under way.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn float<const ELEMENT: u8>(tile: &FloatTile<'_>, out: &mut [f32]) {
+    let mut row = 0;
+    while row < tile.rows {
+        row += match tile.rows - row {
+            6.. => float_panels::<ELEMENT, 1, 6>(tile, row, out),
+            3.. => float_panels::<ELEMENT, 2, 3>(tile, row, out),
+            2 => float_panels::<ELEMENT, 2, 2>(tile, row, out),
+            _ => float_panels::<ELEMENT, 4, 1>(tile, row, out),
+        };
+    }
+}
+
+/// All panels by `ROWS` rows, `PANELS` at a time; returns `ROWS`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn float_panels<const ELEMENT: u8, const PANELS: usize, const ROWS: usize>(
+    tile: &FloatTile<'_>,
+    row: usize,
+    out: &mut [f32],
+) -> usize {
+    let mut panel = 0;
+    while panel < tile.panels {
+        let at = Place { panel, row };
+        panel += if panel + PANELS <= tile.panels {
+            float_piece::<ELEMENT, PANELS, ROWS>(tile, at, out)
+        } else {
+            float_piece::<ELEMENT, 1, ROWS>(tile, at, out)
+        };
+    }
+    ROWS
+}
+
+/// `PANELS` panels by `ROWS` rows; returns `PANELS`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn float_piece<const ELEMENT: u8, const PANELS: usize, const ROWS: usize>(
+    tile: &FloatTile<'_>,
+    at: Place,
+    out: &mut [f32],
+) -> usize {
+    let row_bytes = PANEL * if ELEMENT == F32 { 4 } else { 2 };
+    let mut acc = [[[_mm256_setzero_ps(); 2]; PANELS]; ROWS];
+    let mut codes = [tile.codes.as_ptr(); PANELS];
+    for (i, codes) in codes.iter_mut().enumerate() {
+        *codes = tile.codes[(at.panel + i) * tile.panel_bytes..][..tile.k * row_bytes].as_ptr();
+    }
+    let mut x = [tile.x.as_ptr(); ROWS];
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = tile.x[(at.row + i) * tile.x_stride..][..tile.k].as_ptr();
+    }
+    for k in 0..tile.k {
+        for (panel, codes) in codes.iter().enumerate() {
+            for half in 0..2 {
+                // SAFETY: the slices above have `tile.k` rows of `row_bytes`.
+                let w = unsafe { load_row::<ELEMENT>(codes.add(k * row_bytes + half * row_bytes / 2)) };
+                for (acc, x) in acc.iter_mut().zip(x) {
+                    // SAFETY: the slices above have `tile.k` values.
+                    let x = _mm256_set1_ps(unsafe { *x.add(k) });
+                    acc[panel][half] = _mm256_fmadd_ps(x, w, acc[panel][half]);
+                }
+            }
+        }
+    }
+    for (i, acc) in acc.into_iter().enumerate() {
+        let out = &mut out[((at.row + i) * tile.panels + at.panel) * PANEL..];
+        for (half, acc) in acc.into_iter().flatten().enumerate() {
+            store(&mut out[half * LANES..], acc);
+        }
+    }
+    PANELS
+}
+
+/// Eight float weights.
+///
+/// # Safety
+/// `from` has eight elements.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m256 {
+    // SAFETY: the caller's promise; the loads are unaligned.
+    unsafe {
+        match ELEMENT {
+            F32 => _mm256_loadu_ps(from.cast()),
+            F16 => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+            _ => {
+                let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bytes(from: &[u8; 32]) -> __m256i {
+    // SAFETY: 32 bytes, unaligned.
+    unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(from: &[u8]) -> __m256 {
+    // SAFETY: the slice has 32 bytes (checked here), unaligned.
+    unsafe { _mm256_loadu_ps(from[..32].as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn load_f16(from: &[u8]) -> __m256 {
+    // SAFETY: the slice has 16 bytes (checked here), unaligned.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from[..16].as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_i8(from: &[u8]) -> __m256i {
+    // SAFETY: the slice has 8 bytes (checked here), unaligned.
+    _mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from[..8].as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(to: &mut [f32], values: __m256) {
+    // SAFETY: the slice has eight values (checked here), unaligned.
+    unsafe { _mm256_storeu_ps(to[..LANES].as_mut_ptr(), values) }
+}
+
+/// Elements of float weights.
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
+/// Outputs in a register.
+const LANES: usize = 8;
