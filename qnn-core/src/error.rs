@@ -6,6 +6,7 @@ use crate::{
     backend::{ExecuteError, PrepareError},
     binary::{BinaryError, BinaryFault},
     graph::GraphError,
+    offline::{ImportError, dlc::DlcError},
 };
 
 /// Anything this crate can fail with.
@@ -43,6 +44,24 @@ pub enum Error {
         /// Which node or tensor, and why.
         #[source]
         why: PrepareError,
+    },
+    /// A DLC is damaged, foreign, or cannot hold a graph.
+    #[error("{path}: DLC")]
+    Dlc {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        why: DlcError,
+    },
+    /// A model cannot be imported.
+    #[error("{path}: import")]
+    Import {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong or not supported.
+        #[source]
+        why: ImportError,
     },
     /// A step could not be run.
     #[error("execute")]

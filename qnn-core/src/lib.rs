@@ -15,6 +15,7 @@ pub mod encoding;
 pub mod error;
 pub mod graph;
 pub mod map;
+pub mod offline;
 pub mod op;
 pub mod record;
 pub mod tensor;

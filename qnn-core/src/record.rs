@@ -65,6 +65,16 @@ pub enum DimRecord {
     UpTo(UpToRecord),
 }
 
+impl DimRecord {
+    /// The largest value the extent can have.
+    pub fn max(&self) -> usize {
+        match self {
+            DimRecord::Fixed(n) => *n,
+            DimRecord::UpTo(up_to) => up_to.max,
+        }
+    }
+}
+
 /// A dynamic extent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

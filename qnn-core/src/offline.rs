@@ -1,0 +1,18 @@
+//! From a model's files to graphs: importers, weight quantization, the DLC file, and what a context binary is made of.
+//!
+//! Start at [`convert`], which is `qairt-converter` as a function: [`source`] opens a Hugging Face directory or a GGUF
+//! file, [`arch`] builds the graph, [`dlc`] writes it.
+
+pub mod arch;
+pub mod config;
+pub mod convert;
+pub mod dlc;
+pub mod error;
+pub mod gguf;
+pub mod quantize_weights;
+pub mod safetensors;
+pub mod source;
+mod specialize;
+
+pub use error::ImportError;
+pub use specialize::specialize;

@@ -1,0 +1,225 @@
+//! From a tensor of the source to a constant of the graph: which precision each use of a weight gets.
+
+use half::f16;
+use htp_sim::Workers;
+
+use crate::{
+    encoding::{Encoding, Floats},
+    map::Bytes,
+    offline::{
+        error::ImportError,
+        quantize_weights::{Bits, Quantized, Scheme, block_sizes, quantize},
+        source::{ElementFormat, SourceTensor},
+    },
+    types::DataType,
+};
+
+/// Numbers of the imported graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Precision {
+    /// Weights of the matrices.
+    pub weights: WeightType,
+    /// Inputs of matrices with integer weights, quantized per row when the graph runs.
+    pub activations: ActivationBits,
+    /// The KV cache; by default 8 bits, or f32 in a graph without integer weights.
+    pub cache: Option<CacheType>,
+}
+
+/// Precision of the matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightType {
+    /// As the source has them: floats stay, the grids of a GGUF stay.
+    Keep,
+    /// f32.
+    F32,
+    /// f16, or bf16 where the source has bf16.
+    F16,
+    /// Integers. With four bits, embedding and head get eight.
+    Int {
+        /// Width of a code.
+        bits: Bits,
+        /// What shares a scale.
+        grouping: Grouping,
+    },
+}
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grouping {
+    /// Blocks of [`DEFAULT_BLOCK`], or of the largest smaller size that divides the rows; without one, per channel.
+    Default,
+    /// Blocks of this size, refused where it does not divide the rows.
+    Block(usize),
+    /// One scale for each output.
+    PerChannel,
+}
+
+/// Width of a matrix's input codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum ActivationBits {
+    Eight,
+    Sixteen,
+}
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum CacheType {
+    Int8,
+    F16,
+    F32,
+}
+
+/// What a weight is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WeightClass {
+    /// Embedding, head, or both.
+    Embedding,
+    /// Matrix of a layer.
+    Linear,
+    /// Norm weight or bias: always f32.
+    Vector,
+}
+
+/// One weight's way into the graph, for a report.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightUse {
+    /// What it is used for.
+    pub class: WeightClass,
+    /// Element type and grouping: `UFIXED_POINT_4 block 32`.
+    pub format: String,
+    /// Number of elements.
+    pub elements: u64,
+    /// Stored bytes, scales and offsets included.
+    pub size_bytes: u64,
+}
+
+/// The value of a constant.
+pub(super) struct Constant {
+    pub(super) data_type: DataType,
+    pub(super) encoding: Option<Encoding>,
+    pub(super) bytes: Bytes,
+}
+
+/// Makes a constant of `class` out of `tensor`.
+///
+/// # Errors
+/// [`ImportError`] naming the tensor.
+pub(super) fn constant(
+    tensor: &SourceTensor,
+    class: WeightClass,
+    precision: Precision,
+    workers: &Workers,
+) -> Result<Constant, ImportError> {
+    let float = |data_type, bytes| Ok(Constant { data_type, encoding: None, bytes });
+    if class == WeightClass::Vector {
+        return float(DataType::Float32, to_f32(tensor, workers));
+    }
+    match (precision.weights, tensor.format) {
+        (WeightType::Keep | WeightType::F32, ElementFormat::F32) => float(DataType::Float32, tensor.bytes.clone()),
+        (WeightType::Keep | WeightType::F16, ElementFormat::F16) => float(DataType::Float16, tensor.bytes.clone()),
+        (WeightType::Keep | WeightType::F16, ElementFormat::Bf16) => float(DataType::BFloat16, tensor.bytes.clone()),
+        (WeightType::Keep, ElementFormat::Ggml(ggml)) => Ok(ggml.keep_grid(tensor, workers)?.into()),
+        (WeightType::F32, _) => float(DataType::Float32, to_f32(tensor, workers)),
+        (WeightType::F16, _) => float(DataType::Float16, to_f16(tensor)?),
+        (WeightType::Int { bits, grouping }, _) => {
+            let bits = if class == WeightClass::Embedding { Bits::Eight } else { bits };
+            Ok(quantize(tensor, scheme(bits, grouping, tensor.k()), workers)?.into())
+        }
+    }
+}
+
+fn scheme(bits: Bits, grouping: Grouping, k: usize) -> Scheme {
+    let block_size = match grouping {
+        Grouping::Block(block_size) => Some(block_size),
+        Grouping::PerChannel => None,
+        Grouping::Default => block_sizes(bits, k).into_iter().rev().find(|block| *block <= DEFAULT_BLOCK),
+    };
+    match (block_size, bits) {
+        (None, _) => Scheme::PerChannel { bits },
+        (Some(block_size), Bits::Four) => Scheme::AsymmetricBlock4 { block_size },
+        (Some(block_size), Bits::Eight) => Scheme::Block { bits, block_size },
+    }
+}
+
+fn to_f32(tensor: &SourceTensor, workers: &Workers) -> Bytes {
+    let (n, row_bytes) = (tensor.n(), tensor.k() * 4);
+    let mut bytes = vec![0u8; n * row_bytes];
+    let rows: Vec<std::sync::Mutex<&mut [u8]>> = bytes.chunks_mut(row_bytes).map(std::sync::Mutex::new).collect();
+    workers.for_each(n, |row, _| {
+        let mut values = vec![0.0; tensor.k()];
+        tensor.read_rows(row..row + 1, &mut values);
+        // One worker takes one row; the lock is never waited for.
+        let mut out = rows[row].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for (out, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(&values) {
+            *out = value.to_le_bytes();
+        }
+    });
+    drop(rows);
+    bytes.into()
+}
+
+fn to_f16(tensor: &SourceTensor) -> Result<Bytes, ImportError> {
+    let mut bytes = Vec::with_capacity(tensor.n() * tensor.k() * 2);
+    let mut values = vec![0.0; tensor.k()];
+    for row in 0..tensor.n() {
+        tensor.read_rows(row..row + 1, &mut values);
+        for value in &values {
+            let half = f16::from_f32(*value);
+            if !half.is_finite() {
+                let (have, want) = (format!("{value} in row {row}"), "values that f16 can hold".to_owned());
+                return Err(ImportError::Tensor { name: tensor.name.clone(), have, want });
+            }
+            bytes.extend_from_slice(&half.to_le_bytes());
+        }
+    }
+    Ok(bytes.into())
+}
+
+impl From<Quantized> for Constant {
+    fn from(quantized: Quantized) -> Constant {
+        let Quantized { data_type, data, encoding } = quantized;
+        Constant { data_type, encoding: Some(encoding), bytes: data }
+    }
+}
+
+impl Constant {
+    /// Element type and grouping, for a report.
+    pub(super) fn format(&self) -> String {
+        match &self.encoding {
+            None => self.data_type.name().to_owned(),
+            Some(Encoding::ScaleOffset { .. }) => format!("{} per tensor", self.data_type),
+            Some(Encoding::AxisScaleOffset { .. }) => format!("{} per channel", self.data_type),
+            Some(Encoding::Block { block_size, offsets, .. }) => {
+                let offsets = match offsets {
+                    crate::BlockOffsets::Symmetric => "",
+                    crate::BlockOffsets::Integer(_) => ", whole offsets",
+                    crate::BlockOffsets::Min(_) => ", float minima",
+                };
+                format!("{} block {block_size}{offsets}", self.data_type)
+            }
+        }
+    }
+
+    /// Bytes stored, those of the encoding's arrays included.
+    pub(super) fn size_bytes(&self) -> u64 {
+        let floats = |f: &Floats| f.bytes().len();
+        let encoding = match &self.encoding {
+            None | Some(Encoding::ScaleOffset { .. }) => 0,
+            Some(Encoding::AxisScaleOffset { scales, offsets, .. }) => floats(scales) + offsets.len() * 4,
+            Some(Encoding::Block { scales, offsets, .. }) => {
+                floats(scales)
+                    + match offsets {
+                        crate::BlockOffsets::Symmetric => 0,
+                        crate::BlockOffsets::Integer(bytes) => bytes.len(),
+                        crate::BlockOffsets::Min(mins) => floats(mins),
+                    }
+            }
+        };
+        (self.bytes.len() + encoding) as u64
+    }
+}
+
+/// Block size where none is asked for and the rows allow it.
+pub const DEFAULT_BLOCK: usize = 32;

@@ -1,0 +1,259 @@
+//! A model's files, whatever their format: configuration, weights under Hugging Face names, tokenizer files.
+
+use std::ops::Range;
+use std::path::Path;
+
+use half::{bf16, f16};
+
+use crate::{
+    error::Error,
+    map::Bytes,
+    offline::{
+        config::{self, ModelConfig},
+        error::ImportError,
+        gguf::{GgmlType, GgufModel},
+        safetensors::{HfWeights, read_text},
+    },
+};
+
+/// An opened model. Its weights stay in their mapped files.
+#[derive(Debug)]
+pub struct Source {
+    /// Sizes and choices of the architecture.
+    pub config: ModelConfig,
+    /// Files that a runtime needs beside the weights, by name: `tokenizer.json`, `tokenizer_config.json`,
+    /// `generation_config.json`, as far as the source has them.
+    pub sidecars: Vec<(&'static str, Vec<u8>)>,
+    /// What the source is, for the graph's metadata: `hf` or `gguf`.
+    pub kind: &'static str,
+    weights: Weights,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Hf(HfWeights),
+    Gguf(GgufModel),
+}
+
+impl Source {
+    /// Opens a Hugging Face directory or a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Import`] naming the file and what is wrong or not supported.
+    pub fn open(path: &Path) -> Result<Source, Error> {
+        if path.is_dir() {
+            return Self::open_hf(path);
+        }
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        if extension.eq_ignore_ascii_case("gguf") {
+            return Self::open_gguf(path);
+        }
+        std::fs::metadata(path).map_err(Error::io(path))?;
+        let why = ImportError::Unsupported {
+            what: format!("input of type {extension:?}"),
+            supported: "a Hugging Face directory (config.json, model.safetensors), a .gguf file".to_owned(),
+        };
+        Err(Error::Import { path: path.to_owned(), why })
+    }
+
+    fn open_hf(folder: &Path) -> Result<Source, Error> {
+        let config_path = folder.join("config.json");
+        let generation_path = folder.join("generation_config.json");
+        let generation =
+            if generation_path.is_file() { Some(read_text(&generation_path, MAX_CONFIG_BYTES)?) } else { None };
+        let config = config::from_hf(&read_text(&config_path, MAX_CONFIG_BYTES)?, generation.as_deref())
+            .map_err(|why| Error::Import { path: config_path, why })?;
+        let mut sidecars = Vec::new();
+        let tokenizer = folder.join(TOKENIZER);
+        if tokenizer.is_file() {
+            sidecars.push((TOKENIZER, read_text(&tokenizer, MAX_TOKENIZER_BYTES)?));
+        }
+        if let Some(bytes) = tokenizer_config(folder)? {
+            sidecars.push((TOKENIZER_CONFIG, bytes));
+        }
+        sidecars.extend(generation.map(|bytes| (GENERATION_CONFIG, bytes)));
+        Ok(Source { config, sidecars, kind: "hf", weights: Weights::Hf(HfWeights::open(folder)?) })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Source, Error> {
+        let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
+        let refuse = |why| Error::Import { path: path.to_owned(), why };
+        let model = GgufModel::parse(bytes).map_err(refuse)?;
+        let config = model.config().map_err(refuse)?;
+        let sidecars = model.sidecars(&config).map_err(refuse)?;
+        Ok(Source { config, sidecars, kind: "gguf", weights: Weights::Gguf(model) })
+    }
+
+    /// Hugging Face names of all tensors.
+    ///
+    /// # Errors
+    /// [`ImportError::UnusedTensor`] for a GGUF tensor that has no such name.
+    pub fn names(&self) -> Result<Vec<String>, ImportError> {
+        match &self.weights {
+            Weights::Hf(weights) => Ok(weights.names().map(str::to_owned).collect()),
+            Weights::Gguf(model) => Ok(model.names()),
+        }
+    }
+
+    /// The tensor with Hugging Face name `name`, or `None` if there is none.
+    ///
+    /// # Errors
+    /// [`ImportError`] if its element format is not supported.
+    pub fn tensor(&self, name: &str) -> Result<Option<SourceTensor>, ImportError> {
+        match &self.weights {
+            Weights::Hf(weights) => weights.tensor(name),
+            Weights::Gguf(model) => model.tensor(name, &self.config),
+        }
+    }
+}
+
+/// `tokenizer_config.json`, with the chat template that newer models keep in a file of its own.
+fn tokenizer_config(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let (path, template_path) = (folder.join(TOKENIZER_CONFIG), folder.join("chat_template.jinja"));
+    let bytes = if path.is_file() { Some(read_text(&path, MAX_TOKENIZER_BYTES)?) } else { None };
+    if !template_path.is_file() {
+        return Ok(bytes);
+    }
+    let refuse = |why| Error::Import { path: path.clone(), why: ImportError::Json(why) };
+    let mut config: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(bytes.as_deref().unwrap_or(b"{}")).map_err(refuse)?;
+    let template = read_text(&template_path, MAX_CONFIG_BYTES)?;
+    config.insert("chat_template".to_owned(), String::from_utf8_lossy(&template).into_owned().into());
+    Ok(Some(serde_json::to_vec_pretty(&config).map_err(refuse)?))
+}
+
+/// How a source stores a tensor's elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it all")]
+pub enum ElementFormat {
+    F32,
+    F16,
+    Bf16,
+    Ggml(GgmlType),
+}
+
+impl ElementFormat {
+    /// Elements in one indivisible block, and its bytes.
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            ElementFormat::F32 => (1, 4),
+            ElementFormat::F16 | ElementFormat::Bf16 => (1, 2),
+            ElementFormat::Ggml(ggml) => (ggml.block_elements(), ggml.block_bytes()),
+        }
+    }
+
+    /// Name in messages and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            ElementFormat::F32 => "F32",
+            ElementFormat::F16 => "F16",
+            ElementFormat::Bf16 => "BF16",
+            ElementFormat::Ggml(ggml) => ggml.name(),
+        }
+    }
+}
+
+/// One tensor of a source: `[n, k]`, or `[k]`.
+#[derive(Debug, Clone)]
+pub struct SourceTensor {
+    /// Hugging Face name.
+    pub name: String,
+    /// Extents, outermost first; one or two.
+    pub shape: Vec<usize>,
+    /// How the elements are stored.
+    pub format: ElementFormat,
+    /// The elements, row by row.
+    pub bytes: Bytes,
+}
+
+impl SourceTensor {
+    /// Joins a tensor with its bytes.
+    ///
+    /// # Errors
+    /// [`ImportError::Tensor`] if it has not one or two extents, an extent is 0, rows are no whole blocks, or the number
+    /// of bytes is another than the shape asks for.
+    pub fn new(
+        name: &str,
+        shape: Vec<usize>,
+        format: ElementFormat,
+        bytes: Bytes,
+    ) -> Result<SourceTensor, ImportError> {
+        let refuse =
+            |have: String, want: &str| Err(ImportError::Tensor { name: name.to_owned(), have, want: want.to_owned() });
+        if !matches!(shape.len(), 1 | 2) || shape.contains(&0) {
+            return refuse(format!("shape {shape:?}"), "one or two extents above 0");
+        }
+        let (elements, block_bytes) = format.block();
+        let k = shape[shape.len() - 1];
+        if !k.is_multiple_of(elements) {
+            return refuse(format!("rows of {k}"), &format!("a multiple of {elements} for {}", format.name()));
+        }
+        let rows = if shape.len() == 2 { shape[0] } else { 1 };
+        let want = (k / elements).checked_mul(block_bytes).and_then(|row| row.checked_mul(rows));
+        if want != Some(bytes.len()) {
+            return refuse(format!("{} bytes", bytes.len()), &format!("{want:?} for {} {shape:?}", format.name()));
+        }
+        Ok(SourceTensor { name: name.to_owned(), shape, format, bytes })
+    }
+
+    /// Number of rows.
+    pub fn n(&self) -> usize {
+        if self.shape.len() == 2 { self.shape[0] } else { 1 }
+    }
+
+    /// Elements of a row.
+    pub fn k(&self) -> usize {
+        self.shape[self.shape.len() - 1]
+    }
+
+    /// Bytes of the rows in `rows`.
+    ///
+    /// # Panics
+    /// If `rows` reaches beyond [`SourceTensor::n`].
+    pub fn row_bytes(&self, rows: Range<usize>) -> &[u8] {
+        let row = self.bytes.len() / self.n();
+        &self.bytes[rows.start * row..rows.end * row]
+    }
+
+    /// Writes the rows in `rows` as floats to `out`, which has room for exactly these.
+    ///
+    /// # Panics
+    /// If `rows` reaches beyond [`SourceTensor::n`] or `out` has another length.
+    pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert_eq!(out.len(), rows.len() * self.k(), "room for {} rows of {}", rows.len(), self.k());
+        let bytes = self.row_bytes(rows);
+        match self.format {
+            ElementFormat::F32 => {
+                for (out, v) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*v);
+                }
+            }
+            ElementFormat::F16 => {
+                for (out, v) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = f16::from_le_bytes(*v).to_f32();
+                }
+            }
+            ElementFormat::Bf16 => {
+                for (out, v) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = bf16::from_le_bytes(*v).to_f32();
+                }
+            }
+            ElementFormat::Ggml(ggml) => ggml.dequantize(bytes, out),
+        }
+    }
+
+    /// All elements as floats.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.n() * self.k()];
+        self.read_rows(0..self.n(), &mut out);
+        out
+    }
+}
+
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+/// Longest configuration file that is read.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Longest tokenizer file that is read.
+const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
