@@ -167,7 +167,7 @@ pub enum BinaryError {
     Graph {
         section: String,
         #[source]
-        why: crate::record::RecordError,
+        why: Box<crate::record::RecordError>,
     },
     #[error("{have} graphs, need 1 to {MAX_GRAPHS}")]
     GraphCount { have: usize },

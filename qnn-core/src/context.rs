@@ -309,7 +309,7 @@ fn check_count(have: usize) -> Result<(), BinaryError> {
 }
 
 fn graph_error(name: &str, why: RecordError) -> BinaryError {
-    BinaryError::Graph { section: label(SectionKind::Graph, name), why }
+    BinaryError::Graph { section: label(SectionKind::Graph, name), why: Box::new(why) }
 }
 
 fn label(kind: SectionKind, name: &str) -> String {

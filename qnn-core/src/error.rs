@@ -6,7 +6,7 @@ use crate::{
     backend::{ExecuteError, PrepareError},
     binary::{BinaryError, BinaryFault},
     graph::GraphError,
-    offline::{ImportError, dlc::DlcError},
+    offline::{ImportError, dlc::DlcError, generate::GenerateError},
 };
 
 /// Anything this crate can fail with.
@@ -62,6 +62,15 @@ pub enum Error {
         /// What is wrong or not supported.
         #[source]
         why: ImportError,
+    },
+    /// A DLC cannot be made a context binary.
+    #[error("{path}: generate")]
+    Generate {
+        /// The DLC.
+        path: PathBuf,
+        /// Which option or tensor, and why.
+        #[source]
+        why: Box<GenerateError>,
     },
     /// A step could not be run.
     #[error("execute")]

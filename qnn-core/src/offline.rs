@@ -8,6 +8,7 @@ pub mod config;
 pub mod convert;
 pub mod dlc;
 pub mod error;
+pub mod generate;
 pub mod gguf;
 pub mod quantize_weights;
 pub mod safetensors;

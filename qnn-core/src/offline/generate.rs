@@ -100,7 +100,7 @@ pub enum GenerateError {
     Option { option: &'static str, have: String, want: String },
     #[error(transparent)]
     Graph(#[from] GraphError),
-    #[error("start threads")]
+    #[error("start the worker threads")]
     Threads(#[source] std::io::Error),
 }
 
@@ -112,7 +112,7 @@ pub enum GenerateError {
 /// # Errors
 /// [`Error::Generate`] naming the option or tensor that cannot be; or what reading the DLC or writing a file says.
 pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report, Error> {
-    let refuse = |why| Error::Generate { path: options.dlc_path.clone(), why };
+    let refuse = |why| Error::Generate { path: options.dlc_path.clone(), why: Box::new(why) };
     check(options).map_err(refuse)?;
     let graph = read_dlc(&options.dlc_path)?;
     let splits = plan(&graph, options).map_err(refuse)?;

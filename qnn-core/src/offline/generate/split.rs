@@ -118,13 +118,12 @@ fn part(
     }
     let mut ids: HashMap<TensorId, TensorId> = HashMap::new();
     // The number of rows was set by an input that this part may not have: then the cut before it sets its own.
-    if let Some(begin) = begin {
-        if let Some(Dim::UpTo { by, .. }) = graph.tensor(begin).shape.0.first()
-            && !needed.tensors[by.index()]
-        {
-            ids.insert(*by, TensorId(0));
-            add(graph, &mut result, begin, TensorType::AppWrite, &mut ids)?;
-        }
+    if let Some(begin) = begin
+        && let Some(Dim::UpTo { by, .. }) = graph.tensor(begin).shape.0.first()
+        && !needed.tensors[by.index()]
+    {
+        ids.insert(*by, TensorId(0));
+        add(graph, &mut result, begin, TensorType::AppWrite, &mut ids)?;
     }
     for (index, _) in needed.tensors.iter().enumerate().filter(|(_, needed)| **needed) {
         let id = TensorId(index as u32);
