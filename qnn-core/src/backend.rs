@@ -1,8 +1,9 @@
 //! The seam between a graph and what runs it.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, atomic::AtomicBool};
 
 use crate::{
+    adapter::Adapter,
     graph::Graph,
     tensor::{Dim, TensorId},
     types::DataType,
@@ -77,6 +78,7 @@ pub enum ExecuteError {
 pub struct Bindings {
     inputs: Vec<Binding>,
     outputs: Vec<Binding>,
+    adapter: Option<Arc<Adapter>>,
 }
 
 /// One bound tensor. Fixed-point and float tensors are exchanged as f32.
@@ -108,7 +110,7 @@ impl Bindings {
     /// Empty bindings for the inputs and outputs of `graph`.
     pub fn new(graph: &Graph) -> Bindings {
         let bind = |ids: Vec<TensorId>| ids.into_iter().map(|id| Binding::new(graph, id)).collect();
-        Bindings { inputs: bind(graph.inputs()), outputs: bind(graph.outputs()) }
+        Bindings { inputs: bind(graph.inputs()), outputs: bind(graph.outputs()), adapter: None }
     }
 
     /// Index of the input called `name`.
@@ -153,6 +155,16 @@ impl Bindings {
             }
             Value::I32(_) => Err(binding.wrong_type("f32 values")),
         }
+    }
+
+    /// Names the adapter that the next executes run with; `None` is the base.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<Adapter>>) {
+        self.adapter = adapter;
+    }
+
+    /// The adapter that the next execute runs with.
+    pub fn adapter(&self) -> Option<&Arc<Adapter>> {
+        self.adapter.as_ref()
     }
 
     /// All inputs.

@@ -312,6 +312,7 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
         }
     }
     match (&tensor.data, tensor.tensor_type.is_static()) {
+        (None, true) if tensor.tensor_type == TensorType::UpdateableStatic => Ok(()),
         (None, true) => refuse("a constant without data".to_owned(), "data"),
         (Some(_), false) => refuse(format!("{} with data", tensor.tensor_type), "data on constants only"),
         (Some(TensorData::Flat(bytes)), true) => {

@@ -8,6 +8,7 @@
 //! files to a context binary).
 #![deny(unsafe_code)]
 
+pub mod adapter;
 pub mod backend;
 pub mod binary;
 pub mod context;
@@ -21,6 +22,7 @@ pub mod record;
 pub mod tensor;
 pub mod types;
 
+pub use adapter::Adapter;
 pub use backend::{Backend, Bindings, Executable, State};
 pub use context::{Context, ContextBuilder, OpenOptions};
 pub use encoding::{BlockOffsets, Encoding, Floats};

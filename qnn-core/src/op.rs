@@ -23,7 +23,7 @@ pub enum OpKind {
     },
     /// `a`, `b` of one shape -> `a + b`.
     ElementWiseAdd,
-    /// `a`, `b` of one shape -> `a · b`.
+    /// `a`, `b` -> `a · b`. `b` has the shape of `a`, or is `[1]` or `[last extent of a]` and repeated over the rest.
     ElementWiseMultiply,
     /// `x` -> `1 / (1 + exp(-x))`.
     Sigmoid,
@@ -93,7 +93,8 @@ impl OpKind {
             OpKind::FullyConnected => rule.fully_connected(),
             OpKind::Gather => rule.gather(),
             OpKind::RmsNorm { .. } => rule.rms_norm(),
-            OpKind::ElementWiseAdd | OpKind::ElementWiseMultiply => rule.same_shape(),
+            OpKind::ElementWiseAdd => rule.same_shape(),
+            OpKind::ElementWiseMultiply => rule.multiply(),
             OpKind::Sigmoid | OpKind::Gelu => rule.count(1..=1).map(|()| vec![inputs[0].shape.clone()]),
             OpKind::RotaryTable { .. } => rule.rotary_table(),
             OpKind::RotaryEmbedding { head_dim } => rule.rotary_embedding(*head_dim),
@@ -145,6 +146,14 @@ impl Rule<'_> {
         let shape = &self.inputs[0].shape;
         self.expect(1, self.inputs[1].shape == *shape, || format!("shape {shape}, as {}", self.inputs[0].name))?;
         Ok(vec![shape.clone()])
+    }
+
+    fn multiply(&self) -> Result<Vec<Shape>, GraphError> {
+        self.count(2..=2)?;
+        let (a, b) = (&self.inputs[0].shape, &self.inputs[1].shape);
+        let fits = a == b || *b == Shape::fixed(&[1]) || *b == Shape::fixed(&[a.last()]);
+        self.expect(1, fits, || format!("shape {a}, [1] or [{}]", a.last()))?;
+        Ok(vec![a.clone()])
     }
 
     fn rotary_table(&self) -> Result<Vec<Shape>, GraphError> {

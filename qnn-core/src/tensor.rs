@@ -32,7 +32,8 @@ pub struct Tensor {
     pub shape: Shape,
     /// Meaning of fixed-point numbers; `None` on a computed fixed-point tensor means dynamic (see [`Encoding`]).
     pub encoding: Option<Encoding>,
-    /// The constant's value; `None` for everything else.
+    /// The constant's value; `None` for everything computed. An UPDATEABLE_STATIC tensor without data is all zeros
+    /// until a section brings its value.
     pub data: Option<TensorData>,
 }
 

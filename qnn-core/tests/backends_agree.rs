@@ -1,13 +1,13 @@
 //! Guards the promise that one graph has one meaning: `htp` gives what the f64 `reference` gives, whatever is fused.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, atomic::AtomicBool};
 
 use half::f16;
 use proptest::prelude::*;
 use qnn_core::{
-    Backend, Bindings, BlockOffsets, DataType, Dim, Encoding, Floats, Graph, OpKind, Shape, Tensor, TensorData,
-    TensorId, TensorType,
-    backend::{ExecuteError, HtpBackend, ReferenceBackend},
+    Adapter, Backend, Bindings, BlockOffsets, DataType, Dim, Encoding, Floats, Graph, OpKind, Panels, Shape, Tensor,
+    TensorData, TensorId, TensorType,
+    backend::{ExecuteError, HtpBackend, ReferenceBackend, htp::pack_constant},
     op::AttentionAttrs,
 };
 
@@ -41,6 +41,30 @@ struct Case {
     softcap: Option<f32>,
     prompt: usize,
     workers: usize,
+    branch: Option<Branch>,
+}
+
+/// An adapter branch on every linear layer.
+#[derive(Debug, Clone, Copy)]
+struct Branch {
+    /// Rank that the graph declares, and rank that the adapter brings.
+    ranks: (usize, usize),
+    /// `B (alpha · A x)` if true, `alpha · B (A x)` if false.
+    alpha_first: bool,
+    alpha: f32,
+    int8: bool,
+}
+
+fn branches() -> impl Strategy<Value = Option<Branch>> {
+    let alpha = prop_oneof![Just(0.0f32), Just(1.0), Just(-0.75), Just(0.3), Just(1.7)];
+    let ranks = (1usize..65, 0usize..20).prop_map(|(real, more)| (real + more, real));
+    let branch = (ranks, any::<bool>(), alpha, any::<bool>());
+    proptest::option::of(branch.prop_map(|(ranks, alpha_first, alpha, int8)| Branch {
+        ranks,
+        alpha_first,
+        alpha,
+        int8,
+    }))
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -64,7 +88,7 @@ fn cases() -> impl Strategy<Value = Case> {
         prop_oneof![Just(None), Just(Some(4.0f32))],
         (1usize..40, 1usize..4),
     );
-    (shape, kinds).prop_map(|((seed, kv_heads, group, head, ffn, vocab), kinds)| {
+    (shape, kinds, branches()).prop_map(|((seed, kv_heads, group, head, ffn, vocab), kinds, branch)| {
         let (form, activation, cache, (gelu, bias), window, softcap, (prompt, workers)) = kinds;
         let (head_dim, ffn) = (head * 32, ffn * 32);
         let activation = if matches!(form, Form::F32 | Form::F16) { DataType::Float32 } else { activation };
@@ -84,8 +108,31 @@ fn cases() -> impl Strategy<Value = Case> {
             softcap,
             prompt,
             workers,
+            branch,
         }
     })
+}
+
+/// A small f32 decoder without an adapter.
+fn plain() -> Case {
+    Case {
+        seed: 1,
+        kv_heads: 1,
+        group: 1,
+        head_dim: 32,
+        ffn: 32,
+        vocab: 20,
+        form: Form::F32,
+        activation: DataType::Float32,
+        cache: DataType::Float32,
+        gelu: false,
+        bias: false,
+        window: None,
+        softcap: None,
+        prompt: 4,
+        workers: 1,
+        branch: None,
+    }
 }
 
 proptest! {
@@ -94,11 +141,11 @@ proptest! {
     /// Broken if lowering, fusion or placing changes a result, at a prompt or at the steps after it.
     #[test]
     fn htp_equals_reference(case in cases()) {
-        let graph = Builder::new(&case).decoder(&case);
+        let (graph, adapter) = Builder::new(&case).decoder(&case);
         let ids: Vec<i32> = (0..case.prompt + 2).map(|i| (i * 7 % case.vocab) as i32).collect();
         let runs = [&ids[..case.prompt], &ids[case.prompt..case.prompt + 1], &ids[case.prompt + 1..]];
-        let htp = run(&HtpBackend::new(case.workers).unwrap(), &graph, &runs);
-        let reference = run(&ReferenceBackend, &graph, &runs);
+        let htp = run(&HtpBackend::new(case.workers).unwrap(), &graph, &runs, adapter.clone(), &case);
+        let reference = run(&ReferenceBackend, &graph, &runs, adapter.clone(), &case);
         let top = reference.iter().fold(0.0f32, |top, v| top.max(v.abs()));
         // Codes of activations may fall to the other side of a rounding edge: one step of the coarsest grid in use.
         let coarse = case.activation == DataType::SFixedPoint8 || case.cache == DataType::SFixedPoint8;
@@ -112,23 +159,7 @@ proptest! {
 /// Broken if a value that two nodes read is overwritten by a fused step, or an output is lost.
 #[test]
 fn shared_values_survive_fusion() {
-    let case = Case {
-        seed: 5,
-        kv_heads: 1,
-        group: 2,
-        head_dim: 32,
-        ffn: 64,
-        vocab: 33,
-        form: Form::F32,
-        activation: DataType::Float32,
-        cache: DataType::Float32,
-        gelu: false,
-        bias: true,
-        window: None,
-        softcap: None,
-        prompt: 3,
-        workers: 2,
-    };
+    let case = Case { seed: 5, group: 2, ffn: 64, vocab: 33, bias: true, workers: 2, ..plain() };
     let mut b = Builder::new(&case);
     let x = b.input("x", DataType::Float32, Some(32));
     let fc = b.linear("fc", x, 32, 32);
@@ -162,24 +193,8 @@ fn shared_values_survive_fusion() {
 /// Broken if an id or a position from outside reaches memory it must not, or a cancel is not seen.
 #[test]
 fn bad_inputs_are_refused() {
-    let case = Case {
-        seed: 1,
-        kv_heads: 1,
-        group: 1,
-        head_dim: 32,
-        ffn: 32,
-        vocab: 20,
-        form: Form::F32,
-        activation: DataType::Float32,
-        cache: DataType::Float32,
-        gelu: false,
-        bias: false,
-        window: None,
-        softcap: None,
-        prompt: 4,
-        workers: 1,
-    };
-    let graph = Builder::new(&case).decoder(&case);
+    let case = plain();
+    let (graph, _) = Builder::new(&case).decoder(&case);
     for backend in [&HtpBackend::new(1).unwrap() as &dyn Backend, &ReferenceBackend] {
         let mut executable = backend.prepare(&graph).unwrap();
         let mut state = backend.new_state(&[&graph], 8).unwrap();
@@ -205,11 +220,39 @@ fn bad_inputs_are_refused() {
     }
 }
 
+/// Broken if strength 0, or no adapter at all, is not the base bit for bit.
+#[test]
+fn strength_zero_is_the_base() {
+    let branch = Branch { ranks: (8, 8), alpha_first: true, alpha: 0.0, int8: true };
+    let case = Case {
+        seed: 9,
+        group: 2,
+        form: Form::Int8Block(32),
+        activation: DataType::SFixedPoint16,
+        cache: DataType::SFixedPoint8,
+        workers: 2,
+        branch: Some(branch),
+        ..plain()
+    };
+    let backend = HtpBackend::new(2).unwrap();
+    let (graph, adapter) = Builder::new(&case).decoder(&case);
+    let runs: [&[i32]; 2] = [&[1, 2, 3], &[4]];
+    let base = run(&backend, &graph, &runs, None, &case);
+    assert_eq!(run(&backend, &graph, &runs, adapter.clone(), &case), base);
+    let strong = Case { branch: Some(Branch { alpha: 1.0, ..branch }), ..case };
+    assert_ne!(run(&backend, &graph, &runs, adapter, &strong), base, "strength 1 has to change something");
+}
+
 /// Logits of every run, one after the other; each run asks for its last row only.
-fn run(backend: &dyn Backend, graph: &Graph, runs: &[&[i32]]) -> Vec<f32> {
+fn run(backend: &dyn Backend, graph: &Graph, runs: &[&[i32]], adapter: Option<Arc<Adapter>>, case: &Case) -> Vec<f32> {
     let mut executable = backend.prepare(graph).unwrap();
     let mut state = backend.new_state(&[graph], 64).unwrap();
     let mut bindings = Bindings::new(graph);
+    if let (Some(branch), Some(input)) = (case.branch, bindings.find_input("lora_alpha")) {
+        let strengths = vec![branch.alpha; if branch.alpha_first { branch.ranks.0 } else { 1 }];
+        bindings.set_f32(input, &strengths).unwrap();
+    }
+    bindings.set_adapter(adapter);
     let (mut past, mut logits) = (0, Vec::new());
     for ids in runs {
         let positions: Vec<i32> = (past..).take(ids.len()).collect();
@@ -230,16 +273,20 @@ struct Builder {
     form: Form,
     activation: DataType,
     bias: bool,
+    branch: Option<Branch>,
+    alpha: Option<TensorId>,
+    adapter: Vec<(String, Panels)>,
 }
 
 impl Builder {
     fn new(case: &Case) -> Builder {
         let (seed, form, activation, bias) = (case.seed | 1, case.form, case.activation, case.bias);
-        Builder { graph: Graph::new("test"), seed, form, activation, bias }
+        let (branch, alpha, adapter) = (case.branch, None, Vec::new());
+        Builder { graph: Graph::new("test"), seed, form, activation, bias, branch, alpha, adapter }
     }
 
     /// One decoder layer between a tied embedding and head.
-    fn decoder(mut self, case: &Case) -> Graph {
+    fn decoder(mut self, case: &Case) -> (Graph, Option<Arc<Adapter>>) {
         let heads = case.kv_heads * case.group;
         let (hidden, kv_width) = (heads * case.head_dim, case.kv_heads * case.head_dim);
         let attrs = AttentionAttrs {
@@ -254,6 +301,11 @@ impl Builder {
         let positions = self.input_by("position_ids", ids);
         let cache_index = self.add("cache_index", TensorType::AppWrite, DataType::Int32, Shape::fixed(&[1]), None);
         let wanted = self.input("logit_indices", DataType::Int32, None);
+        if let Some(branch) = case.branch {
+            let width = if branch.alpha_first { branch.ranks.0 } else { 1 };
+            let shape = Shape::fixed(&[width]);
+            self.alpha = Some(self.add("lora_alpha", TensorType::AppWrite, DataType::Float32, shape, None));
+        }
         let embed = self.weight("embed.weight", case.vocab, hidden);
         let x = self.op("embed", OpKind::Gather, &[embed, ids]);
         let inv_freq = self.floats("inv_freq", case.head_dim / 2);
@@ -289,7 +341,40 @@ impl Builder {
         let logits = self.op("logits", OpKind::FullyConnected, &[normed, embed]);
         self.graph.mark_output(logits);
         self.graph.finalize().unwrap();
-        self.graph
+        let mut names: Vec<String> = self.adapter.iter().map(|(name, _)| name.clone()).collect();
+        names.sort();
+        let adapter = case.branch.map(|_| Arc::new(Adapter::new("test", names.into(), self.adapter).unwrap()));
+        (self.graph, adapter)
+    }
+
+    /// Adds the branch to linear layer `name`, whose output is `base`.
+    fn branched(&mut self, name: &str, base: TensorId, x: TensorId, n: usize, k: usize) -> TensorId {
+        let (Some(branch), Some(alpha)) = (self.branch, self.alpha) else { return base };
+        let (declared, real) = branch.ranks;
+        let a = self.updatable(&format!("{name}.lora_A.weight"), [declared, k], [real, k]);
+        let b = self.updatable(&format!("{name}.lora_B.weight"), [n, declared], [n, real]);
+        let down = self.op(&format!("{name}.lora_A"), OpKind::FullyConnected, &[x, a]);
+        let multiply = OpKind::ElementWiseMultiply;
+        let sum = if branch.alpha_first {
+            let scaled = self.op(&format!("{name}.lora_scale"), multiply, &[down, alpha]);
+            self.op(&format!("{name}.lora_B"), OpKind::FullyConnected, &[scaled, b])
+        } else {
+            let up = self.op(&format!("{name}.lora_B"), OpKind::FullyConnected, &[down, b]);
+            self.op(&format!("{name}.lora_scale"), multiply, &[up, alpha])
+        };
+        self.op(&format!("{name}.lora_add"), OpKind::ElementWiseAdd, &[base, sum])
+    }
+
+    /// An updatable tensor of extents `declared`, to which the adapter brings a value of extents `real`.
+    fn updatable(&mut self, name: &str, declared: [usize; 2], real: [usize; 2]) -> TensorId {
+        let form = if self.branch.is_some_and(|branch| branch.int8) { Form::Int8Channel } else { Form::F32 };
+        let values: Vec<f32> = (0..real[0] * real[1]).map(|_| self.random()).collect();
+        let (data_type, encoding, bytes) = store(form, real[1], real[0], &values, 1.0 / (real[1] as f32).sqrt());
+        let data = Some(TensorData::Flat(bytes.into()));
+        let (shape, tensor_type) = (Shape::fixed(&real), TensorType::Static);
+        let value = Tensor { name: name.to_owned(), tensor_type, data_type, shape, encoding, data };
+        self.adapter.push((name.to_owned(), pack_constant(&value).unwrap()));
+        self.add(name, TensorType::UpdateableStatic, data_type, Shape::fixed(&declared), None)
     }
 
     fn random(&mut self) -> f32 {
@@ -344,7 +429,8 @@ impl Builder {
         if self.bias {
             inputs.push(self.floats(&format!("{name}.bias"), n));
         }
-        self.op(name, OpKind::FullyConnected, &inputs)
+        let base = self.op(name, OpKind::FullyConnected, &inputs);
+        self.branched(name, base, x, n, k)
     }
 
     fn weight(&mut self, name: &str, n: usize, k: usize) -> TensorId {

@@ -25,6 +25,7 @@ mod step;
 pub use pack::pack_constant;
 
 use place::Plan;
+use run::Applied;
 
 /// The backend over the kernels of `htp-sim`. Clones share one worker team.
 #[derive(Clone)]
@@ -74,6 +75,9 @@ struct Htp {
     backend: HtpBackend,
     plan: Plan,
     memory: Memory,
+    /// Index of each of the plan's slots among `names`, the updatable tensors of the context last run with.
+    slots: Vec<usize>,
+    names: Option<Arc<[String]>>,
 }
 
 /// Scratch memory of one executable, allocated when it is prepared.
@@ -86,19 +90,42 @@ impl Htp {
     fn new(backend: HtpBackend, plan: Plan) -> Result<Htp, PrepareError> {
         let floats = plan.float_capacity.iter().map(|n| Vec::with_capacity(*n)).collect();
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
-        Ok(Htp { backend, plan, memory: Memory { floats, quantized } })
+        Ok(Htp { backend, plan, memory: Memory { floats, quantized }, slots: Vec::new(), names: None })
+    }
+}
+
+impl Htp {
+    /// Looks the slots up in the list of an adapter's tensors. Adapters of one context share their list, so this is
+    /// done once, not at every swap.
+    fn resolve(&mut self, names: &Arc<[String]>) -> Result<(), ExecuteError> {
+        if self.names.as_ref().is_some_and(|known| Arc::ptr_eq(known, names)) {
+            return Ok(());
+        }
+        let find = |slot: &String| {
+            names.binary_search(slot).map_err(|_| ExecuteError::State {
+                tensor: slot.clone(),
+                why: "the adapter belongs to a context without this tensor".to_owned(),
+            })
+        };
+        self.slots = self.plan.slots.iter().map(find).collect::<Result<_, _>>()?;
+        self.names = Some(Arc::clone(names));
+        Ok(())
     }
 }
 
 impl Executable for Htp {
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
         bindings.check_complete()?;
+        if let Some(adapter) = bindings.adapter() {
+            self.resolve(adapter.names())?;
+        }
+        let applied = Applied { adapter: bindings.adapter().map(|adapter| &**adapter), slots: &self.slots };
         let cx = Cx { kernels: self.backend.kernels, workers: &self.backend.workers };
         for step in &self.plan.steps {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
-            run::run(&cx, step, bindings, state, &mut self.memory)?;
+            run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
         }
         for (buffer, output) in &self.plan.outputs {
             bindings.swap_output(*output, &mut self.memory.floats[*buffer]);

@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::{
+    adapter::Adapter,
     graph::{Graph, Node},
     op::{AttentionAttrs, OpKind},
     tensor::{Tensor, TensorId},
-    types::DataType,
+    types::{DataType, TensorType},
 };
 
 use super::{
@@ -51,6 +52,7 @@ impl Executable for Reference {
                 Value::F32(values) => values.iter().map(|v| f64::from(*v)).collect(),
             };
         }
+        self.load_adapter(bindings.adapter().map(|adapter| &**adapter));
         for i in 0..self.graph.nodes().len() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
@@ -70,6 +72,22 @@ impl Executable for Reference {
 }
 
 impl Reference {
+    /// Gives every updatable constant its value of `adapter`, filled up with zeros to the extents of the graph.
+    fn load_adapter(&mut self, adapter: Option<&Adapter>) {
+        for id in self.graph.ids_where(|t| t.tensor_type == TensorType::UpdateableStatic) {
+            let tensor = self.graph.tensor(id);
+            let width = tensor.shape.last();
+            let mut value = vec![0.0; tensor.shape.max_elements().unwrap_or(0)];
+            if let Some(panels) = adapter.and_then(|adapter| adapter.find(&tensor.name)) {
+                let k = panels.layout().k();
+                for (n, row) in constant::dequantize_panels(panels).chunks_exact(k).enumerate() {
+                    value[n * width..][..k].copy_from_slice(row);
+                }
+            }
+            self.values[id.index()] = value;
+        }
+    }
+
     fn run(&self, node: &Node, state: &mut State) -> Result<Vec<Vec<f64>>, ExecuteError> {
         let x = self.value(node, 0);
         Ok(match &node.op {
@@ -77,7 +95,10 @@ impl Reference {
             OpKind::Gather => vec![self.gather(node)?],
             OpKind::RmsNorm { epsilon } => vec![rms_norm(x, self.value(node, 1), f64::from(*epsilon))],
             OpKind::ElementWiseAdd => vec![zip(x, self.value(node, 1), |a, b| a + b)],
-            OpKind::ElementWiseMultiply => vec![zip(x, self.value(node, 1), |a, b| a * b)],
+            OpKind::ElementWiseMultiply => {
+                let factors = self.value(node, 1).iter().cycle();
+                vec![x.iter().zip(factors).map(|(a, b)| a * b).collect()]
+            }
             OpKind::Sigmoid => vec![x.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect()],
             OpKind::Gelu => vec![x.iter().map(|v| gelu(*v)).collect()],
             OpKind::RotaryTable { scale } => {

@@ -12,10 +12,11 @@ use crate::{
 
 use super::{
     pack::{floats_of, pack_constant},
-    step::{Binary, CacheRef, Float, LinearPart, NormOut, Quantized, QuantizedSpec, Step, Unary, Work},
+    step::{Binary, CacheRef, Float, NormOut, Quantized, QuantizedSpec, Step, Unary, Work},
 };
 
 mod fuse;
+mod linear;
 mod quantized;
 
 /// Steps over virtual buffers.
@@ -26,6 +27,8 @@ pub(super) struct Lowered {
     pub(super) quantized: Vec<QuantizedSpec>,
     /// Float buffer and output number of each graph output.
     pub(super) outputs: Vec<(Float, usize)>,
+    /// Names of the updatable tensors that steps read, by slot.
+    pub(super) slots: Vec<String>,
 }
 
 /// Lowers `graph`.
@@ -53,6 +56,8 @@ struct Lowering<'g> {
     graph: &'g Graph,
     /// Nodes that read each tensor.
     readers: Vec<Vec<usize>>,
+    /// Node that writes each tensor.
+    writers: Vec<Option<usize>>,
     done: Vec<bool>,
     places: Vec<Place>,
     /// Weights in the kernels' layout.
@@ -65,16 +70,23 @@ struct Lowering<'g> {
 impl<'g> Lowering<'g> {
     fn new(graph: &'g Graph) -> Result<Lowering<'g>, PrepareError> {
         let mut readers = vec![Vec::new(); graph.tensors().len()];
+        let mut writers = vec![None; graph.tensors().len()];
         for (at, node) in graph.nodes().iter().enumerate() {
             node.inputs.iter().for_each(|id| readers[id.index()].push(at));
+            node.outputs.iter().for_each(|id| writers[id.index()] = Some(at));
         }
         let input_numbers = graph.inputs().into_iter().enumerate().map(|(number, id)| (id, number)).collect();
-        let result =
-            Lowered { steps: Vec::new(), float_elements: Vec::new(), quantized: Vec::new(), outputs: Vec::new() };
+        let result = Lowered {
+            steps: Vec::new(),
+            float_elements: Vec::new(),
+            quantized: Vec::new(),
+            outputs: Vec::new(),
+            slots: Vec::new(),
+        };
         let places = vec![Place::default(); graph.tensors().len()];
         let done = vec![false; graph.nodes().len()];
         let panels = pack_weights(graph)?;
-        let mut lowering = Lowering { graph, readers, done, places, panels, input_numbers, result };
+        let mut lowering = Lowering { graph, readers, writers, done, places, panels, input_numbers, result };
         lowering.check_types()?;
         lowering.load_inputs();
         Ok(lowering)
@@ -116,10 +128,12 @@ impl<'g> Lowering<'g> {
     }
 
     fn node(&mut self, at: usize) -> Result<(), PrepareError> {
-        self.done[at] = true;
         let node = &self.graph.nodes()[at];
+        if node.op != OpKind::FullyConnected {
+            self.done[at] = true;
+        }
         match &node.op {
-            OpKind::FullyConnected => self.fully_connected(at, node),
+            OpKind::FullyConnected => self.fully_connected(at),
             OpKind::Gather => self.gather(node),
             OpKind::RmsNorm { epsilon } => self.rms_norm(node, *epsilon),
             OpKind::ElementWiseAdd => self.binary(node, Binary::Add),
@@ -130,66 +144,6 @@ impl<'g> Lowering<'g> {
             OpKind::RotaryEmbedding { head_dim } => self.rotate(at, node, *head_dim),
             OpKind::Attention(attrs) => self.attention(node, attrs),
         }
-    }
-
-    /// q, k, v or gate, up share their input: one step for all, with the gate's activation or the residual fused.
-    fn fully_connected(&mut self, at: usize, node: &Node) -> Result<(), PrepareError> {
-        if let Some(gated) = fuse::gated(self, at) {
-            return self.gated(gated);
-        }
-        let is_float = self.panels(node, 1).layout().format().is_float();
-        let mut group = vec![at];
-        for other in &self.readers[node.inputs[0].index()] {
-            let same_input = !self.done[*other]
-                && self.is_linear_on(*other, node.inputs[0])
-                && self.panels(&self.graph.nodes()[*other], 1).layout().format().is_float() == is_float;
-            if same_input && group.len() < MAX_PARTS && fuse::gated(self, *other).is_none() {
-                group.push(*other);
-            }
-        }
-        let nodes: Vec<&Node> = group.iter().map(|at| &self.graph.nodes()[*at]).collect();
-        let weights: Vec<Panels> = nodes.iter().map(|n| self.panels(n, 1).clone()).collect();
-        let x = self.linear_source(node, &weights)?;
-        let mut parts = Vec::new();
-        for ((at, node), weights) in group.iter().zip(&nodes).zip(weights) {
-            self.done[*at] = true;
-            let bias = node.inputs.get(2).map(|id| floats_of(self.graph.tensor(*id))).transpose()?;
-            let (out, add) = match fuse::residual(self, *at) {
-                Some((add_node, residual)) => {
-                    self.done[add_node] = true;
-                    let out = self.float(residual)?;
-                    self.places[self.graph.nodes()[add_node].outputs[0].index()].float = Some(out);
-                    (out, true)
-                }
-                None => (self.output(node, 0), false),
-            };
-            parts.push(LinearPart { weights, bias, out, add });
-        }
-        let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
-        self.push(&names.join(" + "), self.rows(node), Work::Linear { x, parts });
-        for at in group {
-            let written = fuse::written_tensor(self, at);
-            self.requantize(written)?;
-        }
-        Ok(())
-    }
-
-    fn gated(&mut self, found: fuse::Gated) -> Result<(), PrepareError> {
-        let [gate, up] = [found.gate, found.up].map(|at| &self.graph.nodes()[at]);
-        let weights = vec![self.panels(gate, 1).clone(), self.panels(up, 1).clone()];
-        let x = self.linear_source(gate, &weights)?;
-        let last = &self.graph.nodes()[found.product];
-        found.nodes().for_each(|at| self.done[at] = true);
-        let out = self.output(last, 0);
-        let mut halves = [gate, up].into_iter().zip(weights).map(|(node, weights)| {
-            let bias = node.inputs.get(2).map(|id| floats_of(self.graph.tensor(*id))).transpose()?;
-            Ok(LinearPart { weights, bias, out, add: false })
-        });
-        let (gate_part, up_part) = (halves.next().expect("two halves")?, halves.next().expect("two halves")?);
-        drop(halves);
-        let work = Work::Gated { x, gate: gate_part, up: up_part, activation: found.activation, out };
-        self.push(&format!("{} + {}", gate.name, up.name), self.rows(last), work);
-        self.requantize(last.outputs[0])
     }
 
     fn gather(&mut self, node: &Node) -> Result<(), PrepareError> {
@@ -273,11 +227,6 @@ impl<'g> Lowering<'g> {
         self.requantize(node.outputs[0])
     }
 
-    fn is_linear_on(&self, at: usize, x: TensorId) -> bool {
-        let node = &self.graph.nodes()[at];
-        node.op == OpKind::FullyConnected && node.inputs[0] == x
-    }
-
     fn rows(&self, node: &Node) -> Dim {
         self.graph.tensor(node.outputs[0]).shape.0[0]
     }
@@ -316,7 +265,7 @@ fn pack_weights(graph: &Graph) -> Result<HashMap<TensorId, Panels>, PrepareError
     let mut panels = HashMap::new();
     for node in graph.nodes() {
         let id = match node.op {
-            OpKind::FullyConnected => node.inputs[1],
+            OpKind::FullyConnected if graph.tensor(node.inputs[1]).data.is_some() => node.inputs[1],
             OpKind::Gather if graph.tensor(node.inputs[0]).tensor_type.is_static() => node.inputs[0],
             _ => continue,
         };
@@ -331,6 +280,3 @@ fn unsupported(tensor: &Tensor) -> String {
     let encoding = if tensor.encoding.is_some() { " with a static encoding" } else { "" };
     format!("{} {}{encoding} is not supported by this backend yet", tensor.tensor_type, tensor.data_type)
 }
-
-/// Most weights in one linear step.
-pub(super) const MAX_PARTS: usize = 4;

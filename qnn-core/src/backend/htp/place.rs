@@ -18,6 +18,8 @@ pub(super) struct Plan {
     pub(super) quantized: Vec<QuantizedSpec>,
     /// Buffer and output number of each graph output.
     pub(super) outputs: Vec<(usize, usize)>,
+    /// Names of the updatable tensors that steps read, by slot.
+    pub(super) slots: Vec<String>,
 }
 
 /// The kernels' form of the attributes.
@@ -50,6 +52,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         quantized: quantized_owners.iter().map(|owners| lowered.quantized[owners[0]]).collect(),
         outputs: lowered.outputs.iter().map(|(float, output)| (float_home[*float], *output)).collect(),
         steps: lowered.steps,
+        slots: lowered.slots,
     }
 }
 

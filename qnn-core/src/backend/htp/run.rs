@@ -1,41 +1,36 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Cache, Cx, Gate, GateUp, Part, Rows, ShapeError, Write, elementwise};
+use htp_sim::{Branch, Cache, Cx, Gate, GateUp, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
+    adapter::Adapter,
     backend::{Bindings, ExecuteError, State, Value},
     tensor::Panels,
 };
 
 use super::{
     Memory,
-    lower::MAX_PARTS,
     place::attention_params,
-    step::{Binary, CacheRef, LinearPart, NormOut, Source, Step, Unary, Work},
+    step::{Binary, BranchPart, CacheRef, DownPart, LinearPart, MAX_PARTS, NormOut, Source, Step, Unary, Work},
 };
 
 /// Runs `step`. Steps of no rows are skipped.
 pub(super) fn run(
     cx: &Cx<'_>,
     step: &Step,
-    bindings: &Bindings,
+    (bindings, adapter): (&Bindings, &Applied<'_>),
     state: &mut State,
     memory: &mut Memory,
 ) -> Result<(), ExecuteError> {
     let rows = bindings.rows_of(step.rows);
-    let run = Run { cx, step, bindings, rows };
+    let run = Run { cx, step, bindings, adapter, rows };
     match &step.work {
         Work::Load { input, out } => run.load(memory, *input, *out),
         Work::Lookup { table, indices, out } => run.lookup(memory, table, *indices, *out),
         Work::Select { x, width, indices, out } => run.select(memory, (*x, *out), *width, *indices),
         Work::Linear { x, parts } => run.linear(memory, *x, parts),
-        Work::Gated { x, gate, up, activation, out } => {
-            let width = up.weights.layout().n();
-            run.with_out(memory, *out, width, |memory, out| {
-                let halves = GateUp { gate: half(gate), up: half(up) };
-                htp_sim::gated_linear(cx, source(memory, *x, rows), halves, *activation, out)
-            })
-        }
+        Work::Down { x, parts } => run.down(memory, *x, parts),
+        Work::Gated { .. } => run.gated(memory),
         Work::Attention { q, k, v, out, cache } => run.attention(memory, state, [*q, *k, *v, *out], cache),
         _ => run.elementwise(memory),
     }
@@ -46,7 +41,21 @@ struct Run<'a> {
     cx: &'a Cx<'a>,
     step: &'a Step,
     bindings: &'a Bindings,
+    adapter: &'a Applied<'a>,
     rows: usize,
+}
+
+/// The adapter of an execute, seen through the slots of a plan.
+pub(super) struct Applied<'a> {
+    pub(super) adapter: Option<&'a Adapter>,
+    /// Index in the adapter of each slot.
+    pub(super) slots: &'a [usize],
+}
+
+impl Applied<'_> {
+    fn panels(&self, slot: usize) -> Option<&Panels> {
+        self.adapter?.tensor(self.slots[slot])
+    }
 }
 
 impl Run<'_> {
@@ -156,25 +165,90 @@ impl Run<'_> {
         })
     }
 
+    /// `t = alpha · A x` of every branch that the adapter gives a value; the others' `t` becomes empty.
+    fn down(&self, memory: &mut Memory, x: Source, parts: &[DownPart]) -> Result<(), ExecuteError> {
+        let mut outs: [Vec<f32>; MAX_PARTS] = Default::default();
+        for (part, t) in parts.iter().zip(&mut outs) {
+            *t = std::mem::take(&mut memory.floats[part.t]);
+            t.clear();
+            if let Some(down) = self.active(part) {
+                t.resize(self.rows * down.layout().n(), 0.0);
+            }
+        }
+        let mut active = parts.iter().zip(&mut outs).filter_map(|(part, t)| {
+            let weights = self.active(part)?.view();
+            Some(Part { weights, bias: None, branch: None, write: Write::Store, out: t })
+        });
+        let done = call_linear(self.cx, source(memory, x, self.rows), &mut active);
+        drop(active);
+        for (part, t) in parts.iter().zip(&mut outs) {
+            let alpha = self.alpha(part.alpha);
+            let rank = t.len() / self.rows.max(1);
+            for row in t.chunks_exact_mut(rank.max(1)) {
+                row.iter_mut().zip(alpha.iter().cycle()).for_each(|(t, alpha)| *t *= alpha);
+            }
+            memory.floats[part.t] = std::mem::take(t);
+        }
+        self.check(done)
+    }
+
+    /// A of a branch, if the adapter has both halves and a strength that is not 0.
+    fn active(&self, part: &DownPart) -> Option<&Panels> {
+        let (down, _) = (self.adapter.panels(part.down)?, self.adapter.panels(part.up)?);
+        let columns = self.alpha(part.alpha).iter().take(down.layout().n());
+        columns.into_iter().any(|alpha| *alpha != 0.0).then_some(down)
+    }
+
+    fn alpha(&self, input: usize) -> &[f32] {
+        match &self.bindings.inputs()[input].value {
+            Value::F32(values) => values,
+            Value::I32(_) => &[],
+        }
+    }
+
+    /// The branch of a part, if its first half was computed.
+    fn branch<'a>(&'a self, memory: &'a Memory, branch: Option<&BranchPart>) -> Option<Branch<'a>> {
+        let branch = branch?;
+        let t = &memory.floats[branch.t][..];
+        if t.is_empty() {
+            return None;
+        }
+        Some(Branch { t, t_stride: t.len() / self.rows, t_at: 0, up: self.adapter.panels(branch.up)?.view() })
+    }
+
     fn linear(&self, memory: &mut Memory, x: Source, parts: &[LinearPart]) -> Result<(), ExecuteError> {
         let mut outs: [Vec<f32>; MAX_PARTS] = Default::default();
         for (part, out) in parts.iter().zip(&mut outs) {
             *out = std::mem::take(&mut memory.floats[part.out]);
             out.resize(self.rows * part.weights.layout().n(), 0.0);
         }
-        let rows = source(memory, x, self.rows);
-        let [a, b, c, d] = &mut outs;
-        let done = match parts {
-            [p] => htp_sim::linear(self.cx, rows, &mut [part(p, a)]),
-            [p, q] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b)]),
-            [p, q, r] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b), part(r, c)]),
-            [p, q, r, s] => htp_sim::linear(self.cx, rows, &mut [part(p, a), part(q, b), part(r, c), part(s, d)]),
-            _ => unreachable!("lowering groups 1 to {MAX_PARTS} weights"),
-        };
+        let lent: &Memory = memory;
+        let mut views = parts.iter().zip(&mut outs).map(|(part, out)| Part {
+            weights: part.weights.view(),
+            bias: part.bias.as_deref(),
+            branch: self.branch(lent, part.branch.as_ref()),
+            write: if part.add { Write::Add } else { Write::Store },
+            out,
+        });
+        let done = call_linear(self.cx, source(lent, x, self.rows), &mut views);
+        drop(views);
         for (part, out) in parts.iter().zip(&mut outs) {
             memory.floats[part.out] = std::mem::take(out);
         }
         self.check(done)
+    }
+
+    fn half<'a>(&'a self, memory: &'a Memory, part: &'a LinearPart) -> Gate<'a> {
+        let branch = self.branch(memory, part.branch.as_ref());
+        Gate { weights: part.weights.view(), bias: part.bias.as_deref(), branch }
+    }
+
+    fn gated(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
+        let Work::Gated { x, gate, up, activation, out } = &self.step.work else { return Ok(()) };
+        self.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
+            let halves = GateUp { gate: self.half(memory, gate), up: self.half(memory, up) };
+            htp_sim::gated_linear(self.cx, source(memory, *x, self.rows), halves, *activation, out)
+        })
     }
 
     fn attention(
@@ -246,11 +320,13 @@ fn source(memory: &Memory, x: Source, rows: usize) -> Rows<'_> {
     }
 }
 
-fn part<'a>(part: &'a LinearPart, out: &'a mut [f32]) -> Part<'a> {
-    let write = if part.add { Write::Add } else { Write::Store };
-    Part { weights: part.weights.view(), bias: part.bias.as_deref(), branch: None, write, out }
-}
-
-fn half(part: &LinearPart) -> Gate<'_> {
-    Gate { weights: part.weights.view(), bias: part.bias.as_deref(), branch: None }
+/// Calls `linear` with up to [`MAX_PARTS`] parts, or not at all if there are none.
+fn call_linear<'a>(cx: &Cx<'_>, x: Rows<'_>, parts: &mut dyn Iterator<Item = Part<'a>>) -> Result<(), ShapeError> {
+    match [parts.next(), parts.next(), parts.next(), parts.next()] {
+        [Some(a), None, ..] => htp_sim::linear(cx, x, &mut [a]),
+        [Some(a), Some(b), None, _] => htp_sim::linear(cx, x, &mut [a, b]),
+        [Some(a), Some(b), Some(c), None] => htp_sim::linear(cx, x, &mut [a, b, c]),
+        [Some(a), Some(b), Some(c), Some(d)] => htp_sim::linear(cx, x, &mut [a, b, c, d]),
+        [None, ..] => Ok(()),
+    }
 }

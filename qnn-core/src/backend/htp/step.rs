@@ -39,6 +39,8 @@ pub(super) enum Work {
     Quantize { x: Float, out: Quantized },
     /// Quantized rows back to floats, for a consumer that takes no codes.
     Dequantize { x: Quantized, out: Float },
+    /// `t = alpha · A x` for adapter branches that share their input. Without an adapter every `t` stays empty.
+    Down { x: Source, parts: Vec<DownPart> },
     /// Weights that share their input, in one parallel region.
     Linear { x: Source, parts: Vec<LinearPart> },
     /// `activation(gate · x) · (up · x)`.
@@ -76,10 +78,33 @@ pub(super) enum Source {
 pub(super) struct LinearPart {
     pub(super) weights: Panels,
     pub(super) bias: Option<Vec<f32>>,
+    pub(super) branch: Option<BranchPart>,
     /// Result buffer (not used by the two halves of a gated step).
     pub(super) out: Float,
     /// True if the product is added to what `out` holds: the residual.
     pub(super) add: bool,
+}
+
+/// The first half of one adapter branch.
+#[derive(Debug)]
+pub(super) struct DownPart {
+    /// Slot of A.
+    pub(super) down: usize,
+    /// Slot of B.
+    pub(super) up: usize,
+    /// Graph input that holds the strengths.
+    pub(super) alpha: usize,
+    /// Result: `[rows, rank]`.
+    pub(super) t: Float,
+}
+
+/// The second half: `out += t · Bᵀ`.
+#[derive(Debug)]
+pub(super) struct BranchPart {
+    /// Slot of B.
+    pub(super) up: usize,
+    /// The first half's result.
+    pub(super) t: Float,
 }
 
 /// The cache an attention step writes and reads.
@@ -139,12 +164,17 @@ impl Work {
                     visit(out);
                 }
             }
+            Work::Down { x, parts } => {
+                x.float(visit);
+                parts.iter_mut().for_each(|part| visit(&mut part.t));
+            }
             Work::Linear { x, parts } => {
                 x.float(visit);
-                parts.iter_mut().for_each(|part| visit(&mut part.out));
+                parts.iter_mut().for_each(|part| part.floats(visit));
             }
-            Work::Gated { x, out, .. } => {
+            Work::Gated { x, gate, up, out, .. } => {
                 x.float(visit);
+                [gate, up].into_iter().filter_map(|half| half.branch.as_mut()).for_each(|b| visit(&mut b.t));
                 visit(out);
             }
             Work::RotaryTable { cos, sin, .. } => {
@@ -163,9 +193,19 @@ impl Work {
             Work::RmsNorm { out: NormOut::Quantized(q), .. }
             | Work::Quantize { out: q, .. }
             | Work::Dequantize { x: q, .. }
+            | Work::Down { x: Source::Quantized(q), .. }
             | Work::Linear { x: Source::Quantized(q), .. }
             | Work::Gated { x: Source::Quantized(q), .. } => visit(q),
             _ => {}
+        }
+    }
+}
+
+impl LinearPart {
+    fn floats(&mut self, visit: &mut dyn FnMut(&mut Float)) {
+        visit(&mut self.out);
+        if let Some(branch) = &mut self.branch {
+            visit(&mut branch.t);
         }
     }
 }
@@ -177,3 +217,6 @@ impl Source {
         }
     }
 }
+
+/// Most weights in one linear step.
+pub(super) const MAX_PARTS: usize = 4;

@@ -34,7 +34,8 @@ pub fn dequantize_constant(tensor: &Tensor) -> Result<Vec<f64>, PrepareError> {
     }
 }
 
-fn dequantize_panels(panels: &Panels) -> Vec<f64> {
+/// The value of a packed weight, row-major.
+pub(super) fn dequantize_panels(panels: &Panels) -> Vec<f64> {
     let (layout, view) = (panels.layout(), panels.view());
     let mut row = vec![0.0f32; layout.k()];
     let mut out = Vec::with_capacity(layout.n() * layout.k());

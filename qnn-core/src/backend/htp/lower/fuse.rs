@@ -2,14 +2,45 @@
 
 use htp_sim::Activation;
 
-use crate::{op::OpKind, tensor::TensorId, types::DataType};
+use crate::{
+    op::OpKind,
+    tensor::TensorId,
+    types::{DataType, TensorType},
+};
 
 use super::Lowering;
 
-/// `act(gate) · up` over two linear layers of one input; the numbers are nodes.
+/// A linear layer with its adapter branch, if it has one. The numbers are nodes.
+pub(super) struct Unit {
+    pub(super) base: usize,
+    pub(super) branch: Option<BranchNodes>,
+    /// The result: the base's output, or the sum with the branch.
+    pub(super) output: TensorId,
+}
+
+impl Unit {
+    /// All nodes of the layer.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = usize> + '_ {
+        std::iter::once(self.base).chain(self.branch.iter().flat_map(|branch| branch.nodes))
+    }
+}
+
+/// The low-rank branch `B (alpha · A x)` or `alpha · B (A x)`, added to a base layer.
+pub(super) struct BranchNodes {
+    /// A: `[rank, k]`.
+    pub(super) down: TensorId,
+    /// B: `[n, rank]`.
+    pub(super) up: TensorId,
+    /// The strength: `[1]` or `[rank]`.
+    pub(super) alpha: TensorId,
+    /// A, B, the multiplication and the addition.
+    nodes: [usize; 4],
+}
+
+/// `act(gate) · up` over two linear layers of one input.
 pub(super) struct Gated {
-    pub(super) gate: usize,
-    pub(super) up: usize,
+    pub(super) gate: Unit,
+    pub(super) up: Unit,
     /// The node whose output is the result.
     pub(super) product: usize,
     pub(super) activation: Activation,
@@ -19,32 +50,56 @@ pub(super) struct Gated {
 impl Gated {
     /// All nodes that the pattern replaces.
     pub(super) fn nodes(&self) -> impl Iterator<Item = usize> + '_ {
-        [self.gate, self.up, self.product].into_iter().chain(self.between.iter().copied())
+        self.gate.nodes().chain(self.up.nodes()).chain([self.product]).chain(self.between.iter().copied())
     }
 }
 
-/// Recognises the gate or the up half of a gated pair at linear node `at`:
-/// `(gate · sigmoid(gate)) · up` (SiLU) or `gelu(gate) · up`.
-pub(super) fn gated(lowering: &Lowering<'_>, at: usize) -> Option<Gated> {
-    let x = lowering.graph.nodes()[at].inputs[0];
-    let of_gate = |gate: usize| {
-        let (between, activated, activation) = silu(lowering, gate).or_else(|| gelu(lowering, gate))?;
-        let product = only_reader(lowering, activated, &OpKind::ElementWiseMultiply)?;
-        let node = &lowering.graph.nodes()[product];
-        let other = *node.inputs.iter().find(|id| **id != activated)?;
-        let up = producer(lowering, other, x)?;
-        let fusible =
-            up != gate && !lowering.done[product] && private(lowering, other) && same_width(lowering, gate, up);
-        fusible.then_some(Gated { gate, up, product, activation, between })
+/// The layer of linear node `at` on `x`, if `at` is a base node that is not done.
+pub(super) fn unit(lowering: &Lowering<'_>, at: usize, x: TensorId) -> Option<Unit> {
+    if lowering.done[at] {
+        return None;
+    }
+    let node = &lowering.graph.nodes()[at];
+    if node.op != OpKind::FullyConnected || node.inputs[0] != x || is_updateable(lowering, node.inputs[1]) {
+        return None;
+    }
+    let branch = branch(lowering, at);
+    let output = match &branch {
+        Some(branch) => lowering.graph.nodes()[branch.nodes[3]].outputs[0],
+        None => node.outputs[0],
     };
-    let mut candidates = lowering.readers[x.index()].iter().copied().filter(|n| lowering.is_linear_on(*n, x));
-    candidates.find_map(|gate| of_gate(gate).filter(|found| found.gate == at || found.up == at))
+    Some(Unit { base: at, branch, output })
 }
 
-/// If the output of linear node `at` is only added to a tensor that nobody needs afterwards: the addition's node and
-/// that tensor. The product can then be added in place.
-pub(super) fn residual(lowering: &Lowering<'_>, at: usize) -> Option<(usize, TensorId)> {
-    let output = lowering.graph.nodes()[at].outputs[0];
+/// The layer that linear node `at` belongs to, as its base or as the first half of its branch.
+pub(super) fn owner(lowering: &Lowering<'_>, at: usize) -> Option<Unit> {
+    let x = lowering.graph.nodes()[at].inputs[0];
+    let mut units = lowering.readers[x.index()].iter().filter_map(|other| unit(lowering, *other, x));
+    units.find(|unit| unit.nodes().any(|node| node == at))
+}
+
+/// Recognises a gated pair at base node `at`, its gate or its up half: `(gate · sigmoid(gate)) · up` (SiLU) or
+/// `gelu(gate) · up`.
+pub(super) fn gated(lowering: &Lowering<'_>, at: usize) -> Option<Gated> {
+    let x = lowering.graph.nodes()[at].inputs[0];
+    let units = || lowering.readers[x.index()].iter().filter_map(|other| unit(lowering, *other, x));
+    let of_gate = |gate: Unit| {
+        let (between, activated, activation) = silu(lowering, gate.output).or_else(|| gelu(lowering, gate.output))?;
+        let product = only_reader(lowering, activated, &OpKind::ElementWiseMultiply)?;
+        let inputs = &lowering.graph.nodes()[product].inputs;
+        let other = *inputs.iter().find(|id| **id != activated)?;
+        let up = units().find(|up| up.output == other && up.base != gate.base)?;
+        let fusible = lowering.readers[other.index()].len() == 1
+            && hidden(lowering, other)
+            && width(lowering, gate.output) == width(lowering, other);
+        fusible.then_some(Gated { gate, up, product, activation, between })
+    };
+    units().find_map(|gate| of_gate(gate).filter(|found| found.gate.base == at || found.up.base == at))
+}
+
+/// If linear output `output` is only added to a tensor that nobody needs afterwards: the addition's node and that
+/// tensor. The product can then be added in place.
+pub(super) fn residual(lowering: &Lowering<'_>, output: TensorId) -> Option<(usize, TensorId)> {
     let add = only_reader(lowering, output, &OpKind::ElementWiseAdd)?;
     let node = &lowering.graph.nodes()[add];
     let residual = *node.inputs.iter().find(|id| **id != output)?;
@@ -56,38 +111,61 @@ pub(super) fn residual(lowering: &Lowering<'_>, at: usize) -> Option<(usize, Ten
     (dead && floats && !tensor.tensor_type.is_output() && !tensor.tensor_type.is_static()).then_some((add, residual))
 }
 
-/// The tensor whose value stands in the buffer that linear node `at` wrote.
-pub(super) fn written_tensor(lowering: &Lowering<'_>, at: usize) -> TensorId {
-    let output = lowering.graph.nodes()[at].outputs[0];
-    match lowering.places[output.index()].float {
-        Some(_) => output,
-        None => lowering.graph.nodes()[lowering.readers[output.index()][0]].outputs[0],
+/// The branch that is added to the output of base node `at`.
+fn branch(lowering: &Lowering<'_>, at: usize) -> Option<BranchNodes> {
+    let nodes = lowering.graph.nodes();
+    let (x, output) = (nodes[at].inputs[0], nodes[at].outputs[0]);
+    let add = only_reader(lowering, output, &OpKind::ElementWiseAdd)?;
+    let sum = *nodes[add].inputs.iter().find(|id| **id != output)?;
+    let last = producer(lowering, sum)?;
+    let (down, scale, up) = match nodes[last].op {
+        OpKind::FullyConnected => {
+            let scale = producer(lowering, nodes[last].inputs[0])?;
+            (producer(lowering, nodes[scale].inputs[0])?, scale, last)
+        }
+        OpKind::ElementWiseMultiply => {
+            let up = producer(lowering, nodes[last].inputs[0])?;
+            (producer(lowering, nodes[up].inputs[0])?, last, up)
+        }
+        _ => return None,
+    };
+    let linear = |node: usize| nodes[node].op == OpKind::FullyConnected && nodes[node].inputs.len() == 2;
+    let shape = linear(down) && linear(up) && nodes[scale].op == OpKind::ElementWiseMultiply;
+    if !shape || nodes[down].inputs[0] != x {
+        return None;
     }
+    let (a, b, alpha) = (nodes[down].inputs[1], nodes[up].inputs[1], nodes[scale].inputs[1]);
+    // After B only one strength for all columns has the same meaning as before it.
+    let strength = lowering.graph.tensor(alpha).shape.rank() == 1 && (last == up || width(lowering, alpha) == 1);
+    let private = [down, scale, up].iter().all(|node| {
+        let output = nodes[*node].outputs[0];
+        lowering.readers[output.index()].len() == 1 && hidden(lowering, output)
+    });
+    let fits = is_updateable(lowering, a) && is_updateable(lowering, b) && strength && private;
+    fits.then_some(BranchNodes { down: a, up: b, alpha, nodes: [down, up, scale, add] })
 }
 
 /// `gate · sigmoid(gate)`: the nodes, the result, the activation.
-fn silu(lowering: &Lowering<'_>, gate: usize) -> Option<(Vec<usize>, TensorId, Activation)> {
-    let value = lowering.graph.nodes()[gate].outputs[0];
-    let readers = &lowering.readers[value.index()];
+fn silu(lowering: &Lowering<'_>, gate: TensorId) -> Option<(Vec<usize>, TensorId, Activation)> {
+    let readers = &lowering.readers[gate.index()];
     let kind = |n: &usize| lowering.graph.nodes()[*n].op;
     let sigmoid = *readers.iter().find(|n| kind(n) == OpKind::Sigmoid)?;
     let product = *readers.iter().find(|n| kind(n) == OpKind::ElementWiseMultiply)?;
     let factor = lowering.graph.nodes()[sigmoid].outputs[0];
     let node = &lowering.graph.nodes()[product];
     let fits = readers.len() == 2
-        && node.inputs.contains(&value)
+        && node.inputs.contains(&gate)
         && node.inputs.contains(&factor)
         && lowering.readers[factor.index()] == [product]
-        && hidden(lowering, value)
+        && hidden(lowering, gate)
         && hidden(lowering, factor)
         && hidden(lowering, node.outputs[0]);
     fits.then(|| (vec![sigmoid, product], node.outputs[0], Activation::Silu))
 }
 
 /// `gelu(gate)`: the node, the result, the activation.
-fn gelu(lowering: &Lowering<'_>, gate: usize) -> Option<(Vec<usize>, TensorId, Activation)> {
-    let value = lowering.graph.nodes()[gate].outputs[0];
-    let node = only_reader(lowering, value, &OpKind::Gelu)?;
+fn gelu(lowering: &Lowering<'_>, gate: TensorId) -> Option<(Vec<usize>, TensorId, Activation)> {
+    let node = only_reader(lowering, gate, &OpKind::Gelu)?;
     let output = lowering.graph.nodes()[node].outputs[0];
     hidden(lowering, output).then(|| (vec![node], output, Activation::Gelu))
 }
@@ -99,14 +177,9 @@ fn only_reader(lowering: &Lowering<'_>, id: TensorId, op: &OpKind) -> Option<usi
     fits.then_some(reader)
 }
 
-/// The linear node on `x` that writes `id`, if it is not done.
-fn producer(lowering: &Lowering<'_>, id: TensorId, x: TensorId) -> Option<usize> {
-    let mut nodes = lowering.readers[x.index()].iter().copied();
-    nodes.find(|n| lowering.is_linear_on(*n, x) && !lowering.done[*n] && lowering.graph.nodes()[*n].outputs[0] == id)
-}
-
-fn private(lowering: &Lowering<'_>, id: TensorId) -> bool {
-    lowering.readers[id.index()].len() == 1 && hidden(lowering, id)
+/// The node that writes `id`.
+fn producer(lowering: &Lowering<'_>, id: TensorId) -> Option<usize> {
+    lowering.writers[id.index()]
 }
 
 /// True if `id` is a plain f32 intermediate: no client and no quantizer sees it.
@@ -115,7 +188,10 @@ fn hidden(lowering: &Lowering<'_>, id: TensorId) -> bool {
     !tensor.tensor_type.is_output() && tensor.data_type == DataType::Float32
 }
 
-fn same_width(lowering: &Lowering<'_>, a: usize, b: usize) -> bool {
-    let width = |at: usize| lowering.graph.tensor(lowering.graph.nodes()[at].outputs[0]).shape.last();
-    width(a) == width(b)
+fn is_updateable(lowering: &Lowering<'_>, id: TensorId) -> bool {
+    lowering.graph.tensor(id).tensor_type == TensorType::UpdateableStatic
+}
+
+fn width(lowering: &Lowering<'_>, id: TensorId) -> usize {
+    lowering.graph.tensor(id).shape.last()
 }

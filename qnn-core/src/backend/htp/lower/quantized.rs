@@ -4,7 +4,6 @@ use htp_sim::ActBits;
 
 use crate::{
     backend::PrepareError,
-    graph::Node,
     op::OpKind,
     tensor::{Panels, TensorId},
     types::DataType,
@@ -56,7 +55,8 @@ impl Lowering<'_> {
         let mut sum_block = 0;
         for reader in &self.readers[id.index()] {
             let node = &self.graph.nodes()[*reader];
-            if node.op == OpKind::FullyConnected && node.inputs[0] == id {
+            let packed = node.op == OpKind::FullyConnected && self.panels.contains_key(&node.inputs[1]);
+            if packed && node.inputs[0] == id {
                 sum_block = gcd(sum_block, self.panels(node, 1).layout().format().block().unwrap_or(0));
             }
         }
@@ -72,8 +72,7 @@ impl Lowering<'_> {
     }
 
     /// What the linear layers over `weights` read: codes if they can take them, floats otherwise.
-    pub(super) fn linear_source(&mut self, node: &Node, weights: &[Panels]) -> Result<Source, PrepareError> {
-        let id = node.inputs[0];
+    pub(super) fn linear_source(&mut self, id: TensorId, weights: &[Panels]) -> Result<Source, PrepareError> {
         match self.places[id.index()].quantized {
             Some(quantized) if weights.iter().all(|w| !w.layout().format().is_float()) => {
                 Ok(Source::Quantized(quantized))

@@ -1,0 +1,154 @@
+//! Linear layers: q, k, v or gate, up share their input and become one step, with adapter branch, activation and
+//! residual fused.
+
+use crate::{
+    backend::PrepareError,
+    graph::Node,
+    tensor::{Panels, TensorId},
+};
+
+use super::{
+    super::step::{BranchPart, DownPart, LinearPart, MAX_PARTS, Source, Work},
+    Lowering,
+    fuse::{self, BranchNodes, Gated, Unit},
+};
+
+impl Lowering<'_> {
+    pub(super) fn fully_connected(&mut self, at: usize) -> Result<(), PrepareError> {
+        let unit = fuse::owner(self, at).ok_or_else(|| {
+            let node = &self.graph.nodes()[at];
+            let why = format!("updatable weight {} is in no adapter branch", self.graph.tensor(node.inputs[1]).name);
+            PrepareError::Node { node: node.name.clone(), op: node.op.name(), why }
+        })?;
+        match fuse::gated(self, unit.base) {
+            Some(gated) => self.gated(gated),
+            None => self.linear(unit),
+        }
+    }
+
+    fn linear(&mut self, first: Unit) -> Result<(), PrepareError> {
+        let x = self.graph.nodes()[first.base].inputs[0];
+        let group = self.group(first, x);
+        let weights: Vec<Panels> = group.iter().map(|unit| self.weights(unit)).collect();
+        let source = self.linear_source(x, &weights)?;
+        let names: Vec<&str> = group.iter().map(|unit| self.graph.nodes()[unit.base].name.as_str()).collect();
+        let (names, rows) = (names.join(" + "), self.rows(&self.graph.nodes()[group[0].base]));
+        let branches = self.down(x, source, &group)?;
+        let mut parts = Vec::new();
+        for ((unit, weights), branch) in group.iter().zip(weights).zip(branches) {
+            unit.nodes().for_each(|at| self.done[at] = true);
+            let bias = self.bias(unit)?;
+            let (out, add) = match fuse::residual(self, unit.output) {
+                Some((add_node, residual)) => {
+                    self.done[add_node] = true;
+                    let out = self.float(residual)?;
+                    let sum = self.graph.nodes()[add_node].outputs[0];
+                    self.places[sum.index()].float = Some(out);
+                    (out, true)
+                }
+                None => {
+                    let out = self.new_float(self.graph.tensor(unit.output));
+                    self.places[unit.output.index()].float = Some(out);
+                    (out, false)
+                }
+            };
+            parts.push(LinearPart { weights, bias, branch, out, add });
+        }
+        let sums: Vec<bool> = parts.iter().map(|part| part.add).collect();
+        self.push(&names, rows, Work::Linear { x: source, parts });
+        for (unit, _) in group.iter().zip(sums).filter(|(_, add)| !add) {
+            self.requantize(unit.output)?;
+        }
+        Ok(())
+    }
+
+    /// `first` and the other linear layers on `x` that can run in the same step.
+    fn group(&self, first: Unit, x: TensorId) -> Vec<Unit> {
+        let is_float = |unit: &Unit| self.weights(unit).layout().format().is_float();
+        let first_is_float = is_float(&first);
+        let mut group = vec![first];
+        for at in &self.readers[x.index()] {
+            let Some(unit) = fuse::unit(self, *at, x) else { continue };
+            let fits = unit.base != group[0].base && is_float(&unit) == first_is_float;
+            if fits && group.len() < MAX_PARTS && fuse::gated(self, unit.base).is_none() {
+                group.push(unit);
+            }
+        }
+        group
+    }
+
+    fn gated(&mut self, found: Gated) -> Result<(), PrepareError> {
+        let product = &self.graph.nodes()[found.product];
+        let x = self.graph.nodes()[found.gate.base].inputs[0];
+        let name = format!("{} + {}", self.graph.nodes()[found.gate.base].name, self.graph.nodes()[found.up.base].name);
+        found.nodes().for_each(|at| self.done[at] = true);
+        let units = [found.gate, found.up];
+        let weights = [self.weights(&units[0]), self.weights(&units[1])];
+        let source = self.linear_source(x, &weights)?;
+        let branches = self.down(x, source, &units)?;
+        let out = self.output(product, 0);
+        let mut halves = Vec::new();
+        for ((unit, weights), branch) in units.iter().zip(weights).zip(branches) {
+            halves.push(LinearPart { weights, bias: self.bias(unit)?, branch, out, add: false });
+        }
+        let (up, gate) = (halves.pop().expect("two units"), halves.pop().expect("two units"));
+        let work = Work::Gated { x: source, gate, up, activation: found.activation, out };
+        self.push(&name, self.rows(product), work);
+        self.requantize(product.outputs[0])
+    }
+
+    /// The step that computes the low-rank products `alpha · A x` of all branches of `units`; the branch of each.
+    fn down(&mut self, x: TensorId, source: Source, units: &[Unit]) -> Result<Vec<Option<BranchPart>>, PrepareError> {
+        let mut source = source;
+        let (mut parts, mut branches) = (Vec::new(), Vec::new());
+        for unit in units {
+            let Some(BranchNodes { down, up, alpha, .. }) = &unit.branch else {
+                branches.push(None);
+                continue;
+            };
+            let tensor = self.graph.tensor(*down);
+            if tensor.data_type.is_float() && matches!(source, Source::Quantized(_)) {
+                source = Source::Float(self.float(x)?);
+            }
+            let alpha = self.alpha_input(*alpha)?;
+            let rows = self.graph.tensor(self.graph.nodes()[unit.base].outputs[0]).shape.0[0];
+            self.result.float_elements.push(rows.max().saturating_mul(tensor.shape.0[0].max()));
+            let t = self.result.float_elements.len() - 1;
+            let (down, up) = (self.slot(*down), self.slot(*up));
+            parts.push(DownPart { down, up, alpha, t });
+            branches.push(Some(BranchPart { up, t }));
+        }
+        if !parts.is_empty() {
+            let node = &self.graph.nodes()[units[0].base];
+            self.push(&format!("{}.lora", node.name), self.rows(node), Work::Down { x: source, parts });
+        }
+        Ok(branches)
+    }
+
+    fn alpha_input(&self, alpha: TensorId) -> Result<usize, PrepareError> {
+        self.input_numbers.get(&alpha).copied().ok_or_else(|| {
+            let tensor = self.graph.tensor(alpha);
+            let why = "the strength of an adapter branch has to be a graph input".to_owned();
+            PrepareError::Tensor { tensor: tensor.name.clone(), why }
+        })
+    }
+
+    /// The slot of updatable tensor `id`.
+    fn slot(&mut self, id: TensorId) -> usize {
+        let name = &self.graph.tensor(id).name;
+        let slots = &mut self.result.slots;
+        slots.iter().position(|slot| slot == name).unwrap_or_else(|| {
+            slots.push(name.clone());
+            slots.len() - 1
+        })
+    }
+
+    fn weights(&self, unit: &Unit) -> Panels {
+        self.panels(&self.graph.nodes()[unit.base], 1).clone()
+    }
+
+    fn bias(&self, unit: &Unit) -> Result<Option<Vec<f32>>, PrepareError> {
+        let node: &Node = &self.graph.nodes()[unit.base];
+        node.inputs.get(2).map(|id| super::floats_of(self.graph.tensor(*id))).transpose()
+    }
+}
