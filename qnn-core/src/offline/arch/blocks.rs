@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Builds one graph out of one source.
-pub struct Builder<'a> {
+pub(super) struct Builder<'a> {
     pub(super) config: &'a ModelConfig,
     source: &'a Source,
     precision: Precision,

@@ -46,7 +46,7 @@ pub enum WeightType {
 /// What shares a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grouping {
-    /// Blocks of [`DEFAULT_BLOCK`], or of the largest smaller size that divides the rows; without one, per channel.
+    /// Blocks of 32, or of the largest smaller size that divides the rows; without one, per channel.
     Default,
     /// Blocks of this size, refused where it does not divide the rows.
     Block(usize),
@@ -222,4 +222,4 @@ impl Constant {
 }
 
 /// Block size where none is asked for and the rows allow it.
-pub const DEFAULT_BLOCK: usize = 32;
+const DEFAULT_BLOCK: usize = 32;

@@ -1,0 +1,215 @@
+//! `qairt-converter`: a model's files in, a DLC and the tokenizer's files out.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use qnn_core::offline::{
+    arch::{ActivationBits, CacheType, Grouping, Precision, WeightClass, WeightType},
+    convert::{ConvertOptions, ConvertReport, Progress, convert},
+    quantize_weights::Bits,
+};
+
+/// Converts a model to a DLC: one file with the graph and its weights.
+///
+/// The tokenizer's files (tokenizer.json, tokenizer_config.json, generation_config.json) are written beside it, from the
+/// model's own files or from the metadata of a GGUF. Next step: qnn-context-binary-generator.
+#[derive(Parser)]
+#[command(name = "qairt-converter", version, rename_all = "snake_case", after_help = EXAMPLES)]
+struct Cli {
+    /// The model: a Hugging Face directory (config.json, model.safetensors or its shards) or a .gguf file.
+    #[arg(short, long, value_name = "PATH")]
+    input_network: PathBuf,
+
+    /// The DLC to write. Default: model.dlc in the current directory.
+    #[arg(short, long, value_name = "FILE", default_value = "model.dlc")]
+    output_path: PathBuf,
+
+    /// Bits of a weight: 4 and 8 are integers, 16 and 32 floats. Default: as the source has them, a GGUF's own grids
+    /// included. With 4, embedding and head get 8.
+    #[arg(long, value_name = "BITS")]
+    weights_bitwidth: Option<WeightBits>,
+
+    /// Inputs of a matrix that share a scale; must divide its rows. Default: 32, or the largest smaller size that does.
+    #[arg(long, value_name = "N", conflicts_with = "use_per_channel_quantization")]
+    block_size: Option<usize>,
+
+    /// One scale for each output of a matrix instead of one for each block.
+    #[arg(long)]
+    use_per_channel_quantization: bool,
+
+    /// Bits of the activations that meet integer weights; each row gets its scale when the graph runs.
+    #[arg(long, value_name = "BITS", default_value = "16")]
+    act_bitwidth: ActBits,
+
+    /// Bits of the KV cache: 8 is integers, 16 and 32 floats. Default: 8, or 32 if no weight is an integer.
+    #[arg(long, value_name = "BITS")]
+    kv_bitwidth: Option<KvBits>,
+
+    /// Threads that share the work. Default: all the machine has.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum WeightBits {
+    #[value(name = "4")]
+    Four,
+    #[value(name = "8")]
+    Eight,
+    #[value(name = "16")]
+    Sixteen,
+    #[value(name = "32")]
+    ThirtyTwo,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ActBits {
+    #[value(name = "8")]
+    Eight,
+    #[value(name = "16")]
+    Sixteen,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KvBits {
+    #[value(name = "8")]
+    Eight,
+    #[value(name = "16")]
+    Sixteen,
+    #[value(name = "32")]
+    ThirtyTwo,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qairt-converter: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    let options = ConvertOptions {
+        input: cli.input_network.clone(),
+        output: cli.output_path.clone(),
+        precision: cli.precision()?,
+        threads: cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
+    };
+    if options.output.is_dir() {
+        bail!("{} is a folder; name the file, as in {0}/model.dlc", options.output.display());
+    }
+    let mut display = Display::new();
+    let report = convert(&options, &mut |progress| display.show(progress))
+        .with_context(|| format!("cannot convert {}", options.input.display()));
+    display.end();
+    print_summary(&report?, &options.output);
+    Ok(())
+}
+
+impl Cli {
+    fn precision(&self) -> anyhow::Result<Precision> {
+        let grouping = match (self.block_size, self.use_per_channel_quantization) {
+            (Some(block_size), _) => Grouping::Block(block_size),
+            (None, true) => Grouping::PerChannel,
+            (None, false) => Grouping::Default,
+        };
+        let integers = matches!(self.weights_bitwidth, Some(WeightBits::Four | WeightBits::Eight));
+        if grouping != Grouping::Default && !integers {
+            bail!("--block_size and --use_per_channel_quantization need --weights_bitwidth 4 or 8");
+        }
+        Ok(Precision {
+            weights: match self.weights_bitwidth {
+                None => WeightType::Keep,
+                Some(WeightBits::Four) => WeightType::Int { bits: Bits::Four, grouping },
+                Some(WeightBits::Eight) => WeightType::Int { bits: Bits::Eight, grouping },
+                Some(WeightBits::Sixteen) => WeightType::F16,
+                Some(WeightBits::ThirtyTwo) => WeightType::F32,
+            },
+            activations: match self.act_bitwidth {
+                ActBits::Eight => ActivationBits::Eight,
+                ActBits::Sixteen => ActivationBits::Sixteen,
+            },
+            cache: self.kv_bitwidth.map(|bits| match bits {
+                KvBits::Eight => CacheType::Int8,
+                KvBits::Sixteen => CacheType::F16,
+                KvBits::ThirtyTwo => CacheType::F32,
+            }),
+        })
+    }
+}
+
+/// A bar on a terminal, plain lines elsewhere; both on standard error.
+struct Display {
+    bar: Option<ProgressBar>,
+    done: usize,
+    total: usize,
+}
+
+impl Display {
+    fn new() -> Display {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}");
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Display { bar, done: 0, total: 0 }
+    }
+
+    fn show(&mut self, progress: Progress<'_>) {
+        match (progress, &self.bar) {
+            (Progress::Weights(total), Some(bar)) => bar.set_length(total as u64),
+            (Progress::Weights(total), None) => {
+                self.total = total;
+                eprintln!("converting {total} weights");
+            }
+            (Progress::Weight(name), Some(bar)) => {
+                bar.set_message(name.to_owned());
+                bar.inc(1);
+            }
+            (Progress::Weight(_), None) => {
+                self.done += 1;
+                // A line for each tenth.
+                if self.done * 10 / self.total.max(1) > (self.done - 1) * 10 / self.total.max(1) {
+                    eprintln!("converting: {}/{}", self.done, self.total);
+                }
+            }
+            (Progress::Writing, Some(bar)) => bar.set_message("writing"),
+            (Progress::Writing, None) => eprintln!("writing"),
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn print_summary(report: &ConvertReport, output: &Path) {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    println!("architecture: {}", report.architecture);
+    println!("parameters:   {:.1} M", report.parameters as f64 / 1e6);
+    for weights in &report.weights {
+        let class = match weights.class {
+            WeightClass::Embedding => "embedding",
+            WeightClass::Linear => "linear",
+            WeightClass::Vector => "vectors",
+        };
+        let (elements, size) = (weights.elements as f64 / 1e6, mib(weights.size_bytes));
+        println!("  {class:<10} {:<42} {elements:>8.1} M {size:>9.1} MiB", weights.format);
+    }
+    println!("wrote {} ({:.1} MiB)", output.display(), mib(report.size_bytes));
+    for path in &report.sidecars {
+        println!("wrote {}", path.display());
+    }
+}
+
+const EXAMPLES: &str = "Examples:
+  qairt-converter -i SmolLM2-135M-Instruct.Q4_1.gguf -o out/model.dlc
+  qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 4
+  qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 8 --use_per_channel_quantization";
