@@ -211,7 +211,7 @@ fn damaged_graphs_with_true_checksums_never_panic() {
                     // Replace a whole number, so that the JSON stays well formed.
                     let start = (at..json.len()).find(|i| json[*i].is_ascii_digit()).unwrap_or(at);
                     let end = (start..json.len()).find(|i| !json[*i].is_ascii_digit()).unwrap_or(json.len());
-                    let number: &[u8] = if rng.next() % 2 == 0 { hostile[0] } else { b"0" };
+                    let number: &[u8] = if rng.next().is_multiple_of(2) { hostile[0] } else { b"0" };
                     _ = json.splice(start..end, number.iter().copied());
                 }
             }

@@ -59,10 +59,13 @@ fn opening_takes_less_memory_than_the_file() {
     for _ in 0..3000 {
         let mut file = file.clone();
         // A huge or random number in one field of the header or the table, four or eight bytes wide.
-        let at =
-            if rng.next() % 2 == 0 { 4 * (rng.next() as usize % 28) } else { table + 4 * (rng.next() as usize % 64) };
-        let value = if rng.next() % 2 == 0 { u64::MAX >> (rng.next() % 64) } else { rng.next() };
-        let bytes = if rng.next() % 2 == 0 { 4 } else { 8 };
+        let at = if rng.next().is_multiple_of(2) {
+            4 * (rng.next() as usize % 28)
+        } else {
+            table + 4 * (rng.next() as usize % 64)
+        };
+        let value = if rng.next().is_multiple_of(2) { u64::MAX >> (rng.next() % 64) } else { rng.next() };
+        let bytes = if rng.next().is_multiple_of(2) { 4 } else { 8 };
         file[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
         mend_checksums(&mut file);
         let (largest, peak, _) = measure(&file);

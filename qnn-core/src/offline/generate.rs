@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -16,7 +17,10 @@ use crate::{
     context::{kind_of, write_records},
     error::Error,
     graph::{Graph, GraphError},
-    offline::{dlc::read_dlc, specialize},
+    offline::{
+        dlc::{read_dlc, write_atomically},
+        specialize,
+    },
     op::OpKind,
     record::{self, GraphRecord},
     tensor::{Tensor, TensorId},
@@ -164,7 +168,8 @@ pub fn copy_sidecars(dlc_path: &Path, output_dir: &Path) -> Result<Vec<PathBuf>,
         }
         let same = to.exists() && from.canonicalize().ok() == to.canonicalize().ok();
         if !same {
-            std::fs::copy(&from, &to).map_err(Error::io(&from))?;
+            let mut from_file = File::open(&from).map_err(Error::io(&from))?;
+            write_atomically(&to, |file| std::io::copy(&mut from_file, file).map(|_| ())).map_err(Error::io(&to))?;
         }
         copies.push(to);
     }
@@ -238,8 +243,7 @@ impl Split {
     ) -> Result<(), Failed> {
         let constants: Vec<(TensorId, &Tensor)> = self.constants().collect();
         for batch in constants.chunks(workers.count()) {
-            let packed: Vec<Mutex<Option<Result<Vec<u8>, GenerateError>>>> =
-                batch.iter().map(|_| Mutex::new(None)).collect();
+            let packed: Vec<Mutex<Option<Packed>>> = batch.iter().map(|_| Mutex::new(None)).collect();
             workers.for_each(batch.len(), |i, _| {
                 let (id, tensor) = batch[i];
                 if self.packed.contains_key(&id) {
@@ -260,6 +264,9 @@ impl Split {
         Ok(())
     }
 }
+
+/// The panels of one constant.
+type Packed = Result<Vec<u8>, GenerateError>;
 
 /// Why constants could not be written.
 enum Failed {

@@ -1,0 +1,182 @@
+//! `qnn-context-binary-generator`: a DLC in, context binaries for the kernels out.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use qnn_core::offline::generate::{GenerateOptions, Progress, Report, generate};
+
+/// Makes context binaries of a DLC: graphs bound to fixed sizes, weights in the layout of the kernels, ready to be mapped.
+///
+/// For each number of --ar and --cl there is one graph, prompt_ar128_cl4096_1_of_1 or (for --ar 1) token_ar1_cl4096_1_of_1;
+/// all graphs of a file share its weights. The tokenizer's files that lie beside the DLC are copied to the output folder.
+#[derive(Parser)]
+#[command(name = "qnn-context-binary-generator", version, rename_all = "snake_case", after_help = EXAMPLES)]
+struct Cli {
+    /// The DLC, as qairt-converter writes it.
+    #[arg(long, value_name = "FILE")]
+    dlc_path: PathBuf,
+
+    /// Name of the context binary, without folder and suffix. Default: the name of the DLC.
+    #[arg(long, value_name = "NAME")]
+    binary_file: Option<String>,
+
+    /// Folder for the results; made if it is not there.
+    #[arg(long, value_name = "DIR", default_value = "output")]
+    output_dir: PathBuf,
+
+    /// Tokens that a graph takes at once, one graph for each number. Fewer tokens cost only themselves.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "128,1")]
+    ar: Vec<usize>,
+
+    /// Tokens that the context (KV cache) of a graph holds, one graph for each number. Default: as the DLC has it.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    cl: Vec<usize>,
+
+    /// Files to spread the layers over: NAME.bin for one, NAME_1_of_2.bin, NAME_2_of_2.bin for two.
+    #[arg(long, value_name = "N", default_value = "1")]
+    num_splits: usize,
+
+    /// What will run the binary. There is one backend.
+    #[arg(long, value_name = "NAME", default_value = "htp")]
+    backend: Backend,
+
+    #[command(flatten)]
+    later: Later,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    Htp,
+}
+
+/// Options of the original tool that have no meaning here yet. They are refused, never ignored.
+#[derive(clap::Args)]
+#[command(rename_all = "snake_case")]
+struct Later {
+    #[arg(long, hide = true)]
+    adapter_weight_config: Option<String>,
+    #[arg(long, hide = true)]
+    config_file: Option<String>,
+    #[arg(long, hide = true)]
+    model: Option<String>,
+    #[arg(long, hide = true)]
+    htp_socs: Option<String>,
+    #[arg(long, hide = true)]
+    set_output_tensors: Option<String>,
+    #[arg(long, hide = true)]
+    enable_intermediate_outputs: bool,
+    #[arg(long, hide = true)]
+    profiling_level: Option<String>,
+    #[arg(long, hide = true)]
+    log_level: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qnn-context-binary-generator: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    cli.later.refuse()?;
+    let Backend::Htp = cli.backend;
+    let stem = cli.dlc_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
+    let options = GenerateOptions {
+        dlc_path: cli.dlc_path.clone(),
+        output_dir: cli.output_dir.clone(),
+        binary_file: cli.binary_file.clone().unwrap_or_else(|| stem.to_owned()),
+        ar: cli.ar.clone(),
+        cl: cli.cl.clone(),
+        num_splits: cli.num_splits,
+    };
+    let mut display = Display::new();
+    let report = generate(&options, &mut |progress| display.show(progress));
+    display.end();
+    print_summary(&report?);
+    Ok(())
+}
+
+impl Later {
+    fn refuse(&self) -> anyhow::Result<()> {
+        let given = [
+            ("adapter_weight_config", self.adapter_weight_config.is_some()),
+            ("config_file", self.config_file.is_some()),
+            ("model", self.model.is_some()),
+            ("htp_socs", self.htp_socs.is_some()),
+            ("set_output_tensors", self.set_output_tensors.is_some()),
+            ("enable_intermediate_outputs", self.enable_intermediate_outputs),
+            ("profiling_level", self.profiling_level.is_some()),
+            ("log_level", self.log_level.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((name, _)) => bail!("--{name} is not supported yet; leave it out"),
+        }
+    }
+}
+
+/// A bar on a terminal, a line for each tenth elsewhere; both on standard error.
+struct Display {
+    bar: Option<ProgressBar>,
+    tenths: u64,
+}
+
+impl Display {
+    fn new() -> Display {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {msg}");
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Display { bar, tenths: 0 }
+    }
+
+    fn show(&mut self, progress: Progress<'_>) {
+        let Progress { file, done_bytes, total_bytes } = progress;
+        if let Some(bar) = &self.bar {
+            bar.set_length(total_bytes);
+            bar.set_position(done_bytes);
+            bar.set_message(file.display().to_string());
+            return;
+        }
+        let tenths = (done_bytes as f64 / total_bytes as f64 * 10.0) as u64;
+        if tenths > self.tenths {
+            self.tenths = tenths;
+            eprintln!("packing {}: {}0 %", file.display(), tenths);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn print_summary(report: &Report) {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    for file in &report.files {
+        println!("wrote {} ({:.1} MiB)", file.path.display(), mib(file.size_bytes));
+        for graph in &file.graphs {
+            println!("  graph    {graph}");
+        }
+        for (format, (n, bytes)) in &file.weights {
+            println!("  weights  {n:>4} × {format:<36} {:>9.1} MiB", mib(*bytes));
+        }
+        println!("  identity {}", file.identity);
+    }
+    for path in &report.sidecars {
+        println!("wrote {}", path.display());
+    }
+}
+
+const EXAMPLES: &str = "Examples:
+  qnn-context-binary-generator --dlc_path out/model.dlc --binary_file model --output_dir out
+  qnn-context-binary-generator --dlc_path out/model.dlc --output_dir out --ar 128,1 --cl 2048,4096 --num_splits 2";

@@ -1,0 +1,52 @@
+//! `qnn-context-binary-utility`: what a context binary contains, as JSON.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+use qnn_core::{Context, OpenOptions, binary::Verify};
+
+/// Prints what a context binary contains as JSON: versions, identity, graphs with their inputs, outputs and states,
+/// constants with their types and sizes.
+#[derive(Parser)]
+#[command(name = "qnn-context-binary-utility", version, rename_all = "snake_case", after_help = EXAMPLES)]
+struct Cli {
+    /// The context binary, as qnn-context-binary-generator writes it.
+    #[arg(long, value_name = "FILE")]
+    context_binary: PathBuf,
+
+    /// Where to write the JSON. Default: standard output.
+    #[arg(long, value_name = "FILE")]
+    json_file: Option<PathBuf>,
+
+    /// Read the whole file and compare every checksum. Without it the constants are not touched.
+    #[arg(long)]
+    verify: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qnn-context-binary-utility: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    let verify = if cli.verify { Verify::Checksums } else { Verify::Headers };
+    let context = Context::open(&cli.context_binary, &OpenOptions { use_mmap: true, verify })?;
+    let mut json = serde_json::to_vec_pretty(&context.info()).context("write JSON")?;
+    json.push(b'\n');
+    match &cli.json_file {
+        Some(path) => std::fs::write(path, &json).with_context(|| path.display().to_string()),
+        None => std::io::stdout().write_all(&json).context("standard output"),
+    }
+}
+
+const EXAMPLES: &str = "Examples:
+  qnn-context-binary-utility --context_binary out/model.bin
+  qnn-context-binary-utility --context_binary out/model.bin --json_file info.json --verify";
