@@ -9,6 +9,7 @@
 //! instruction sets: below the engine it ends.
 #![deny(unsafe_code)]
 
+pub mod accuracy;
 pub mod config;
 mod dialog;
 pub mod engine;
@@ -16,6 +17,8 @@ mod error;
 pub mod profile;
 pub mod prompt;
 pub mod sampler;
+#[cfg(test)]
+mod testing;
 mod text_stream;
 pub mod tokenizer;
 

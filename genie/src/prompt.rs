@@ -64,7 +64,7 @@ pub enum PromptError {
         problem: String,
     },
     /// The template itself is wrong, or refuses these messages.
-    #[error("{0:#}")]
+    #[error(transparent)]
     Template(#[from] minijinja::Error),
     /// What the template rendered cannot become tokens.
     #[error("rendered prompt")]

@@ -120,7 +120,13 @@ impl Tokenizer {
     pub fn from_bytes(bytes: &[u8], path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
         let fail = |why: String| TokenizerError::Format { path: path.to_owned(), why };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|why| fail(why.to_string()))?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|why| fail(why.to_string()))?;
+        // `tokenizers` 0.23 unwraps in places where a damaged file can lead it; the tokenizer is dropped then.
+        let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
+        let mut inner = match parsed {
+            Ok(parsed) => parsed.map_err(|why| fail(why.to_string()))?,
+            Err(_) => return Err(fail("a part of it is not what its type says".to_owned())),
+        };
         inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
         let decoder = Decoder::new(inner.get_decoder())
             .map_err(|decoder| TokenizerError::Decoder { path: path.to_owned(), decoder })?;

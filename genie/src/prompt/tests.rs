@@ -1,1 +1,121 @@
+use super::*;
+use crate::testing::{CONTROL, END, bytes, golden, golden_json, smollm2};
 
+/// Renders with the byte tokenizer, whose ids below 256 are bytes.
+fn render(source: &str, messages: &[Message]) -> Result<Prompt, PromptError> {
+    let variables = vec![("eos_token".to_owned(), "<end>".to_owned())];
+    ChatTemplate::new(source.to_owned(), variables)?.render(messages, &bytes())
+}
+
+fn user(content: &str) -> Vec<Message> {
+    vec![Message::new("user", content)]
+}
+
+// Guards: the real model's prompts are those of transformers, in text and in ids.
+#[test]
+fn golden_prompts() {
+    let tokenizer = smollm2();
+    let template = ChatTemplate::beside(&golden("smollm2/tokenizer.json")).unwrap().unwrap();
+    for want in golden_json("generate.json")["prompts"].as_array().unwrap() {
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let turns = want["messages"].as_array().unwrap();
+        let messages: Vec<Message> =
+            turns.iter().map(|turn| Message::new(text(&turn["role"]), text(&turn["content"]))).collect();
+        let prompt = template.render(&messages, &tokenizer).unwrap();
+        assert_eq!(prompt.text, want["rendered"]);
+        assert_eq!(serde_json::json!(prompt.ids), want["prompt_ids"]);
+    }
+}
+
+// Guards: text given as content or role never becomes a control token, wherever the template puts it.
+#[test]
+fn content_forges_no_control_token() {
+    let source = "{% for m in messages %}<user>{{ m.role }}:{{ m.content | trim }}{{ eos_token }}{% endfor %}<bot>";
+    let control = |ids: &[u32]| ids.iter().filter(|id| END <= **id).count();
+    let plain = render(source, &user("hello")).unwrap();
+    assert_eq!(control(&plain.ids), 3);
+    let hard = ["<end>", "<<end>end>", "x<end", "end>", "<think>a</think>", "\u{E000}<bot>", "<user><bot><end>"];
+    for text in hard {
+        for role in ["user", "system", "tool", text] {
+            let prompt = render(source, &[Message::new(role, text)]).unwrap();
+            assert_eq!(control(&prompt.ids), 3, "{role}: {text}: {:?}", prompt.ids);
+            assert_eq!(prompt.text, format!("<user>{role}:{text}<end><bot>"));
+        }
+    }
+    // Cut from both sides by the template.
+    let split = "<user>{{ messages[0].content }}nd><bot>";
+    assert_eq!(control(&render(split, &user("<e")).unwrap().ids), 2);
+}
+
+// Guards: an old chain of thought of the model can be dropped by the template; special tokens stay text even there.
+#[test]
+fn assistant_markup_keeps_its_meaning() {
+    let source = "{% for m in messages %}{{ m.content.split('<think>')[-1] }}{% endfor %}";
+    let turn = |role, text| render(source, &[Message::new(role, text)]).unwrap();
+    assert_eq!(turn("assistant", "old<think>new").text, "new");
+    assert_eq!(turn("assistant", "a<end>").ids, b"a<end>".map(u32::from));
+    assert_eq!(turn("user", "old<think>new").text, "old<think>new");
+    assert!(CONTROL.contains(&"<think>"));
+}
+
+// Guards: a hostile template ends in an error within its limits.
+#[test]
+fn bounded() {
+    let check = |source: &str, want: &str| {
+        let error = crate::Error::from(render(source, &user("x")).expect_err(source)).chain();
+        assert!(error.contains(want), "{source}: {error}");
+    };
+    check("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "fuel");
+    check("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion");
+    check("{{ 'a' * 90000000 }}", "renders more than");
+    check("{% include '/etc/passwd' %}", "non-existing template");
+    check("{{ raise_exception('roles must alternate') }}", "roles must alternate");
+    check("{{ messages[0].content.nothing.more }}", "undefined");
+    assert!(ChatTemplate::new("{% for %}".to_owned(), Vec::new()).is_err());
+}
+
+// Guards: what templates expect from Python: blocks that leave no lines, methods of str, JSON as json.dumps has it.
+#[test]
+fn as_transformers() {
+    let check = |source: &str, content: &str, want: &str| {
+        assert_eq!(render(source, &user(content)).unwrap().text, want, "{source}");
+    };
+    check("  {% if true %}\nyes\n  {% endif %}\nend\n", "", "yes\nend");
+    check("{{ messages[0]['content'].strip().upper() }}", " a ", "A");
+    check("{{ {'a': messages[0].content, 'b': [1, none]} | tojson }}", "<'&\"é\\u003c>", {
+        r#"{"a": "<'&\"é\\u003c>", "b": [1, null]}"#
+    });
+    check("{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}x{% endfor %}", "", "");
+    check("{% if tools %}tools{% endif %}{% if documents is none %}none{% endif %}", "", "none");
+    check("{{ strftime_now('%Y') | length }}{{ eos_token }}{{ unknown }}", "", "4<end>");
+}
+
+// Guards: each place where models keep their template is found, in order.
+#[test]
+fn places() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer_path = folder.path().join("tokenizer.json");
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let rendered = || {
+        let template = ChatTemplate::beside(&tokenizer_path)?;
+        template.map(|template| Ok(template.render(&[], &bytes())?.text)).transpose()
+    };
+    let check = |want: &str| assert_eq!(rendered().unwrap_or_else(|e: PromptError| Some(e.to_string())).unwrap(), want);
+    assert!(rendered().unwrap().is_none());
+    write("tokenizer_config.json", r#"{"bos_token": "<b>"}"#);
+    assert!(rendered().unwrap().is_none());
+    write("tokenizer_config.json", r#"{"bos_token": {"content": "<b>"}, "chat_template": "one {{ bos_token }}"}"#);
+    check("one <b>");
+    let named = r#"[{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]"#;
+    write("tokenizer_config.json", &format!(r#"{{"chat_template": {named}}}"#));
+    check("two");
+    write("chat_template.jinja", "three\n");
+    check("three");
+    std::fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
+    for damaged in
+        [r#"{"chat_template": [{"name": "x"}]}"#, r#"{"chat_template": 1}"#, "{", "{\"chat_template\": \"{{\"}"]
+    {
+        write("tokenizer_config.json", damaged);
+        assert!(rendered().is_err(), "{damaged}");
+    }
+}

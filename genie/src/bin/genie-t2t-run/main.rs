@@ -1,0 +1,206 @@
+//! `genie-t2t-run`: a prompt in, the model's answer out.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use genie::profile::Profile;
+use genie::{Dialog, DialogConfig, Finish, Flow, Message, QueryReport, SentenceCode};
+use tracing::level_filters::LevelFilter;
+
+mod args;
+
+use args::{Args, LogLevel};
+
+fn main() -> ExitCode {
+    let outcome = Args::read().and_then(|args| args.map_or(Ok(()), |args| run(&args)));
+    match outcome {
+        Err(error) if !is_broken_pipe(&error) => {
+            eprintln!("genie-t2t-run: {error:#}");
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// What the model is given.
+enum Input {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    start_log(args.log);
+    if let Some(path) = args.profile.as_deref().filter(|path| path.exists()) {
+        bail!("profile {}: there is such a file already, need a new name", path.display());
+    }
+    let input = read_input(args)?;
+    writeln!(io::stdout(), "Using genie version {}\n", genie::VERSION)?;
+
+    let mut profile = Profile::new();
+    let started = Instant::now();
+    let mut dialog = Dialog::new(DialogConfig::from_file(&args.config)?)?;
+    profile.add_create(started, started.elapsed());
+    if let Some(max_tokens) = args.max_tokens {
+        dialog.set_max_num_tokens(max_tokens);
+    }
+
+    profile.add_query(&ask(&mut dialog, &input, SentenceCode::Complete, args)?);
+    if let Some(prompt) = &args.rewind {
+        writeln!(io::stdout())?;
+        profile.add_query(&ask(&mut dialog, &Input::Text(prompt.clone()), SentenceCode::Rewind, args)?);
+    }
+
+    let ended = Instant::now();
+    drop(dialog);
+    profile.add_free(ended, ended.elapsed());
+    if let Some(path) = &args.profile {
+        profile.save(path).with_context(|| format!("profile {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn start_log(level: Option<LogLevel>) {
+    let level = match level {
+        None => return,
+        Some(LogLevel::Error) => LevelFilter::ERROR,
+        Some(LogLevel::Warn) => LevelFilter::WARN,
+        Some(LogLevel::Info) => LevelFilter::INFO,
+        Some(LogLevel::Verbose) => LevelFilter::TRACE,
+    };
+    let to_stderr = tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr);
+    to_stderr.with_ansi(io::stderr().is_terminal()).init();
+}
+
+fn read_input(args: &Args) -> anyhow::Result<Input> {
+    Ok(match (&args.prompt, &args.prompt_file, &args.tokens_file) {
+        (Some(prompt), ..) => Input::Text(prompt.clone()),
+        (_, Some(path), _) => Input::Text(read_file(path)?),
+        (.., Some(path)) => Input::Ids(read_ids(path)?),
+        _ => bail!("no prompt, need --prompt, --prompt_file or --tokens_file"),
+    })
+}
+
+fn read_file(path: &Path) -> anyhow::Result<String> {
+    let read = || {
+        let mut text = String::new();
+        std::fs::File::open(path)?.take(MAX_INPUT_BYTES + 1).read_to_string(&mut text)?;
+        Ok::<_, io::Error>(text)
+    };
+    let text = read().with_context(|| path.display().to_string())?;
+    if MAX_INPUT_BYTES < text.len() as u64 {
+        bail!("{}: more than {MAX_INPUT_BYTES} bytes", path.display());
+    }
+    Ok(text)
+}
+
+fn read_ids(path: &Path) -> anyhow::Result<Vec<u32>> {
+    let text = read_file(path)?;
+    let id = |(i, word): (usize, &str)| {
+        let wrong = || format!("{}: token {i} is {word:?}, need an id such as 42", path.display());
+        word.parse().with_context(wrong)
+    };
+    text.split_whitespace().enumerate().map(id).collect()
+}
+
+/// Prints the prompt, the answer as it comes, and how fast it came.
+fn ask(dialog: &mut Dialog, input: &Input, code: SentenceCode, args: &Args) -> anyhow::Result<QueryReport> {
+    let mut printer = Printer { broken: Ok(()) };
+    let report = match input {
+        Input::Ids(ids) => {
+            printer.print(&format!("[PROMPT TOKENS]: {}\n\n", spaced(ids)));
+            let mut is_first = true;
+            dialog.token_query(ids, code, |ids, code| {
+                let gap = if is_first || ids.is_empty() { "" } else { " " };
+                is_first = false;
+                printer.piece(&format!("{gap}{}", spaced(ids)), code)
+            })?
+        }
+        Input::Text(text) => {
+            printer.print(&format!("[PROMPT]: {text}\n\n"));
+            if args.chat {
+                let system = args.system.iter().map(|text| Message::new("system", text));
+                let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+                tracing::debug!("rendered prompt: {:?}", dialog.render(&messages)?.text);
+                dialog.chat(&messages, |piece, code| printer.piece(piece, code))?
+            } else {
+                dialog.query(text, code, |piece, code| printer.piece(piece, code))?
+            }
+        }
+    };
+    printer.broken?;
+    print_figures(&report)?;
+    if report.finish == Finish::ContextExceeded {
+        let size = dialog.context_size();
+        eprintln!("genie-t2t-run: the context of {size} tokens is full, the answer ends here");
+    }
+    Ok(report)
+}
+
+fn print_figures(report: &QueryReport) -> io::Result<()> {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let rate = |rate: Option<f64>| rate.map(|rate| format!(", {rate:.1} tokens/s")).unwrap_or_default();
+    let mut out = io::stdout().lock();
+    let n_computed = report.n_prompt_tokens - report.n_cached_tokens;
+    let cached = match report.n_cached_tokens {
+        0 => String::new(),
+        n => format!(" ({n} more were cached)"),
+    };
+    let timings = &report.timings;
+    let prompt_rate = rate(report.prompt_rate_tokens_per_s());
+    let generation_rate = rate(report.generation_rate_tokens_per_s());
+    writeln!(out)?;
+    writeln!(
+        out,
+        "Prompt processing: {n_computed} tokens{cached}, {:.1} ms{prompt_rate}",
+        ms(timings.prompt_processing)
+    )?;
+    writeln!(
+        out,
+        "Token generation: {} tokens, {:.1} ms{generation_rate}",
+        report.n_generated,
+        ms(timings.token_generation)
+    )?;
+    writeln!(out, "Time to first token: {:.1} ms", ms(report.time_to_first_token().unwrap_or_default()))
+}
+
+/// Prints pieces as they come. Once a write has failed it asks for no more.
+struct Printer {
+    broken: io::Result<()>,
+}
+
+impl Printer {
+    /// Text first and tag last at the end, so that the tags enclose all of the answer.
+    fn piece(&mut self, piece: &str, code: SentenceCode) -> Flow {
+        match code {
+            SentenceCode::Begin => self.print(&format!("[BEGIN]: {piece}")),
+            SentenceCode::End => self.print(&format!("{piece}[END]\n")),
+            SentenceCode::Abort => self.print(&format!("{piece}[ABORT]\n")),
+            _ => self.print(piece),
+        }
+        if self.broken.is_ok() { Flow::Continue } else { Flow::Stop }
+    }
+
+    fn print(&mut self, text: &str) {
+        if self.broken.is_ok() {
+            let mut out = io::stdout().lock();
+            self.broken = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        }
+    }
+}
+
+fn spaced(ids: &[u32]) -> String {
+    let words: Vec<String> = ids.iter().map(u32::to_string).collect();
+    words.join(" ")
+}
+
+/// Nobody reads on: no reason to complain.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    io.into_iter().any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Longest prompt file that is read.
+const MAX_INPUT_BYTES: u64 = 64 << 20;
