@@ -173,3 +173,17 @@ fn info_describes_the_file() {
     let json = serde_json::to_value(&info).unwrap();
     assert_eq!(json["graphs"][0]["inputs"][0]["dims"][0]["max"], 8);
 }
+
+// Broken if a file that an earlier release wrote cannot be read any more. The file is of format version 1 and is never
+// made again.
+#[test]
+fn version_1_still_reads() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/context_v1.bin");
+    let context = Context::open(&path, &OpenOptions::default()).unwrap();
+    assert_eq!(context.graphs().collect::<Vec<_>>(), ["prompt_ar8_cl32_1_of_1", "token_ar1_cl32_1_of_1"]);
+    assert_eq!(context.identity().to_string(), "27b9914b5f7224c07de4e15d284770b659c94a016e956f3c939b7e116c5fedfb");
+    let token = context.graph("token_ar1_cl32_1_of_1").unwrap();
+    assert_eq!((token.states().len(), token.nodes().len()), (2, 22));
+    let panels = token.tensors().iter().filter(|t| matches!(t.data, Some(TensorData::Panels(_))));
+    assert_eq!(panels.count(), 8);
+}
