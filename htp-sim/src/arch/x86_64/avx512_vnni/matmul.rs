@@ -266,8 +266,10 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
         k += 8;
     }
     if ROWS <= 2 {
-        for (acc, odd) in acc.iter_mut().flatten().zip(odd.iter().flatten()) {
-            *acc = _mm512_add_epi32(*acc, *odd);
+        for r in 0..ROWS {
+            for plane in 0..PLANES {
+                acc[r][plane] = _mm512_add_epi32(acc[r][plane], odd[r][plane]);
+            }
         }
     }
     acc
