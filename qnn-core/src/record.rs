@@ -53,6 +53,9 @@ pub struct TensorRecord {
     /// Layout of a constant that is stored in panels; absent when it is stored row-major.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub panels: Option<PanelsRecord>,
+    /// An UPDATEABLE_STATIC tensor without a value of its own: zeros until a section brings one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_data: bool,
 }
 
 /// One extent: a number, or `{"max": 128, "by": "input_ids"}`.
@@ -371,13 +374,14 @@ impl TensorRecord {
             dims: tensor.shape.0.iter().map(dim).collect(),
             encoding: tensor.encoding.as_ref().map(EncodingRecord::from),
             panels,
+            without_data: tensor.tensor_type.is_static() && tensor.data.is_none(),
         }
     }
 
     /// The blobs that belong to this tensor.
     pub fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
-        if self.tensor_type.is_static() {
+        if self.tensor_type.is_static() && !self.without_data {
             parts.push(Part::Data);
         }
         match &self.encoding {

@@ -5,7 +5,7 @@ mod support;
 use std::path::Path;
 
 use qnn_core::{
-    Bytes, Context, ContextBuilder, Graph, OpenOptions, TensorData,
+    Bytes, Context, ContextBuilder, DataType, Graph, GraphError, OpenOptions, Shape, Tensor, TensorData, TensorType,
     binary::{BinaryError, SdkVersion, Verify},
     record::{self, GraphRecord},
 };
@@ -122,6 +122,25 @@ fn files_open_mapped_and_read_alike() {
     let other = std::sync::Arc::clone(&context);
     let in_thread = std::thread::spawn(move || other.graph("token_ar1_cl32_1_of_1").unwrap().nodes().len());
     assert_eq!(in_thread.join().unwrap(), context.graph("prompt_ar8_cl32_1_of_1").unwrap().nodes().len());
+}
+
+// Broken if a graph that waits for an adapter's values cannot be stored, or a constant can lose its value silently.
+#[test]
+fn updateable_tensors_may_have_no_value_and_others_must() {
+    let stored = |tensor_type| {
+        let mut graph = tiny("g", Tiny::default());
+        let (data_type, shape) = (DataType::Float32, Shape::fixed(&[8, support::HIDDEN]));
+        let name = "lora_A.weight".to_owned();
+        graph.add_tensor(Tensor { name, tensor_type, data_type, shape, encoding: None, data: None })?;
+        Ok::<_, GraphError>(ContextBuilder::new().graph(graph).to_binary().unwrap())
+    };
+    let file = stored(TensorType::UpdateableStatic).unwrap();
+    let context = Context::from_binary(file.clone().into(), Verify::Checksums).unwrap();
+    let graph = context.graph("g").unwrap();
+    assert!(graph.tensor(graph.find("lora_A.weight").unwrap()).data.is_none());
+    assert_eq!(context.to_binary().unwrap(), file);
+    assert_eq!(context.info().graphs[0].updateable_tensors, ["lora_A.weight"]);
+    assert!(stored(TensorType::Static).is_err());
 }
 
 // Broken if an existing file is lost or half replaced when writing fails.

@@ -212,9 +212,11 @@ fn plan(graph: &Graph, options: &GenerateOptions) -> Result<Vec<Split>, Generate
 }
 
 impl Split {
+    /// Tensors with bytes to store: constants, and whatever has an encoding with arrays.
     fn constants(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
         let tensors = self.graph.tensors().iter().enumerate();
-        tensors.filter(|(_, tensor)| tensor.data.is_some()).map(|(i, tensor)| (TensorId(i as u32), tensor))
+        let stored = tensors.filter(|(_, tensor)| !record::parts(tensor).is_empty());
+        stored.map(|(i, tensor)| (TensorId(i as u32), tensor))
     }
 
     /// Bytes of the constants in the DLC: what progress counts in.
