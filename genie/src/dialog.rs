@@ -67,7 +67,7 @@ impl Dialog {
         let tokenizer = Arc::new(Tokenizer::load(&config.tokenizer_path)?);
         let template = ChatTemplate::beside(&config.tokenizer_path)?;
         let role = config.engine.role.clone();
-        let engine = QnnEngine::open(&config.engine).map_err(|why| Error::Engine { role: role.clone(), why })?;
+        let engine = QnnEngine::open(&config.engine).map_err(|why| Error::engine(&role, why))?;
         let mut dialog = Self::with_engine(config.settings, Box::new(engine), tokenizer, template)?;
         dialog.role = role;
         dialog.template_path = ChatTemplate::config_path(&config.tokenizer_path);
@@ -88,7 +88,7 @@ impl Dialog {
         if engine.n_vocab() != settings.context.n_vocab {
             let (config, model) = (settings.context.n_vocab.to_string(), engine.n_vocab().to_string());
             let why = EngineError::Mismatch { what: "context/n-vocab", config, model };
-            return Err(Error::Engine { role, why });
+            return Err(Error::engine(&role, why));
         }
         let mut dialog = Self {
             sampler: Sampler::new(settings.sampler.clone()),
@@ -287,7 +287,7 @@ impl Dialog {
         drop(running);
         report.timings.total = started.elapsed();
         match done {
-            Err(Error::Engine { why: EngineError::Cancelled, .. }) => {
+            Err(error) if error.is_cancelled() => {
                 self.undo();
                 report.finish = Finish::Aborted;
                 output.abort();

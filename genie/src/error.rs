@@ -37,7 +37,7 @@ pub enum Error {
         role: String,
         /// What happened.
         #[source]
-        why: EngineError,
+        why: Box<EngineError>,
     },
     /// No token can be chosen from the logits.
     #[error("sampler")]
@@ -133,16 +133,25 @@ impl Error {
                 }
             },
             Self::Tokenizer(_) | Self::Prompt(_) => Code::General,
-            Self::Engine { why: EngineError::Cancelled, .. } => Code::WarningAborted,
-            Self::Engine { why: EngineError::ContextExceeded { .. }, .. } | Self::ContextExceeded { .. } => {
-                Code::WarningContextExceeded
-            }
-            Self::Engine { .. } => Code::General,
+            Self::Engine { why, .. } => match **why {
+                EngineError::Cancelled => Code::WarningAborted,
+                EngineError::ContextExceeded { .. } => Code::WarningContextExceeded,
+                _ => Code::General,
+            },
+            Self::ContextExceeded { .. } => Code::WarningContextExceeded,
             Self::Sampler(_) => Code::QueryFailed,
             Self::EmptyPrompt | Self::SentenceOrder { .. } | Self::TokenOutOfRange { .. } | Self::NoTemplate { .. } => {
                 Code::InvalidArgument
             }
         }
+    }
+
+    pub(crate) fn engine(role: &str, why: EngineError) -> Self {
+        Self::Engine { role: role.to_owned(), why: Box::new(why) }
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Engine { why, .. } if matches!(**why, EngineError::Cancelled))
     }
 
     /// This error and everything below it, in one line.

@@ -330,7 +330,7 @@ fn not_json() {
 fn defaults() {
     let mut config = full();
     let dialog = config["dialog"].as_object_mut().unwrap();
-    ["max-num-tokens", "stop-sequence", "sampler"].map(|key| dialog.remove(key));
+    dialog.retain(|key, _| !["max-num-tokens", "stop-sequence", "sampler"].contains(&key.as_str()));
     dialog["engine"]["model"].as_object_mut().unwrap().remove("positional-encoding");
     let config = parse(&config).unwrap();
     assert_eq!(config.settings.max_num_tokens, u32::MAX);

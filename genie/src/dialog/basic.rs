@@ -20,8 +20,7 @@ impl Dialog {
     pub(super) fn prefill(&mut self, cancel: &AtomicBool, report: &mut QueryReport) -> Result<(), Error> {
         let pending = &self.history[self.engine.position()..];
         if !pending.is_empty() {
-            let role = &self.role;
-            let fail = |why| Error::Engine { role: role.clone(), why };
+            let fail = |why| Error::engine(&self.role, why);
             self.engine.forward(pending, Logits::None, cancel).map_err(fail)?;
         }
         report.finish = Finish::PrefillOnly;
@@ -40,7 +39,7 @@ impl Dialog {
         let mut first_token_at = None;
         loop {
             let id = match self.step(cancel) {
-                Err(Error::Engine { why: EngineError::Cancelled, .. }) if first_token_at.is_some() => {
+                Err(error) if error.is_cancelled() && first_token_at.is_some() => {
                     report.finish = Finish::Aborted;
                     output.abort();
                     return Ok(());
@@ -82,7 +81,7 @@ impl Dialog {
 
     /// Feeds what the cache lacks and chooses the next token.
     fn step(&mut self, cancel: &AtomicBool) -> Result<u32, Error> {
-        let fail = |why| Error::Engine { role: self.role.clone(), why };
+        let fail = |why| Error::engine(&self.role, why);
         if cancel.load(Ordering::Relaxed) {
             return Err(fail(EngineError::Cancelled));
         }
