@@ -1,1 +1,137 @@
+use super::*;
+use crate::testing::{FLOAT_FORMATS, Noise, integer_formats, weights};
 
+/// Every code, scale and offset comes back from where the packer put it, and `dequantize_row` is their formula.
+#[test]
+fn packed_values_come_back() {
+    for (n, k) in [(1, 8), (16, 24), (17, 32), (35, 256), (5, 13)] {
+        for format in integer_formats(k) {
+            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+            let four_bit = format.is_4bit();
+            let mut noise = Noise(9);
+            let codes: Vec<i8> =
+                (0..n * k).map(|_| if four_bit { noise.code(0, 15) } else { noise.code(-128, 127) }).collect();
+            let blocks = layout.blocks();
+            let scales: Vec<f32> = (0..n * blocks).map(|_| round_to_f16(noise.float()).expect("small")).collect();
+            let integers: Vec<i8> = scales.iter().map(|_| noise.code(-128, 127)).collect();
+            let minima: Vec<f32> = scales.iter().map(|_| round_to_f16(noise.float()).expect("small")).collect();
+            let offset = match format {
+                WeightFormat::Int4Block { offset, .. } => Some(offset),
+                _ => None,
+            };
+            let offsets = match offset {
+                Some(BlockOffset::Integer) => Offsets::Integer(&integers),
+                Some(BlockOffset::Min) => Offsets::Min(&minima),
+                _ => Offsets::None,
+            };
+            let blob = pack_quantized(&layout, &codes, &scales, offsets).expect("lengths match");
+            let w = layout.view(&blob).expect("length matches");
+            let mut floats = vec![0.0; k];
+            for row in 0..n {
+                w.dequantize_row(row, &mut floats);
+                for (i, &float) in floats.iter().enumerate() {
+                    let block = row * blocks + i / format.block().unwrap_or(k);
+                    let (code, scale) = (i32::from(codes[row * k + i]), scales[block]);
+                    assert_eq!((w.code(row, i), w.scale(row, i)), (code, scale), "{format:?}");
+                    let expected = match offset {
+                        Some(BlockOffset::Integer) => (code + i32::from(integers[block])) as f32 * scale,
+                        Some(BlockOffset::Min) => code as f32 * scale + minima[block],
+                        _ if four_bit => (code - 8) as f32 * scale,
+                        _ => code as f32 * scale,
+                    };
+                    assert_eq!(float, expected, "{format:?} row {row} k {i}");
+                    assert!(
+                        (f64::from(code as f32 * scale) + f64::from(w.min(row, i)) - f64::from(float)).abs() < 1e-4
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Float formats hold the nearest number of their kind, padded outputs aside.
+#[test]
+fn packed_floats_come_back() {
+    let values = Noise(3).floats(19 * 7);
+    for format in FLOAT_FORMATS {
+        let layout = PackedLayout::new(19, 7, format).expect("sizes are fine");
+        let blob = pack_float(&layout, &values).expect("lengths match");
+        let w = layout.view(&blob).expect("length matches");
+        let mut floats = [0.0; 7];
+        for (row, values) in values.chunks(7).enumerate() {
+            w.dequantize_row(row, &mut floats);
+            for (float, &value) in floats.iter().zip(values) {
+                let expected = match format {
+                    WeightFormat::F16 => half::f16::from_f32(value).to_f32(),
+                    WeightFormat::Bf16 => half::bf16::from_f32(value).to_f32(),
+                    _ => value,
+                };
+                assert_eq!(*float, expected, "{format:?}");
+            }
+        }
+    }
+}
+
+/// Sections start at multiples of 64 bytes, as the table in the module's doc says: files depend on it.
+#[test]
+fn layout_is_as_documented() {
+    let block = WeightFormat::Int4Block { block: 8, offset: BlockOffset::Integer };
+    for (n, k, format, bytes) in [
+        (16, 8, WeightFormat::F32, 512),
+        (17, 3, WeightFormat::Bf16, 192),
+        (16, 4, WeightFormat::Int8PerChannel, 128 + 64),
+        (40, 8, WeightFormat::Int4PerChannel, 192 + 192),
+        // 64 bytes of codes and 32 of scales, padded to 64, then 16 of offsets.
+        (1, 8, block, 64 + 64 + 16),
+    ] {
+        assert_eq!(PackedLayout::new(n, k, format).expect("sizes are fine").size_bytes(), bytes, "{format:?}");
+    }
+    let layout = PackedLayout::new(16, 16, WeightFormat::Int4PerChannel).expect("sizes are fine");
+    let mut codes = vec![8; 16 * 16];
+    (codes[3 * 16 + 2], codes[3 * 16 + 6], codes[3 * 16 + 13]) = (1, 2, 3);
+    let blob = pack_quantized(&layout, &codes, &[1.0; 16], Offsets::None).expect("lengths match");
+    assert_eq!((blob[3 * 4 + 2], blob[64 + 3 * 4 + 1]), (0x21, 0x38));
+}
+
+/// Layouts that the kernels could not take, and values that the formats cannot hold, are refused.
+#[test]
+fn wrong_layouts_and_values_are_refused() {
+    let int8 = |block| WeightFormat::Int8Block { block };
+    let int4 = |block| WeightFormat::Int4Block { block, offset: BlockOffset::Symmetric };
+    let cases = [
+        (0, 8, WeightFormat::F32),
+        (8, 0, WeightFormat::F32),
+        (1, 65537, WeightFormat::Int8PerChannel),
+        (1, 64, int8(0)),
+        (1, 64, int8(6)),
+        (1, 64, int8(24)),
+        (1, 512, int8(512)),
+        (1, 36, int4(12)),
+        (usize::MAX, 64, int4(32)),
+        (1 << 40, 1 << 40, WeightFormat::F16),
+    ];
+    for (n, k, format) in cases {
+        assert!(PackedLayout::new(n, k, format).is_err(), "{n}x{k} {format:?}");
+    }
+    let layout = PackedLayout::new(2, 32, int4(32)).expect("sizes are fine");
+    let good = vec![3; 64];
+    let refused = |codes: &[i8], scales: &[f32], offsets: Offsets<'_>| {
+        pack_quantized(&layout, codes, scales, offsets).expect_err("must be refused").to_string()
+    };
+    let mut bad = good.clone();
+    bad[40] = 16;
+    assert_eq!(refused(&bad, &[1.0; 2], Offsets::None), "4-bit code in row: found 1, need codes from 0 to 15");
+    assert_eq!(refused(&good, &[1.0; 3], Offsets::None), "scales: found 3, need 2");
+    assert_eq!(refused(&good[1..], &[1.0; 2], Offsets::None), "codes: found 63, need 64");
+    for scale in [f32::NAN, f32::INFINITY, 70_000.0] {
+        assert!(refused(&good, &[1.0, scale], Offsets::None).contains("need values that f16 can hold"));
+        assert_eq!(round_to_f16(scale), None);
+    }
+    assert!(refused(&good, &[1.0; 2], Offsets::Integer(&[1, 2])).contains("offsets of the layout's own kind"));
+    let blob = weights(&layout, 1);
+    assert!(layout.view(&blob[1..]).is_err());
+    let float = PackedLayout::new(1, 2, WeightFormat::F16).expect("sizes are fine");
+    assert!(pack_float(&float, &[1.0, 1e6]).is_err());
+    assert!(pack_float(&layout, &[1.0; 64]).is_err());
+    assert!(pack_quantized(&float, &[1, 2], &[1.0], Offsets::None).is_err());
+}
