@@ -1,1 +1,4 @@
 //! Shared support of the workspace-wide tests.
+
+pub mod gguf_writer;
+pub mod tiny_model;

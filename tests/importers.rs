@@ -1,0 +1,212 @@
+//! Models in both formats become graphs that compute what the models' definitions say.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use genie_workspace::tiny_model::TinyModel;
+use qnn_core::backend::htp::HtpBackend;
+use qnn_core::backend::reference::ReferenceBackend;
+use qnn_core::offline::arch::{ActivationBits, CacheType, Grouping, Precision, WeightType};
+use qnn_core::offline::convert::{ConvertOptions, ConvertReport, convert};
+use qnn_core::offline::quantize_weights::Bits;
+use qnn_core::offline::{dlc, specialize};
+use qnn_core::{Backend, Bindings, Graph};
+
+const FLOAT: Precision =
+    Precision { weights: WeightType::F32, activations: ActivationBits::Sixteen, cache: Some(CacheType::F32) };
+
+fn import(input: &Path, precision: Precision) -> (Graph, ConvertReport) {
+    let output = input.with_extension("dlc");
+    let options = ConvertOptions { input: input.to_owned(), output: output.clone(), precision, threads: 2 };
+    let report = convert(&options, &mut |_| {}).unwrap();
+    (dlc::read_dlc(&output).unwrap(), report)
+}
+
+fn write_hf(model: &TinyModel) -> (tempfile::TempDir, std::path::PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    model.write_hf(&path).unwrap();
+    (folder, path)
+}
+
+/// Logits of `rows` after all of `ids` went through `graph` in pieces of `step`.
+fn logits(backend: &dyn Backend, graph: &Graph, ids: &[i32], rows: &[usize], step: usize) -> Vec<Vec<f32>> {
+    let mut executable = backend.prepare(graph).unwrap();
+    let mut state = backend.new_state(&[graph], 64).unwrap();
+    let mut bindings = Bindings::new(graph);
+    let mut found = Vec::new();
+    for (piece, ids) in ids.chunks(step).enumerate() {
+        let start = piece * step;
+        let inside = |row: &&usize| (start..start + ids.len()).contains(*row);
+        let wanted: Vec<i32> = rows.iter().filter(inside).map(|row| (row - start) as i32).collect();
+        let positions: Vec<i32> = (start..start + ids.len()).map(|p| p as i32).collect();
+        let inputs: [(&str, &[i32]); 4] = [
+            ("input_ids", ids),
+            ("position_ids", &positions),
+            ("cache_index", &[start as i32]),
+            ("logit_indices", &wanted),
+        ];
+        for (name, values) in inputs {
+            let index = bindings.find_input(name).unwrap();
+            bindings.set_i32(index, values).unwrap();
+        }
+        executable.execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
+        let out = bindings.output_f32(bindings.find_output("logits").unwrap());
+        found.extend(out.chunks(67).take(wanted.len()).map(<[f32]>::to_vec));
+    }
+    found
+}
+
+fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+struct Golden {
+    ids: Vec<i32>,
+    rows: Vec<usize>,
+    logits: serde_json::Value,
+}
+
+impl Golden {
+    fn read() -> Golden {
+        let text = include_str!("golden/tiny_logits.json");
+        let all: serde_json::Value = serde_json::from_str(text).unwrap();
+        let list = |key: &str| all[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect::<Vec<_>>();
+        Golden {
+            ids: list("ids").into_iter().map(|id| id as i32).collect(),
+            rows: list("rows").into_iter().map(|row| row as usize).collect(),
+            logits: all["logits"].clone(),
+        }
+    }
+
+    fn of(&self, model: &TinyModel) -> Vec<Vec<f32>> {
+        let floats = |row: &serde_json::Value| {
+            row.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect::<Vec<f32>>()
+        };
+        self.logits[model.model_type].as_array().unwrap().iter().map(floats).collect()
+    }
+}
+
+/// Guards: every architecture computes what its definition says, on both backends, in one piece and token by token.
+#[test]
+fn float_graphs_match_the_definition() {
+    let golden = Golden::read();
+    for model in TinyModel::every_architecture(7) {
+        let (_folder, path) = write_hf(&model);
+        let (graph, report) = import(&path, FLOAT);
+        assert_eq!(report.architecture, model.model_type);
+        let graph = specialize(&graph, "test", 16, 64).unwrap();
+        let want = golden.of(&model);
+        let htp = HtpBackend::new(2).unwrap();
+        for (backend, bound) in [(&ReferenceBackend as &dyn Backend, 1e-5), (&htp, 1e-3)] {
+            for step in [16, 3, 1] {
+                let have = logits(backend, &graph, &golden.ids, &golden.rows, step);
+                let error = worst(&have, &want);
+                assert!(error < bound, "{} in steps of {step}: off by {error}", model.model_type);
+            }
+        }
+    }
+}
+
+/// Guards: a GGUF's names, row order and metadata lead to the very graph that the Hugging Face directory gives.
+#[test]
+fn gguf_and_hf_give_the_same_graph() {
+    for model in [TinyModel::llama(3), TinyModel::qwen2(3)] {
+        let (folder, path) = write_hf(&model);
+        let gguf_path = folder.path().join("other.gguf");
+        std::fs::write(&gguf_path, model.gguf(model.model_type == "llama").finish()).unwrap();
+        let (hf, gguf) = (import(&path, FLOAT).0, import(&gguf_path, FLOAT).0);
+        assert_eq!(hf.nodes(), gguf.nodes());
+        for (a, b) in hf.tensors().iter().zip(gguf.tensors()) {
+            assert_eq!(a.name, b.name);
+            assert_eq!(a.shape, b.shape, "{}", a.name);
+            let bytes = |t: &qnn_core::Tensor| match &t.data {
+                Some(qnn_core::TensorData::Flat(bytes)) => bytes.to_vec(),
+                _ => Vec::new(),
+            };
+            assert_eq!(bytes(a), bytes(b), "{}", a.name);
+        }
+    }
+}
+
+/// Guards: integer weights, block sizes that odd shapes force, and integer caches stay near the float graph, and the two
+/// backends agree on them.
+#[test]
+fn quantized_graphs_stay_near_the_float_graph() {
+    let golden = Golden::read();
+    let model = TinyModel::qwen2(7);
+    let (_folder, path) = write_hf(&model);
+    let want = golden.of(&model);
+    let largest = want.iter().flatten().fold(0.0f32, |m, v| m.max(v.abs()));
+    let int = |bits, grouping| WeightType::Int { bits, grouping };
+    for (weights, bound) in [
+        (int(Bits::Eight, Grouping::Default), 0.03),
+        (int(Bits::Eight, Grouping::PerChannel), 0.03),
+        (int(Bits::Four, Grouping::Default), 0.3),
+        (int(Bits::Four, Grouping::Block(8)), 0.3),
+        (int(Bits::Four, Grouping::PerChannel), 0.5),
+        (WeightType::F16, 1e-3),
+    ] {
+        let cache = Some(if weights == WeightType::F16 { CacheType::F32 } else { CacheType::Int8 });
+        let precision = Precision { weights, cache, ..FLOAT };
+        let graph = specialize(&import(&path, precision).0, "test", 16, 64).unwrap();
+        let htp = HtpBackend::new(2).unwrap();
+        let reference = logits(&ReferenceBackend, &graph, &golden.ids, &golden.rows, 16);
+        let error = worst(&reference, &want) / largest;
+        assert!(error < bound, "{weights:?}: off by {error} of the largest logit");
+        let difference = worst(&logits(&htp, &graph, &golden.ids, &golden.rows, 16), &reference) / largest;
+        assert!(difference < 0.01, "{weights:?}: backends differ by {difference} of the largest logit");
+    }
+}
+
+/// Guards: a block size that does not divide a matrix is refused with the tensor, and the sizes that do.
+#[test]
+fn block_size_that_does_not_divide_is_refused() {
+    let (folder, path) = write_hf(&TinyModel::llama(1));
+    let weights = WeightType::Int { bits: Bits::Four, grouping: Grouping::Block(32) };
+    let output = folder.path().join("model.dlc");
+    let options =
+        ConvertOptions { input: path, output: output.clone(), precision: Precision { weights, ..FLOAT }, threads: 1 };
+    let error = convert(&options, &mut |_| {}).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error));
+    assert!(text.contains("_proj.weight") || text.contains("embed_tokens"), "{text}");
+    assert!(
+        text.contains("48; block sizes that work: 4, 8, 12, 16, 24, 48")
+            || text.contains("48; block sizes that work: 8, 16, 24, 48"),
+        "{text}"
+    );
+    assert!(!output.exists(), "a file was written");
+}
+
+/// Guards: what is not supported is refused by name, with what is.
+#[test]
+fn unsupported_models_are_refused_by_name() {
+    let check = |key: &str, value: serde_json::Value, words: &[&str]| {
+        let model = TinyModel::llama(1);
+        let (folder, path) = write_hf(&model);
+        let mut config = model.config();
+        config[key] = value;
+        std::fs::write(path.join("config.json"), config.to_string()).unwrap();
+        let output = folder.path().join("model.dlc");
+        let options = ConvertOptions { input: path, output, precision: FLOAT, threads: 1 };
+        let error = convert(&options, &mut |_| {}).expect_err(key);
+        let text = format!("{:#}", anyhow::Error::from(error));
+        for word in words.iter().chain(&["model"]) {
+            assert!(text.contains(word), "{key}: {text} does not say {word}");
+        }
+    };
+    check("model_type", "gpt_neox".into(), &["gpt_neox", "llama, smollm, mistral, qwen2"]);
+    check("hidden_act", "gelu".into(), &["hidden_act \"gelu\"", "silu"]);
+    check("rope_scaling", serde_json::json!({ "rope_type": "llama3", "factor": 8.0 }), &["rope_scaling", "llama3"]);
+    check("rope_scaling", serde_json::json!({ "factor": 8.0 }), &["rope_scaling"]);
+    check("quantization_config", serde_json::json!({ "quant_method": "gptq" }), &["gptq"]);
+    check("num_key_value_heads", 2.into(), &["num_key_value_heads is 2", "divisor"]);
+    check("num_hidden_layers", 1.into(), &["model.layers.1.", "used by nothing"]);
+    check("num_hidden_layers", 3.into(), &["model.layers.2.", "missing"]);
+    check("num_hidden_layers", 1_000_000_000.into(), &["num_hidden_layers is 1000000000", "1 to 1024"]);
+    check("vocab_size", 68.into(), &["embed_tokens", "[67, 48]", "[68, 48]"]);
+    check("rms_norm_eps", 0.into(), &["rms_norm_eps"]);
+    check("hidden_size", serde_json::Value::Null, &["null"]);
+    check("attention_bias", true.into(), &["q_proj.bias", "missing"]);
+}
