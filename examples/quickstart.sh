@@ -109,19 +109,25 @@ build_tools() {
         python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 }
 
-# make_if_old OUTPUT INPUT... -- COMMAND...: runs the command unless the output is newer than every input.
-# The tools write to a temporary file and rename it, so an output that is there is whole.
+# make_if_old OUTPUT INPUT... -- COMMAND...: runs the command unless it made the output after every input last changed.
+# The stamp beside the output is written last, so what a stopped command left behind is not taken for the whole.
 make_if_old() {
-    local output="$1" input old=0
+    local output="$1" stamp="$1.made" input old=0
     shift
-    [ -f "$output" ] || old=1
+    [ -f "$output" ] && [ -f "$stamp" ] || old=1
     while [ "$1" != -- ]; do
         input="$1"
         shift
-        [ "$old" = 1 ] || ! [ "$input" -nt "$output" ] || old=1
+        [ "$old" = 1 ] || ! [ "$input" -nt "$stamp" ] || old=1
     done
     shift
-    if [ "$old" = 1 ]; then "$@"; else echo "up to date"; fi
+    if [ "$old" = 0 ]; then
+        echo "up to date"
+        return
+    fi
+    rm -f "$stamp"
+    "$@"
+    touch "$stamp"
 }
 
 # Puts the sample config beside the model. A copy that was edited after the sample changed is kept.
