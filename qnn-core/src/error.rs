@@ -52,7 +52,7 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong.
         #[source]
-        why: DlcError,
+        why: Box<DlcError>,
     },
     /// A model cannot be imported.
     #[error("{path}: import")]
@@ -61,7 +61,7 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong or not supported.
         #[source]
-        why: ImportError,
+        why: Box<ImportError>,
     },
     /// A DLC cannot be made a context binary.
     #[error("{path}: generate")]
@@ -82,6 +82,18 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |why| Error::Io { path, why }
+    }
+
+    /// Adds the path to a DLC error.
+    pub fn dlc(path: impl Into<PathBuf>) -> impl FnOnce(DlcError) -> Error {
+        let path = path.into();
+        move |why| Error::Dlc { path, why: Box::new(why) }
+    }
+
+    /// Adds the path to an import error.
+    pub fn import(path: impl Into<PathBuf>) -> impl FnOnce(ImportError) -> Error {
+        let path = path.into();
+        move |why| Error::Import { path, why: Box::new(why) }
     }
 
     /// Adds the path to what is wrong with a context binary.

@@ -58,7 +58,7 @@ pub enum Progress<'a> {
 /// # Errors
 /// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported; [`Error::Dlc`].
 pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<ConvertReport, Error> {
-    let import_error = |why| Error::Import { path: options.input.clone(), why };
+    let import_error = |why| Error::import(&options.input)(why);
     let source = Source::open(&options.input)?;
     let workers = Workers::new(options.threads.max(1)).map_err(Error::io("worker threads"))?;
     progress(Progress::Weights(source.names().map_err(import_error)?.len()));

@@ -50,7 +50,7 @@ pub enum DlcError {
 /// # Errors
 /// [`Error::Io`]; [`Error::Dlc`] if a constant is in panels or the graph's JSON is too large. `path` is then unchanged.
 pub fn write_dlc(path: &Path, graph: &Graph) -> Result<(), Error> {
-    let (header, blobs) = layout(graph).map_err(|why| Error::Dlc { path: path.to_owned(), why })?;
+    let (header, blobs) = layout(graph).map_err(Error::dlc(path))?;
     write_atomically(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
@@ -82,7 +82,7 @@ pub(super) fn write_atomically(
 /// [`Error::Io`]; [`Error::Dlc`] naming what is wrong, and the tensor or node where it is.
 pub fn read_dlc(path: &Path) -> Result<Graph, Error> {
     let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
-    parse(&bytes).map_err(|why| Error::Dlc { path: path.to_owned(), why })
+    parse(&bytes).map_err(Error::dlc(path))
 }
 
 /// Reads the graph in the bytes of a DLC. Constants are parts of `bytes`.

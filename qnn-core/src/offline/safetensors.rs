@@ -122,7 +122,7 @@ impl HfWeights {
         let path = folder.join(SINGLE_FILE);
         if !path.is_file() {
             let why = ImportError::NoWeights { files: vec![SINGLE_FILE, INDEX_FILE] };
-            return Err(Error::Import { path: folder.to_owned(), why });
+            return Err(Error::import(folder)(why));
         }
         let file = open_file(&path)?;
         let index = file.names().map(|name| (name.to_owned(), 0)).collect();
@@ -130,7 +130,7 @@ impl HfWeights {
     }
 
     fn open_shards(folder: &Path, index_path: &Path) -> Result<HfWeights, Error> {
-        let refuse = |why| Error::Import { path: index_path.to_owned(), why };
+        let refuse = |why| Error::import(index_path)(why);
         let text = read_text(index_path, MAX_INDEX_BYTES)?;
         let shards: ShardIndex = serde_json::from_slice(&text).map_err(|why| refuse(ImportError::Json(why)))?;
         let mut files: Vec<(String, SafetensorsFile)> = Vec::new();
@@ -184,8 +184,7 @@ impl HfWeights {
 
 fn open_file(path: &Path) -> Result<SafetensorsFile, Error> {
     let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
-    SafetensorsFile::parse(bytes)
-        .map_err(|why| Error::Import { path: path.to_owned(), why: ImportError::Safetensors(why) })
+    SafetensorsFile::parse(bytes).map_err(|why| Error::import(path)(ImportError::Safetensors(why)))
 }
 
 /// Reads a text file of at most `limit_bytes`.
@@ -193,7 +192,7 @@ pub(super) fn read_text(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, Error>
     let have_bytes = std::fs::metadata(path).map_err(Error::io(path))?.len();
     if have_bytes > limit_bytes {
         let why = ImportError::FileTooLarge { have_bytes, limit_bytes };
-        return Err(Error::Import { path: path.to_owned(), why });
+        return Err(Error::import(path)(why));
     }
     Bytes::read_file(path).map(|bytes| bytes.to_vec()).map_err(Error::io(path))
 }

@@ -53,7 +53,7 @@ impl Source {
             what: format!("input of type {extension:?}"),
             supported: "a Hugging Face directory (config.json, model.safetensors), a .gguf file".to_owned(),
         };
-        Err(Error::Import { path: path.to_owned(), why })
+        Err(Error::import(path)(why))
     }
 
     fn open_hf(folder: &Path) -> Result<Source, Error> {
@@ -62,7 +62,7 @@ impl Source {
         let generation =
             if generation_path.is_file() { Some(read_text(&generation_path, MAX_CONFIG_BYTES)?) } else { None };
         let config = config::from_hf(&read_text(&config_path, MAX_CONFIG_BYTES)?, generation.as_deref())
-            .map_err(|why| Error::Import { path: config_path, why })?;
+            .map_err(Error::import(&config_path))?;
         let mut sidecars = Vec::new();
         let tokenizer = folder.join(TOKENIZER);
         if tokenizer.is_file() {
@@ -77,10 +77,9 @@ impl Source {
 
     fn open_gguf(path: &Path) -> Result<Source, Error> {
         let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
-        let refuse = |why| Error::Import { path: path.to_owned(), why };
-        let model = GgufModel::parse(bytes).map_err(refuse)?;
-        let config = model.config().map_err(refuse)?;
-        let sidecars = model.sidecars(&config).map_err(refuse)?;
+        let model = GgufModel::parse(bytes).map_err(Error::import(path))?;
+        let config = model.config().map_err(Error::import(path))?;
+        let sidecars = model.sidecars(&config).map_err(Error::import(path))?;
         Ok(Source { config, sidecars, kind: "gguf", weights: Weights::Gguf(model) })
     }
 
@@ -114,7 +113,7 @@ fn tokenizer_config(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
     if !template_path.is_file() {
         return Ok(bytes);
     }
-    let refuse = |why| Error::Import { path: path.clone(), why: ImportError::Json(why) };
+    let refuse = |why| Error::import(&path)(ImportError::Json(why));
     let mut config: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(bytes.as_deref().unwrap_or(b"{}")).map_err(refuse)?;
     let template = read_text(&template_path, MAX_CONFIG_BYTES)?;

@@ -1,4 +1,7 @@
+use htp_sim::{BlockOffset, WeightFormat};
+
 use super::*;
+use crate::op::{AttentionAttrs, OpKind};
 
 /// A graph that uses every operation, every kind of extent and every encoding.
 fn everything() -> Graph {
