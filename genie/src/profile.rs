@@ -112,3 +112,49 @@ impl Default for Profile {
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: events and KPIs have the names, units and nesting that readers of Genie's profiles look for; and a file
+    // that is there is never overwritten.
+    #[test]
+    fn shape_of_the_json() {
+        let mut profile = Profile::new();
+        let started = Instant::now();
+        profile.add_create(started, Duration::from_micros(1500));
+        let mut report = QueryReport::new(started);
+        (report.n_prompt_tokens, report.n_cached_tokens, report.n_generated) = (30, 10, 5);
+        report.timings.prompt_processing = Duration::from_millis(100);
+        report.timings.token_generation = Duration::from_millis(400);
+        report.timings.total = Duration::from_millis(600);
+        profile.add_query(&report);
+        profile.add_free(started, Duration::ZERO);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("profile.json");
+        profile.save(&path).unwrap();
+        assert_eq!(profile.save(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert!(json["header"]["version"]["major"].is_u64() && json["metadata"]["timestamp"].is_u64());
+        let component = &json["components"][0];
+        assert_eq!(component["type"], "dialog");
+        let events = component["events"].as_array().unwrap();
+        let kinds: Vec<&str> = events.iter().filter_map(|event| event["type"].as_str()).collect();
+        assert_eq!(kinds, ["GenieDialog_create", "GenieDialog_query", "GenieDialog_free"]);
+        assert_eq!(events[0]["init-time"], serde_json::json!({"value": 1500, "unit": "us"}));
+        let query = &events[1];
+        assert_eq!(query["stop"].as_u64().unwrap() - query["start"].as_u64().unwrap(), 600_000);
+        for (kpi, value, unit) in [
+            ("num-prompt-tokens", 30.0, ""),
+            ("prompt-processing-rate", 200.0, "toks/sec"),
+            ("time-to-first-token", 100_000.0, "us"),
+            ("num-generated-tokens", 5.0, ""),
+            ("token-generation-rate", 10.0, "toks/sec"),
+            ("token-generation-time", 400_000.0, "us"),
+        ] {
+            assert_eq!((query[kpi]["value"].as_f64(), query[kpi]["unit"].as_str()), (Some(value), Some(unit)), "{kpi}");
+        }
+    }
+}

@@ -102,7 +102,7 @@ impl Sampler {
             penalize(&self.config.penalty, &mut self.window, &mut self.penalized);
             &self.penalized
         };
-        let max = logits.iter().fold(f32::NEG_INFINITY, |max, &value| if max < value { value } else { max });
+        let max = largest(logits);
         if max == f32::NEG_INFINITY {
             return Err(SamplerError::AllRuledOut { len: logits.len() });
         }
@@ -131,6 +131,15 @@ impl Sampler {
     pub(crate) fn restore(&mut self, random: Random) {
         self.random = random;
     }
+}
+
+/// The largest logit. In lanes, because the compiler may not reorder a single maximum of floats into them by itself.
+fn largest(logits: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a < b { b } else { a };
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let lanes =
+        chunks.iter().fold([f32::NEG_INFINITY; 16], |lanes, chunk| std::array::from_fn(|i| larger(lanes[i], chunk[i])));
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &value| larger(max, value))
 }
 
 fn is_off(penalty: &TokenPenalty) -> bool {

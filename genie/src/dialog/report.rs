@@ -84,7 +84,7 @@ pub struct Timings {
 }
 
 impl QueryReport {
-    pub(super) fn new(started: Instant) -> Self {
+    pub(crate) fn new(started: Instant) -> Self {
         Self {
             finish: Finish::PrefillOnly,
             n_prompt_tokens: 0,

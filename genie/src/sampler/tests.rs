@@ -29,6 +29,18 @@ fn greedy() {
     check(|config| config.top_p = 1e-9);
 }
 
+// Guards: the largest logit is found wherever it stands, at lengths around the lanes too.
+#[test]
+fn largest_anywhere() {
+    for len in [1, 15, 16, 17, 31, 32, 33, 100] {
+        for at in 0..len {
+            let mut logits = vec![-1.0; len];
+            logits[at] = 2.0;
+            assert_eq!(sampler(|config| config.greedy = true).sample(&logits, &[]), Ok(at as u32));
+        }
+    }
+}
+
 // Guards: NaN and plus infinity are errors that say where, minus infinity rules a token out.
 #[test]
 fn odd_logits() {
