@@ -2,3 +2,4 @@
 
 pub mod gguf_writer;
 pub mod tiny_model;
+pub mod real_model;

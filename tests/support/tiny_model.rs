@@ -139,6 +139,19 @@ impl TinyModel {
 
     /// The same model as a GGUF with f32 weights, its q and k rows interleaved if `interleave` (as llama's are).
     pub fn gguf(&self, interleave: bool) -> GgufWriter {
+        let mut file = self.gguf_without_tokenizer(interleave);
+        let tokens = tokens(self.vocab);
+        let kinds: Vec<i32> = (0..tokens.len()).map(|id| if id < SPECIALS.len() { 3 } else { 1 }).collect();
+        file.string("tokenizer.ggml.model", "gpt2");
+        file.string("tokenizer.ggml.pre", "gpt-2");
+        file.strings("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
+        file.integers("tokenizer.ggml.token_type", &kinds);
+        file.strings("tokenizer.ggml.merges", []);
+        file
+    }
+
+    /// As [`TinyModel::gguf`], but for the tokenizer, which is to be added.
+    pub fn gguf_without_tokenizer(&self, interleave: bool) -> GgufWriter {
         let mut file = GgufWriter::default();
         let arch = if self.model_type == "qwen2" { "qwen2" } else { "llama" };
         file.string("general.architecture", arch);
@@ -157,13 +170,6 @@ impl TinyModel {
         }
         file.f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5);
         file.f32(&format!("{arch}.rope.freq_base"), 10000.0);
-        let tokens = tokens(self.vocab);
-        let kinds: Vec<i32> = (0..tokens.len()).map(|id| if id < SPECIALS.len() { 3 } else { 1 }).collect();
-        file.string("tokenizer.ggml.model", "gpt2");
-        file.string("tokenizer.ggml.pre", "gpt-2");
-        file.strings("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
-        file.integers("tokenizer.ggml.token_type", &kinds);
-        file.strings("tokenizer.ggml.merges", []);
         file.u32("tokenizer.ggml.bos_token_id", 1);
         file.u32("tokenizer.ggml.eos_token_id", 2);
         for tensor in self.tensors() {
