@@ -12,7 +12,7 @@ use genie::{Dialog, DialogConfig, Finish, Flow, Message};
 fn main() -> anyhow::Result<()> {
     let config = std::env::args().nth(1).context("usage: chat CONFIG.json")?;
     let mut dialog = Dialog::new(DialogConfig::from_file(config)?)?;
-    let mut messages = vec![Message::new("system", "You are a helpful assistant. Answer briefly.")];
+    let mut messages = Vec::new();
     print!("> ");
     stdout().flush()?;
     for line in stdin().lock().lines() {
