@@ -186,7 +186,7 @@ fn shards_are_joined() {
     let names: Vec<String> = SafetensorsFile::parse(file.into()).unwrap().names().map(str::to_owned).collect();
     std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("a.safetensors")).unwrap();
     std::fs::copy(folder.path().join("a.safetensors"), folder.path().join("b.safetensors")).unwrap();
-    let shard = |i: usize| if i % 2 == 0 { "a.safetensors" } else { "b.safetensors" };
+    let shard = |i: usize| if i.is_multiple_of(2) { "a.safetensors" } else { "b.safetensors" };
     let map: serde_json::Map<String, serde_json::Value> =
         names.into_iter().enumerate().map(|(i, name)| (name, shard(i).into())).collect();
     let index = serde_json::json!({ "metadata": { "total_size": 1 }, "weight_map": map });

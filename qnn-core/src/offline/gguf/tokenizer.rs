@@ -14,6 +14,10 @@ use crate::offline::{config::ModelConfig, error::ImportError};
 /// contradicts itself.
 pub(super) fn sidecars(file: &GgufFile, config: &ModelConfig) -> Result<Vec<(&'static str, Vec<u8>)>, ImportError> {
     let tokenizer = Tokenizer::read(file)?;
+    if tokenizer.tokens.len() > config.vocab_size {
+        let (have, want) = (format!("{} tokens", tokenizer.tokens.len()), config.vocab_size);
+        return Err(wrong(TOKENS, have, format!("at most {want}, the rows of the embedding")));
+    }
     let pretty = |value: &Json| serde_json::to_vec_pretty(value).map_err(ImportError::Json);
     Ok(vec![
         ("tokenizer.json", serde_json::to_vec(&tokenizer.json()?)?),
