@@ -7,9 +7,12 @@ use std::sync::atomic::AtomicBool;
 
 use thiserror::Error;
 
+mod adapter;
 pub mod qnn;
 #[doc(hidden)]
 pub mod scripted;
+
+pub use adapter::{AdapterInfo, AdapterSlot, AdapterSource};
 
 /// A model with one KV cache.
 pub trait Engine: Send {
@@ -36,6 +39,23 @@ pub trait Engine: Send {
     /// [`EngineError`]. [`Engine::position`] then says what was fully consumed (whole chunks); the caller rewinds as
     /// it needs.
     fn forward(&mut self, ids: &[u32], logits: Logits, cancel: &AtomicBool) -> Result<&[f32], EngineError>;
+
+    /// Reads an adapter and keeps it ready under `name`, in place of one that had the name before. What runs now is not
+    /// changed: see [`Engine::select_adapter`].
+    ///
+    /// # Errors
+    /// [`EngineError`]. Nothing is changed then.
+    fn load_adapter(&mut self, name: &str, source: &AdapterSource) -> Result<AdapterInfo, EngineError>;
+
+    /// Forgets the adapter `name`. If it is selected, it stays in use until another selection. False if there was none.
+    fn unload_adapter(&mut self, name: &str) -> bool;
+
+    /// Makes later calls of [`Engine::forward`] run with the loaded adapter of this name at these strengths, one for
+    /// each of its rank columns; `None` is the base. Cheap: no weight is touched.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownAdapter`]. The selection is then as before.
+    fn select_adapter(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError>;
 }
 
 /// Which logits a call of [`Engine::forward`] shall compute.
@@ -96,6 +116,28 @@ pub enum EngineError {
     /// A context binary could not be opened, prepared or run.
     #[error("model")]
     Core(#[source] qnn_core::Error),
+    /// No adapter of this name is loaded.
+    #[error("adapter {name:?} is not loaded; loaded are {loaded:?}")]
+    UnknownAdapter {
+        /// The name asked for.
+        name: String,
+        /// The names that are there.
+        loaded: Vec<String>,
+    },
+    /// An adapter cannot be loaded.
+    #[error("adapter {name:?}{}", path.as_ref().map_or_else(String::new, |path| format!(", {}", path.display())))]
+    Adapter {
+        /// The adapter's name.
+        name: String,
+        /// The file, where one is at fault.
+        path: Option<std::path::PathBuf>,
+        /// Why.
+        #[source]
+        why: AdapterError,
+    },
+    /// The model was made to run only with an adapter, and none is applied.
+    #[error("no adapter is applied")]
+    NotReady(#[source] qnn_core::context::StateError),
     /// The config says one thing and the model another.
     #[error("{what}: config says {config}, model has {model}")]
     Mismatch {
@@ -106,4 +148,27 @@ pub enum EngineError {
         /// Value in the model.
         model: String,
     },
+}
+
+/// Why an adapter cannot be loaded.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AdapterError {
+    /// A file cannot be read.
+    #[error("reading the file")]
+    Io(#[from] std::io::Error),
+    /// A section does not fit the context.
+    #[error("section")]
+    Section(#[from] qnn_core::context::SectionError),
+    /// There are not as many sections as context binaries.
+    #[error("{have} sections for {want} context binaries")]
+    SectionCount {
+        /// Sections given.
+        have: usize,
+        /// Context binaries of the model.
+        want: usize,
+    },
+    /// The engine cannot do this.
+    #[error("{0}")]
+    Unsupported(String),
 }

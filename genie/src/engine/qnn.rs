@@ -1,15 +1,18 @@
 //! The engine over `qnn-core`: context binaries, one per split, each with a prompt graph and a token graph.
 
-use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, atomic::AtomicBool};
+use std::time::{Duration, Instant};
 
 use qnn_core::{
-    Backend, Bindings, Context, Executable, Graph, State,
+    Adapter, Backend, Bindings, Bytes, Context, Executable, Graph, State,
+    adapter::Slot,
     backend::{ExecuteError, HtpBackend},
     context::OpenOptions,
 };
 
-use super::{Engine, EngineError, Logits};
+use super::{AdapterError, AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
 use crate::config::EngineConfig;
 
 mod graph_name;
@@ -31,16 +34,20 @@ pub struct QnnEngine {
     all_logits: Vec<f32>,
     kernels: &'static str,
     n_threads: usize,
+    n_loads: u64,
 }
 
-/// One context binary with its cache.
+/// One context binary with its cache and the adapters loaded for it.
 struct Split {
+    context: Context,
     runners: Vec<Runner>,
     state: State,
+    adapters: HashMap<String, Arc<Adapter>>,
 }
 
 /// One graph ready to run.
 struct Runner {
+    graph: String,
     executable: Box<dyn Executable>,
     bindings: Bindings,
     /// What each graph input is fed with.
@@ -55,6 +62,8 @@ enum Feed {
     Positions,
     CacheIndex,
     LogitIndices,
+    /// Strengths of the adapter, one per rank column; bound when an adapter is selected.
+    Strengths,
     /// Output of this number of the split before.
     Previous(usize),
 }
@@ -87,11 +96,16 @@ impl QnnEngine {
         }
         let chosen = choose_graphs(&contexts, config)?;
         let ar: Vec<usize> = chosen[0].iter().map(|(name, _)| name.ar).collect();
-        let mut splits: Vec<Split> = Vec::new();
-        for (i, graphs) in chosen.iter().enumerate() {
-            let before = splits.last().map(|split| &split.runners[..]);
-            splits.push(Split::new(&backend, graphs, before, config.context_size, &config.ctx_bins[i])?);
+        let mut prepared: Vec<(Vec<Runner>, State)> = Vec::new();
+        for (graphs, path) in chosen.iter().zip(&config.ctx_bins) {
+            let before = prepared.last().map(|(runners, _)| &runners[..]);
+            prepared.push(prepare(&backend, graphs, before, config.context_size, path)?);
         }
+        let splits: Vec<Split> = contexts
+            .into_iter()
+            .zip(prepared)
+            .map(|(context, (runners, state))| Split { context, runners, state, adapters: HashMap::new() })
+            .collect();
         let n_vocab = logits_width(&splits, config)?;
         Ok(QnnEngine {
             splits,
@@ -103,6 +117,7 @@ impl QnnEngine {
             all_logits: Vec::new(),
             kernels: backend.kernels(),
             n_threads,
+            n_loads: 0,
         })
     }
 
@@ -122,8 +137,11 @@ impl QnnEngine {
         let graph = self.ar.iter().position(|ar| ids.len() <= *ar).expect("chunks are at most the largest AR-n");
         for i in 0..self.splits.len() {
             let (before, rest) = self.splits.split_at_mut(i);
-            let Split { runners, state } = &mut rest[0];
+            let Split { context, runners, state, .. } = &mut rest[0];
             let runner = &mut runners[graph];
+            if runner.bindings.adapter().is_none() {
+                context.ready(&runner.graph).map_err(EngineError::NotReady)?;
+            }
             runner.feed(&self.integers, before.last().map(|split| &split.runners[graph].bindings))?;
             runner.executable.execute(&mut runner.bindings, state, cancel)?;
         }
@@ -184,31 +202,137 @@ impl Engine for QnnEngine {
             Logits::All => &self.all_logits,
         })
     }
+
+    fn load_adapter(&mut self, name: &str, source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
+        let start = Instant::now();
+        let loaded = match source {
+            AdapterSource::Sections(paths) => self.load_sections(name, paths)?,
+            AdapterSource::Peft(folder) => {
+                vec![Some(self.load_peft(name, folder).map_err(fail(name, Some(folder)))?)]
+            }
+        };
+        self.n_loads += 1;
+        let info = describe(name, &loaded, start.elapsed(), self.n_loads);
+        for (split, adapter) in self.splits.iter_mut().zip(loaded) {
+            match adapter {
+                Some(adapter) => split.adapters.insert(name.to_owned(), adapter),
+                None => split.adapters.remove(name),
+            };
+        }
+        Ok(info)
+    }
+
+    fn unload_adapter(&mut self, name: &str) -> bool {
+        self.splits.iter_mut().fold(false, |found, split| split.adapters.remove(name).is_some() || found)
+    }
+
+    fn select_adapter(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError> {
+        if let Some((name, _)) = selection
+            && !self.splits.iter().any(|split| split.adapters.contains_key(name))
+        {
+            let mut loaded: Vec<String> = self.splits.iter().flat_map(|split| split.adapters.keys().cloned()).collect();
+            loaded.sort();
+            loaded.dedup();
+            return Err(EngineError::UnknownAdapter { name: name.to_owned(), loaded });
+        }
+        self.splits.iter_mut().try_for_each(|split| split.select(selection))
+    }
+}
+
+impl QnnEngine {
+    fn load_sections(&self, name: &str, paths: &[Option<PathBuf>]) -> Result<Vec<Option<Arc<Adapter>>>, EngineError> {
+        if paths.len() != self.splits.len() {
+            let why = AdapterError::SectionCount { have: paths.len(), want: self.splits.len() };
+            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
+        }
+        let load = |(split, path): (&Split, &Option<PathBuf>)| {
+            let Some(path) = path else { return Ok(None) };
+            let read = || Ok(Some(split.context.load_section(Bytes::map_file(path)?)?));
+            read().map_err(fail(name, Some(path)))
+        };
+        self.splits.iter().zip(paths).map(load).collect()
+    }
+
+    fn load_peft(&self, _name: &str, _folder: &Path) -> Result<Arc<Adapter>, AdapterError> {
+        Err(AdapterError::Unsupported("adapters straight from a PEFT directory".to_owned()))
+    }
+}
+
+/// The account of an adapter loaded for every split.
+fn describe(name: &str, loaded: &[Option<Arc<Adapter>>], load_time: Duration, generation: u64) -> AdapterInfo {
+    let parts = || loaded.iter().flatten();
+    let slot =
+        |slot: &Slot| AdapterSlot { name: slot.name.clone(), columns: slot.columns.clone(), scaling: slot.scaling };
+    let rank = parts().map(|part| part.rank()).max().unwrap_or(0);
+    let slots = parts().map(|part| part.slots()).max_by_key(|slots| slots.len()).unwrap_or(&[]);
+    let whole = AdapterSlot { name: name.to_owned(), columns: 0..rank, scaling: None };
+    AdapterInfo {
+        name: name.to_owned(),
+        targets: parts().map(|part| part.n_targets()).sum(),
+        rank,
+        slots: if slots.is_empty() { vec![whole] } else { slots.iter().map(slot).collect() },
+        size_bytes: parts().map(|part| part.size_bytes()).sum(),
+        load_time,
+        generation,
+    }
+}
+
+fn fail(name: &str, path: Option<&Path>) -> impl FnOnce(AdapterError) -> EngineError {
+    let (name, path) = (name.to_owned(), path.map(Path::to_owned));
+    move |why| EngineError::Adapter { name, path, why }
+}
+
+/// Plans the graphs of one context binary and makes their cache.
+fn prepare(
+    backend: &HtpBackend,
+    graphs: &[(GraphName, &Graph)],
+    before: Option<&[Runner]>,
+    context_size: usize,
+    path: &Path,
+) -> Result<(Vec<Runner>, State), EngineError> {
+    let core = |why| EngineError::Core(qnn_core::Error::Prepare { path: path.to_owned(), why });
+    let mut runners = Vec::new();
+    for (i, (_, graph)) in graphs.iter().enumerate() {
+        let executable = backend.prepare(graph).map_err(core)?;
+        let mut bindings = Bindings::new(graph);
+        let feeds = feeds(graph, &bindings, before.map(|runners| &runners[i].bindings))?;
+        for (input, _) in feeds.iter().enumerate().filter(|(_, feed)| matches!(feed, Feed::Strengths)) {
+            let columns = bindings.inputs()[input].max_rows;
+            bindings.set_f32(input, &vec![0.0; columns])?;
+        }
+        let logits = bindings.find_output("logits");
+        runners.push(Runner { graph: graph.name().to_owned(), executable, bindings, feeds, logits });
+    }
+    let all: Vec<&Graph> = graphs.iter().map(|(_, graph)| *graph).collect();
+    Ok((runners, backend.new_state(&all, context_size).map_err(core)?))
 }
 
 impl Split {
-    fn new(
-        backend: &HtpBackend,
-        graphs: &[(GraphName, &Graph)],
-        before: Option<&[Runner]>,
-        context_size: usize,
-        path: &Path,
-    ) -> Result<Split, EngineError> {
-        let core = |why| EngineError::Core(qnn_core::Error::Prepare { path: path.to_owned(), why });
-        let mut runners = Vec::new();
-        for (i, (_, graph)) in graphs.iter().enumerate() {
-            let executable = backend.prepare(graph).map_err(core)?;
-            let bindings = Bindings::new(graph);
-            let feeds = feeds(graph, &bindings, before.map(|runners| &runners[i].bindings))?;
-            let logits = bindings.find_output("logits");
-            runners.push(Runner { executable, bindings, feeds, logits });
+    /// Selects the loaded adapter `name`, if this split has it, else the base.
+    fn select(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError> {
+        let adapter = selection.and_then(|(name, _)| self.adapters.get(name));
+        let strengths = selection.map_or(&[][..], |(_, strengths)| strengths);
+        for runner in &mut self.runners {
+            runner.bindings.set_adapter(adapter.cloned());
+            runner.set_strengths(strengths)?;
         }
-        let all: Vec<&Graph> = graphs.iter().map(|(_, graph)| *graph).collect();
-        Ok(Split { runners, state: backend.new_state(&all, context_size).map_err(core)? })
+        Ok(())
     }
 }
 
 impl Runner {
+    /// Binds `strengths`; columns without one get 0.
+    fn set_strengths(&mut self, strengths: &[f32]) -> Result<(), ExecuteError> {
+        for (input, feed) in self.feeds.iter().enumerate() {
+            if matches!(feed, Feed::Strengths) {
+                let columns = self.bindings.inputs()[input].max_rows;
+                let padded: Vec<f32> = strengths.iter().copied().chain(std::iter::repeat(0.0)).take(columns).collect();
+                self.bindings.set_f32(input, &padded)?;
+            }
+        }
+        Ok(())
+    }
+
     fn feed(&mut self, integers: &Integers, before: Option<&Bindings>) -> Result<(), ExecuteError> {
         for (input, feed) in self.feeds.iter().enumerate() {
             match feed {
@@ -216,6 +340,7 @@ impl Runner {
                 Feed::Positions => self.bindings.set_i32(input, &integers.positions)?,
                 Feed::CacheIndex => self.bindings.set_i32(input, &integers.cache_index)?,
                 Feed::LogitIndices => self.bindings.set_i32(input, &integers.logit_indices)?,
+                Feed::Strengths => {}
                 Feed::Previous(output) => {
                     let values = before.map_or(&[][..], |bindings| bindings.output_f32(*output));
                     self.bindings.set_f32(input, values)?;
@@ -251,6 +376,7 @@ fn feeds(graph: &Graph, bindings: &Bindings, before: Option<&Bindings>) -> Resul
             "position_ids" => Feed::Positions,
             "cache_index" => Feed::CacheIndex,
             "logit_indices" => Feed::LogitIndices,
+            name if Some(name) == graph.metadata().get(ALPHA_TENSOR).map(String::as_str) => Feed::Strengths,
             other => Feed::Previous(before?.find_output(other)?),
         })
     };
@@ -317,3 +443,6 @@ impl From<ExecuteError> for EngineError {
         }
     }
 }
+
+/// Key of the graph's metadata that names the input with the adapter's strengths.
+const ALPHA_TENSOR: &str = "lora_alpha_tensor";

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::{Engine, EngineError, Logits};
+use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
 
 /// The scripted engine.
 pub struct Scripted {
@@ -17,6 +17,11 @@ pub struct Scripted {
     logits: Vec<f32>,
     script: Box<Script>,
     step_delay: Duration,
+    /// Names of the loaded adapters and the number of each load.
+    adapters: Vec<(String, u64)>,
+    n_loads: u64,
+    /// What the selected adapter and its strengths add to every token: as if it changed the cache row.
+    mark: u32,
     consumed: Arc<AtomicUsize>,
 }
 
@@ -53,6 +58,9 @@ impl Scripted {
             logits: Vec::new(),
             script,
             step_delay: Duration::ZERO,
+            adapters: Vec::new(),
+            n_loads: 0,
+            mark: 0,
             consumed: Arc::new(AtomicUsize::new(0)),
         }
     }
@@ -101,7 +109,7 @@ impl Engine for Scripted {
                 return Err(EngineError::Cancelled);
             }
             std::thread::sleep(self.step_delay);
-            self.cache.push(id);
+            self.cache.push(id ^ self.mark);
             self.consumed.fetch_add(1, Ordering::Relaxed);
             if logits == Logits::All || (logits == Logits::Last && i + 1 == ids.len()) {
                 let start = self.logits.len();
@@ -110,6 +118,44 @@ impl Engine for Scripted {
             }
         }
         Ok(&self.logits)
+    }
+
+    /// Any name loads: the adapter is its name. It has two slots of one column each, `first` and `second`.
+    fn load_adapter(&mut self, name: &str, _source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
+        self.unload_adapter(name);
+        self.n_loads += 1;
+        self.adapters.push((name.to_owned(), self.n_loads));
+        let slot = |name: &str, at: usize| AdapterSlot { name: name.to_owned(), columns: at..at + 1, scaling: None };
+        Ok(AdapterInfo {
+            name: name.to_owned(),
+            targets: 1,
+            rank: 2,
+            slots: vec![slot("first", 0), slot("second", 1)],
+            size_bytes: 0,
+            load_time: Duration::ZERO,
+            generation: self.n_loads,
+        })
+    }
+
+    fn unload_adapter(&mut self, name: &str) -> bool {
+        let before = self.adapters.len();
+        self.adapters.retain(|(known, _)| known != name);
+        self.adapters.len() < before
+    }
+
+    fn select_adapter(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError> {
+        let Some((name, strengths)) = selection else {
+            self.mark = 0;
+            return Ok(());
+        };
+        if !self.adapters.iter().any(|(known, _)| known == name) {
+            let loaded = self.adapters.iter().map(|(name, _)| name.clone()).collect();
+            return Err(EngineError::UnknownAdapter { name: name.to_owned(), loaded });
+        }
+        let base = strengths.iter().all(|strength| *strength == 0.0);
+        let bytes = name.bytes().map(u32::from).chain(strengths.iter().map(|strength| strength.to_bits()));
+        self.mark = if base { 0 } else { bytes.fold(7, |mark, b| (mark ^ b).wrapping_mul(0x0100_0193)) | 1 << 31 };
+        Ok(())
     }
 }
 
