@@ -1,8 +1,10 @@
 //! An applied adapter: an immutable set of values for a context's updatable tensors.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::tensor::Panels;
+use crate::{binary::Identity, tensor::Panels};
 
 /// Values for the updatable tensors of a context. Shared and immutable: an execute that runs with it is not disturbed
 /// by whatever is applied meanwhile.
@@ -15,6 +17,32 @@ pub struct Adapter {
     names: Arc<[String]>,
     /// Values in the order of `names`; `None` is all zeros.
     tensors: Vec<Option<Panels>>,
+    description: Description,
+    identity: Option<Identity>,
+}
+
+/// What is known about an adapter beside its values.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Description {
+    /// The one graph that it is for; `None` is every graph of the context.
+    pub graph: Option<String>,
+    /// Columns of the strength tensor that it uses.
+    pub rank: usize,
+    /// What the columns belong to; empty if that is not known.
+    pub slots: Vec<Slot>,
+    /// Where the values come from.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Columns of the strength tensor that belong together: all of them, or those of one of several composed adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Slot {
+    /// The adapter's name.
+    pub name: String,
+    /// Its columns.
+    pub columns: Range<usize>,
+    /// The factor `lora_alpha / r` (or `/ sqrt(r)`) that its values contain, if it was one for all.
+    pub scaling: Option<f32>,
 }
 
 impl Adapter {
@@ -32,7 +60,17 @@ impl Adapter {
             let Ok(index) = names.binary_search(&name) else { return Err(name) };
             tensors[index] = Some(panels);
         }
-        Ok(Adapter { name: name.into(), names, tensors })
+        Ok(Adapter { name: name.into(), names, tensors, description: Description::default(), identity: None })
+    }
+
+    /// The same values with a description.
+    #[must_use]
+    pub fn described(self, description: Description) -> Adapter {
+        Adapter { description, ..self }
+    }
+
+    pub(crate) fn identified(self, identity: Identity) -> Adapter {
+        Adapter { identity: Some(identity), ..self }
     }
 
     /// The adapter's name.
@@ -56,8 +94,57 @@ impl Adapter {
         self.tensor(index)
     }
 
+    /// Names and values of the tensors that have values, in the order of their names.
+    pub fn values(&self) -> impl Iterator<Item = (&str, &Panels)> {
+        let named = self.names.iter().zip(&self.tensors);
+        named.filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
+    }
+
     /// Number of tensors that have values.
     pub fn n_tensors(&self) -> usize {
         self.tensors.iter().flatten().count()
+    }
+
+    /// Number of layers that it changes: pairs A, B that have values.
+    pub fn n_targets(&self) -> usize {
+        self.n_tensors().div_ceil(2)
+    }
+
+    /// Bytes of all values as they are kept.
+    pub fn size_bytes(&self) -> u64 {
+        self.tensors.iter().flatten().map(|panels| panels.bytes().len() as u64).sum()
+    }
+
+    /// The one graph that it is for; `None` is every graph of the context.
+    pub fn graph(&self) -> Option<&str> {
+        self.description.graph.as_deref()
+    }
+
+    /// Columns of the strength tensor that it uses; 0 if it has no values.
+    pub fn rank(&self) -> usize {
+        self.description.rank
+    }
+
+    /// What the columns belong to.
+    pub fn slots(&self) -> &[Slot] {
+        &self.description.slots
+    }
+
+    /// The factor that the values contain, if there is one slot and one factor for all its layers.
+    pub fn scaling(&self) -> Option<f32> {
+        match self.slots() {
+            [slot] => slot.scaling,
+            _ => None,
+        }
+    }
+
+    /// Everything that is known beside the values.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Hash of the values, as the section states it; `None` for an adapter that was made in memory.
+    pub fn identity(&self) -> Option<Identity> {
+        self.identity
     }
 }

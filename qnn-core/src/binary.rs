@@ -1,18 +1,21 @@
-//! The container of context binaries: named, checksummed sections in one file that is made to be mapped.
+//! The container of context binaries and adapter sections: named, checksummed parts in one file that is made to be mapped.
 //!
-//! `FORMAT.md` is the specification. [`Binary`] reads it, [`BinaryWriter`] writes it; what the sections mean is the
-//! business of [`crate::context`].
+//! `FORMAT.md` is the specification. [`Binary`] reads it, [`BinaryWriter`] writes it; [`SectionFile`] is an adapter
+//! section on its own. What the parts mean to a context is the business of [`crate::context`].
 
 mod info;
 pub(crate) mod layout;
 mod meta;
 mod read;
+pub(crate) mod section;
 mod write;
 
-pub use info::{BinaryInfo, ConstantInfo, GraphInfo};
+pub use info::{BinaryInfo, ConstantInfo, FileInfo, GraphInfo, SectionInfo, SectionTensorInfo};
 pub use meta::Meta;
+pub(crate) use meta::TOOL;
 pub use read::{Binary, Section, Verify};
-pub use write::{BinaryWriter, Written, write_file};
+pub use section::{GraphIo, SectionFile, SectionMeta, SlotRecord};
+pub use write::{BinaryWriter, FileWriter, Written, write_file, write_section_file};
 
 /// What a section holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -30,6 +33,8 @@ pub enum SectionKind {
     Offsets = 5,
     /// Float minima of a constant's encoding.
     Mins = 6,
+    /// Extents and formats of the tensors of an adapter section.
+    Layouts = 7,
 }
 
 impl SectionKind {
@@ -41,6 +46,7 @@ impl SectionKind {
         (SectionKind::Scales, "SCALES"),
         (SectionKind::Offsets, "OFFSETS"),
         (SectionKind::Mins, "MINS"),
+        (SectionKind::Layouts, "LAYOUTS"),
     ];
 
     /// Name in messages: `TENSOR`.
@@ -61,6 +67,25 @@ impl SectionKind {
 impl std::fmt::Display for SectionKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// What a file is as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum FileKind {
+    /// Graphs and their constants.
+    Context = 1,
+    /// The values of one adapter.
+    AdapterSection = 2,
+}
+
+impl std::fmt::Display for FileKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FileKind::Context => "a context binary",
+            FileKind::AdapterSection => "an adapter section",
+        })
     }
 }
 
@@ -143,8 +168,8 @@ pub enum BinaryError {
         layout::FORMAT_VERSION
     )]
     Version { have: u16, sdk: SdkVersion },
-    #[error("is an adapter section, need a context binary")]
-    AdapterSection,
+    #[error("is {have}, need {want}")]
+    Kind { have: FileKind, want: FileKind },
     #[error("{field}: found {have}, need {want}")]
     Field { field: &'static str, have: u64, want: String },
     #[error("section {section}: {field} is {have}, need {want}")]
@@ -173,6 +198,12 @@ pub enum BinaryError {
     GraphCount { have: usize },
     #[error("graphs {first} and {second} have different constants called {tensor}")]
     Conflict { first: String, second: String, tensor: String },
+    #[error("section {section}: panels")]
+    Panels {
+        section: String,
+        #[source]
+        why: htp_sim::ShapeError,
+    },
     #[error("{what}")]
     Io {
         what: &'static str,

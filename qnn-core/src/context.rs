@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::{
     binary::{
-        Binary, BinaryError, BinaryFault, BinaryInfo, BinaryWriter, Identity, MAX_GRAPHS, Meta, SdkVersion,
+        Binary, BinaryError, BinaryFault, BinaryInfo, BinaryWriter, FileKind, Identity, MAX_GRAPHS, Meta, SdkVersion,
         SectionKind, Verify, Written, write_file,
     },
     error::Error,
@@ -17,12 +17,25 @@ use crate::{
     record::{self, GraphRecord, Part, RecordError, TensorRecord},
 };
 
-/// A loaded context binary. Immutable; share it with an `Arc`.
+mod apply;
+mod section_error;
+mod updatable;
+
+pub use apply::{MAX_RANK, WEIGHT_SHARING};
+pub use section_error::{SectionError, StateError};
+
+use apply::Applied;
+use updatable::Updatable;
+pub(crate) use updatable::data_type_of;
+
+/// A loaded context binary. Share it with an `Arc`: all that ever changes is which adapter later executes run with.
 #[derive(Debug)]
 pub struct Context {
     binary: Binary,
     meta: Meta,
     graphs: Vec<Graph>,
+    updatable: Updatable,
+    applied: Applied,
 }
 
 /// How [`Context::open`] reads a file.
@@ -61,10 +74,16 @@ impl Context {
     ///
     /// QNN: `QnnContext_createFromBinary`.
     pub fn from_binary(bytes: Bytes, verify: Verify) -> Result<Context, BinaryFault> {
-        let binary = Binary::parse(bytes, verify)?;
+        Context::of(Binary::parse(bytes, verify)?)
+    }
+
+    pub(crate) fn of(binary: Binary) -> Result<Context, BinaryFault> {
+        binary.expect_kind(FileKind::Context)?;
         let meta = read_meta(&binary)?;
         let graphs = read_graphs(&binary)?;
-        Ok(Context { binary, meta, graphs })
+        let updatable = Updatable::of(&graphs).map_err(|why| why.at(binary.sections()[0].at_bytes))?;
+        let applied = Applied::new(graphs.len());
+        Ok(Context { binary, meta, graphs, updatable, applied })
     }
 
     /// Names of the graphs, in the order of the file.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::{
     backend::{ExecuteError, PrepareError},
     binary::{BinaryError, BinaryFault},
+    context::SectionError,
     graph::GraphError,
     offline::{ImportError, dlc::DlcError, generate::GenerateError},
 };
@@ -72,6 +73,15 @@ pub enum Error {
         #[source]
         why: Box<GenerateError>,
     },
+    /// An adapter section does not fit its context.
+    #[error("{path}")]
+    Section {
+        /// The section.
+        path: PathBuf,
+        /// What does not fit.
+        #[source]
+        why: Box<SectionError>,
+    },
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),
@@ -100,5 +110,35 @@ impl Error {
     pub fn binary(path: impl Into<PathBuf>) -> impl FnOnce(BinaryFault) -> Error {
         let path = path.into();
         move |BinaryFault { at_bytes, why }| Error::Binary { path, at_bytes, why }
+    }
+}
+
+/// A status of QNN: its number and its name. Names without a published number are not here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Code {
+    /// The number.
+    pub number: u32,
+    /// The name in QNN's headers.
+    pub name: &'static str,
+}
+
+#[allow(missing_docs, reason = "the names say it all")]
+impl Code {
+    pub const CONTEXT_INVALID_ARGUMENT: Code = Code::new(5000, "QNN_CONTEXT_ERROR_INVALID_ARGUMENT");
+    pub const CONTEXT_NOT_FINALIZED: Code = Code::new(5003, "QNN_CONTEXT_ERROR_NOT_FINALIZED");
+    pub const CONTEXT_BINARY_VERSION: Code = Code::new(5004, "QNN_CONTEXT_ERROR_BINARY_VERSION");
+    pub const CONTEXT_CREATE_FROM_BINARY: Code = Code::new(5005, "QNN_CONTEXT_ERROR_CREATE_FROM_BINARY");
+    pub const TENSOR_DOES_NOT_EXIST: Code = Code::new(7002, "QNN_TENSOR_ERROR_DOES_NOT_EXIST");
+    pub const TENSOR_INVALID_TENSOR_PARAM: Code = Code::new(7004, "QNN_TENSOR_ERROR_INVALID_TENSOR_PARAM");
+    pub const TENSOR_INCOMPATIBLE_TENSOR_UPDATE: Code = Code::new(7007, "QNN_TENSOR_ERROR_INCOMPATIBLE_TENSOR_UPDATE");
+
+    const fn new(number: u32, name: &'static str) -> Code {
+        Code { number, name }
+    }
+}
+
+impl std::fmt::Display for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.name, self.number)
     }
 }

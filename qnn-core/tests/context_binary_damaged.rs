@@ -128,7 +128,7 @@ fn foreign_newer_and_adapter_files_say_what_they_are() {
         (b"\x7fELF and so on".to_vec(), "not a genie context binary: it starts with [7f, 45, 4c, 46]"),
         (vec![0; 4096], "not a genie context binary: it starts with [00, 00, 00, 00]"),
         (header(4, &[9, 0]), "format version 9, written by SDK 0.1.0; this is SDK 0.1.0, which reads version 1"),
-        (header(6, &[2, 0]), "is an adapter section, need a context binary"),
+        (header(6, &[2, 0]), "at byte 6: is an adapter section, need a context binary"),
         (header(48, &[0]), "header is damaged"),
     ];
     for (i, (mut file, want)) in cases.into_iter().enumerate() {

@@ -15,7 +15,7 @@ use qnn_core::{
 };
 use support::{FORMS, Form, HIDDEN, Rng, Tiny, VOCAB, chain, tiny};
 
-const MODEL: Tiny = Tiny { seed: 4, ar: 8, cl: 32, layers: 4, forms: &FORMS };
+const MODEL: Tiny = Tiny { seed: 4, ar: 8, cl: 32, layers: 4, forms: &FORMS, branch: None };
 
 fn options(dir: &Path, graph: &Graph, num_splits: usize) -> GenerateOptions {
     let dlc_path = dir.join("model.dlc");

@@ -4,8 +4,99 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Meta, SectionKind, layout::FORMAT_VERSION};
-use crate::{context::Context, graph::Graph, record::TensorRecord, tensor::TensorId};
+use super::{
+    Binary, BinaryFault, FileKind, Meta, SectionFile, SectionKind, SectionMeta, Verify, layout::FORMAT_VERSION,
+};
+use crate::{context::Context, graph::Graph, map::Bytes, record::TensorRecord, tensor::TensorId};
+
+/// Contents of a file of either kind.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum FileInfo {
+    /// Of a context binary.
+    Context(BinaryInfo),
+    /// Of an adapter section.
+    Section(SectionInfo),
+}
+
+impl FileInfo {
+    /// Reads what `bytes` contains, without a context for it. An adapter section is always read as a whole.
+    ///
+    /// # Errors
+    /// [`BinaryFault`]: what is wrong and where.
+    ///
+    /// QNN: `QnnSystemContext_getBinaryInfo`.
+    pub fn read(bytes: Bytes, verify: Verify) -> Result<FileInfo, BinaryFault> {
+        let binary = Binary::parse_any(bytes, verify)?;
+        Ok(match binary.kind() {
+            FileKind::Context => FileInfo::Context(Context::of(binary)?.info()),
+            FileKind::AdapterSection => {
+                binary.verify(Verify::Checksums)?;
+                FileInfo::Section(SectionInfo::of(&SectionFile::of(binary)?))
+            }
+        })
+    }
+}
+
+/// Contents of an adapter section, without the bytes of its tensors.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SectionInfo {
+    /// Version of the container.
+    pub format_version: u16,
+    /// Version of the crate that wrote it.
+    pub sdk_version: String,
+    /// Hash of the values, in hexadecimal.
+    pub identity: String,
+    /// Identity of the context that it is for.
+    pub base_identity: String,
+    /// Size of the file.
+    pub size_bytes: u64,
+    /// Size of all values together, as the kernels read them.
+    pub values_bytes: u64,
+    /// Name, rank, slots, encodings of inputs and outputs.
+    #[serde(flatten)]
+    pub meta: SectionMeta,
+    /// All tensors, in the order of the file.
+    pub updated_tensors: Vec<SectionTensorInfo>,
+}
+
+/// One tensor of an adapter section.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SectionTensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its extents.
+    pub dims: [usize; 2],
+    /// Element type of its value.
+    pub data_type: &'static str,
+    /// Place of its value in the file.
+    pub at_bytes: u64,
+    /// Size of its value in the file.
+    pub size_bytes: u64,
+}
+
+impl SectionInfo {
+    fn of(file: &SectionFile) -> SectionInfo {
+        let binary = file.binary();
+        let tensor = |(i, (name, panels)): (usize, &(String, crate::Panels))| SectionTensorInfo {
+            name: name.clone(),
+            dims: [panels.layout().n(), panels.layout().k()],
+            data_type: crate::context::data_type_of(panels.layout().format()).map_or("?", |t| t.name()),
+            at_bytes: file.section(i).at_bytes,
+            size_bytes: file.section(i).size_bytes,
+        };
+        SectionInfo {
+            format_version: FORMAT_VERSION,
+            sdk_version: binary.sdk_version().to_string(),
+            identity: binary.identity().to_string(),
+            base_identity: binary.base_identity().to_string(),
+            size_bytes: binary.size_bytes(),
+            values_bytes: file.tensors().iter().map(|(_, panels)| panels.bytes().len() as u64).sum(),
+            meta: file.meta().clone(),
+            updated_tensors: file.tensors().iter().enumerate().map(tensor).collect(),
+        }
+    }
+}
 
 /// Contents of a context binary, without the bytes of constants.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -38,6 +38,16 @@ pub(crate) struct Entry {
     pub(crate) size_bytes: U64,
 }
 
+/// One entry of LAYOUTS.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct TensorLayout {
+    pub(crate) n: U32,
+    pub(crate) k: U32,
+    pub(crate) format: U32,
+    pub(crate) reserved_12: U32,
+}
+
 impl Header {
     /// Checksum of everything before the checksum.
     pub(crate) fn crc32(&self) -> u32 {
@@ -56,4 +66,4 @@ pub(crate) const ENTRY_BYTES: usize = size_of::<Entry>();
 /// Sections and the table start at multiples of this.
 pub(crate) const ALIGN_BYTES: u64 = 64;
 
-const _: () = assert!(HEADER_BYTES == 128 && ENTRY_BYTES == 32);
+const _: () = assert!(HEADER_BYTES == 128 && ENTRY_BYTES == 32 && size_of::<TensorLayout>() == 16);

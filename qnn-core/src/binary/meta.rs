@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{BinaryError, MAX_META_BYTES, SectionKind};
 
@@ -19,23 +19,36 @@ pub struct Meta {
 impl Meta {
     /// The facts `metadata` in a file written by this crate.
     pub fn new(metadata: BTreeMap<String, String>) -> Meta {
-        Meta { tool: concat!("qnn-core ", env!("CARGO_PKG_VERSION")).to_owned(), metadata }
+        Meta { tool: TOOL.to_owned(), metadata }
     }
 
     /// Reads the section.
     pub(crate) fn from_json(json: &[u8]) -> Result<Meta, BinaryError> {
-        check_size(json)?;
-        serde_json::from_slice(json).map_err(|why| BinaryError::Json { section: SectionKind::Meta.to_string(), why })
+        from_json(json)
     }
 
     /// The section's bytes.
     pub(crate) fn to_json(&self) -> Result<Vec<u8>, BinaryError> {
-        let json = serde_json::to_vec(self)
-            .map_err(|why| BinaryError::Json { section: SectionKind::Meta.to_string(), why })?;
-        check_size(&json)?;
-        Ok(json)
+        to_json(self)
     }
 }
+
+/// Reads a META section, of a context or of an adapter section.
+pub(super) fn from_json<T: DeserializeOwned>(json: &[u8]) -> Result<T, BinaryError> {
+    check_size(json)?;
+    serde_json::from_slice(json).map_err(|why| BinaryError::Json { section: SectionKind::Meta.to_string(), why })
+}
+
+/// The bytes of a META section.
+pub(super) fn to_json(meta: &impl Serialize) -> Result<Vec<u8>, BinaryError> {
+    let json =
+        serde_json::to_vec(meta).map_err(|why| BinaryError::Json { section: SectionKind::Meta.to_string(), why })?;
+    check_size(&json)?;
+    Ok(json)
+}
+
+/// What this crate writes as `tool`.
+pub(crate) const TOOL: &str = concat!("qnn-core ", env!("CARGO_PKG_VERSION"));
 
 fn check_size(json: &[u8]) -> Result<(), BinaryError> {
     if json.len() <= MAX_META_BYTES {

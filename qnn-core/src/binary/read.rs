@@ -6,7 +6,7 @@ use htp_sim::Workers;
 use zerocopy::FromBytes;
 
 use super::{
-    BinaryError, BinaryFault, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
+    BinaryError, BinaryFault, FileKind, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
     layout::{ALIGN_BYTES, ENTRY_BYTES, Entry, FORMAT_VERSION, HEADER_BYTES, Header, MAGIC},
 };
 use crate::map::Bytes;
@@ -25,8 +25,10 @@ pub enum Verify {
 #[derive(Debug, Clone)]
 pub struct Binary {
     bytes: Bytes,
+    kind: FileKind,
     sdk_version: SdkVersion,
     identity: Identity,
+    base_identity: Identity,
     sections: Vec<Section>,
     /// Indices of `sections`, sorted by kind and name.
     by_name: Vec<u32>,
@@ -64,14 +66,35 @@ impl Binary {
     /// # Errors
     /// [`BinaryFault`]: what is wrong and where.
     pub fn parse(bytes: Bytes, verify: Verify) -> Result<Binary, BinaryFault> {
-        let header = read_header(&bytes)?;
+        let binary = Binary::parse_any(bytes, verify)?;
+        binary.expect_kind(FileKind::Context)?;
+        Ok(binary)
+    }
+
+    /// Checks `bytes` as a file of either kind.
+    ///
+    /// # Errors
+    /// [`BinaryFault`]: what is wrong and where.
+    pub fn parse_any(bytes: Bytes, verify: Verify) -> Result<Binary, BinaryFault> {
+        let (header, kind) = read_header(&bytes)?;
         let (entries, names) = read_table(&bytes, &header)?;
         let sections = read_sections(&header, entries, names)?;
         let by_name = sort_by_name(&header, &sections)?;
         let sdk_version = sdk_version(&header);
-        let binary = Binary { bytes, sdk_version, identity: Identity(header.identity), sections, by_name };
+        let (identity, base_identity) = (Identity(header.identity), Identity(header.base_identity));
+        let binary = Binary { bytes, kind, sdk_version, identity, base_identity, sections, by_name };
         binary.verify(verify)?;
         Ok(binary)
+    }
+
+    /// Refuses a file of another kind.
+    pub(crate) fn expect_kind(&self, want: FileKind) -> Result<(), BinaryFault> {
+        if self.kind == want { Ok(()) } else { Err(BinaryError::Kind { have: self.kind, want }.at(6)) }
+    }
+
+    /// What the file is.
+    pub fn kind(&self) -> FileKind {
+        self.kind
     }
 
     /// All sections, in the order of the file.
@@ -113,7 +136,12 @@ impl Binary {
         self.identity
     }
 
-    fn verify(&self, verify: Verify) -> Result<(), BinaryFault> {
+    /// Identity of the context that an adapter section belongs to; zeros in a context.
+    pub fn base_identity(&self) -> Identity {
+        self.base_identity
+    }
+
+    pub(super) fn verify(&self, verify: Verify) -> Result<(), BinaryFault> {
         let wanted = |section: &&Section| verify == Verify::Checksums || section.kind.is_json();
         self.verify_checksums(self.sections.iter().filter(wanted).collect())?;
         if verify == Verify::Headers {
@@ -148,7 +176,8 @@ impl Binary {
             hasher.update(&self.bytes[at as usize..end as usize]);
             hashes.lock().unwrap_or_else(PoisonError::into_inner)[piece] = Some(hasher);
         };
-        for_each_on_all_cores(pieces.len(), hash_piece)?;
+        let bytes = pieces.iter().map(|(_, at, end)| end - at).sum();
+        for_each_on_all_cores(pieces.len(), bytes, hash_piece)?;
 
         let mut whole = vec![crc32fast::Hasher::new(); sections.len()];
         let hashes = hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -163,7 +192,7 @@ impl Binary {
 }
 
 /// Steps 1 and the first half of 2 of `FORMAT.md`: the header on its own.
-fn read_header(bytes: &[u8]) -> Result<Header, BinaryFault> {
+fn read_header(bytes: &[u8]) -> Result<(Header, FileKind), BinaryFault> {
     let start = &bytes[..bytes.len().min(MAGIC.len())];
     if start != &MAGIC[..start.len()] {
         return Err(BinaryError::Foreign { have: start.to_vec() }.at(0));
@@ -176,15 +205,16 @@ fn read_header(bytes: &[u8]) -> Result<Header, BinaryFault> {
     if version != FORMAT_VERSION {
         return Err(BinaryError::Version { have: version, sdk: sdk_version(&header) }.at(4));
     }
-    match header.kind.get() {
-        KIND_CONTEXT => {}
-        KIND_ADAPTER => return Err(BinaryError::AdapterSection.at(6)),
-        other => return Err(field("kind", u64::from(other), "1 (context)").at(6)),
-    }
+    let kind = match header.kind.get() {
+        1 => FileKind::Context,
+        2 => FileKind::AdapterSection,
+        other => return Err(field("kind", u64::from(other), "1 (context) or 2 (adapter section)").at(6)),
+    };
+    let base = if kind == FileKind::Context { first_nonzero(&header.base_identity) } else { 0 };
     let zeroes = [
         ("reserved", u64::from(header.reserved_14.get()), 14),
         ("reserved", u64::from(header.reserved_44.get()), 44),
-        ("base_identity", first_nonzero(&header.base_identity), 80),
+        ("base_identity", base, 80),
         ("reserved", first_nonzero(&header.reserved_112), 112),
     ];
     for (name, value, at_bytes) in zeroes {
@@ -196,7 +226,7 @@ fn read_header(bytes: &[u8]) -> Result<Header, BinaryFault> {
     if have != bytes.len() as u64 {
         return Err(field("file_bytes", have, &format!("{}, the size of the file", bytes.len())).at(16));
     }
-    Ok(header)
+    Ok((header, kind))
 }
 
 /// The rest of step 2: the table and the names, checked as bytes.
@@ -240,7 +270,7 @@ fn read_sections(header: &Header, entries: &[Entry], mut names: &[u8]) -> Result
         let name = std::str::from_utf8(name).map_err(|_| BinaryError::Name { section: i as u32 }.at(place + 4))?;
         let number = entry.kind.get();
         let Some(kind) = SectionKind::from_number(number) else {
-            return Err(entry_error(i, "kind", u64::from(number), "1 to 6".to_owned()).at(place));
+            return Err(entry_error(i, "kind", u64::from(number), "1 to 7".to_owned()).at(place));
         };
         if entry.reserved_12.get() != 0 {
             return Err(entry_error(i, "reserved", u64::from(entry.reserved_12.get()), "0".to_owned()).at(place + 12));
@@ -279,10 +309,10 @@ fn sort_by_name(header: &Header, sections: &[Section]) -> Result<Vec<u32>, Binar
     }
 }
 
-fn for_each_on_all_cores(n_items: usize, f: impl Fn(usize) + Sync) -> Result<(), BinaryFault> {
+fn for_each_on_all_cores(n_items: usize, bytes: u64, f: impl Fn(usize) + Sync) -> Result<(), BinaryFault> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // A thread costs some 50 µs to start: not worth it for a few megabytes.
-    let n = if n_items < MIN_PIECES_FOR_THREADS { 1 } else { cores };
+    let n = if bytes < MIN_BYTES_FOR_THREADS { 1 } else { cores };
     let workers = Workers::new(n).or_else(|_| Workers::new(1));
     let workers = workers.map_err(|why| BinaryError::Io { what: "start a thread", why }.at(0))?;
     workers.for_each(n_items, |item, _| f(item));
@@ -318,10 +348,6 @@ fn align(at: u64) -> u64 {
     at.next_multiple_of(ALIGN_BYTES)
 }
 
-/// `kind` of a context binary, and of an adapter section.
-const KIND_CONTEXT: u16 = 1;
-const KIND_ADAPTER: u16 = 2;
-
 /// Sections are checked in pieces of this size, so that all cores share a large one.
 const PIECE_BYTES: u64 = 1 << 20;
-const MIN_PIECES_FOR_THREADS: usize = 8;
+const MIN_BYTES_FOR_THREADS: u64 = 8 << 20;

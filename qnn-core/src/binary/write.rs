@@ -7,14 +7,16 @@ use std::path::Path;
 use zerocopy::IntoBytes;
 
 use super::{
-    BinaryError, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
+    BinaryError, FileKind, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
     layout::{ALIGN_BYTES, Entry, FORMAT_VERSION, HEADER_BYTES, Header, MAGIC},
 };
 
-/// Writes a context binary to `out`, which must be empty. Holds one section at a time.
+/// Writes a context binary or an adapter section to `out`, which must be empty. Holds one section at a time.
 #[derive(Debug)]
 pub struct BinaryWriter<W> {
     out: W,
+    kind: FileKind,
+    base_identity: Identity,
     at_bytes: u64,
     entries: Vec<Entry>,
     names: Vec<u8>,
@@ -31,14 +33,26 @@ pub struct Written {
 }
 
 impl<W: Write + Seek> BinaryWriter<W> {
-    /// Starts a file at the current position of `out`, which must be 0.
+    /// Starts a context binary at the current position of `out`, which must be 0.
     ///
     /// # Errors
     /// What the system says.
-    pub fn new(mut out: W) -> io::Result<BinaryWriter<W>> {
+    pub fn new(out: W) -> io::Result<BinaryWriter<W>> {
+        BinaryWriter::start(out, FileKind::Context, Identity([0; 32]))
+    }
+
+    /// Starts an adapter section for the context `base` at the current position of `out`, which must be 0.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn section(out: W, base: Identity) -> io::Result<BinaryWriter<W>> {
+        BinaryWriter::start(out, FileKind::AdapterSection, base)
+    }
+
+    fn start(mut out: W, kind: FileKind, base_identity: Identity) -> io::Result<BinaryWriter<W>> {
         out.write_all(&[0; HEADER_BYTES])?;
-        let (entries, names) = (Vec::new(), Vec::new());
-        Ok(BinaryWriter { out, at_bytes: HEADER_BYTES as u64, entries, names, identity: blake3::Hasher::new() })
+        let (at_bytes, entries, names) = (HEADER_BYTES as u64, Vec::new(), Vec::new());
+        Ok(BinaryWriter { out, kind, base_identity, at_bytes, entries, names, identity: blake3::Hasher::new() })
     }
 
     /// Appends a section. The caller keeps kind and name unique, and META first.
@@ -102,7 +116,7 @@ impl<W: Write + Seek> BinaryWriter<W> {
         let mut header = Header {
             magic: MAGIC,
             format_version: FORMAT_VERSION.into(),
-            kind: 1.into(),
+            kind: (self.kind as u16).into(),
             sdk_version: [sdk.major.into(), sdk.minor.into(), sdk.patch.into()],
             reserved_14: 0.into(),
             file_bytes: size_bytes.into(),
@@ -113,7 +127,7 @@ impl<W: Write + Seek> BinaryWriter<W> {
             table_crc32: table_crc.finalize().into(),
             reserved_44: 0.into(),
             identity: identity.0,
-            base_identity: [0; 32],
+            base_identity: self.base_identity.0,
             reserved_112: [0; 12],
             header_crc32: 0.into(),
         };
@@ -133,6 +147,9 @@ impl<W: Write + Seek> BinaryWriter<W> {
     }
 }
 
+/// A file being written.
+pub type FileWriter<'a> = BinaryWriter<BufWriter<&'a File>>;
+
 /// Writes a context binary to `path` as a whole or not at all: a temporary file beside it is filled by `fill`, brought to
 /// the disk and renamed.
 ///
@@ -140,7 +157,28 @@ impl<W: Write + Seek> BinaryWriter<W> {
 /// What `fill` returns, or what the system says.
 pub fn write_file(
     path: &Path,
-    fill: impl FnOnce(&mut BinaryWriter<BufWriter<&File>>) -> Result<(), crate::Error>,
+    fill: impl FnOnce(&mut FileWriter<'_>) -> Result<(), crate::Error>,
+) -> Result<Written, crate::Error> {
+    write_kind(path, FileKind::Context, Identity([0; 32]), fill)
+}
+
+/// As [`write_file`], an adapter section for the context `base`.
+///
+/// # Errors
+/// What `fill` returns, or what the system says.
+pub fn write_section_file(
+    path: &Path,
+    base: Identity,
+    fill: impl FnOnce(&mut FileWriter<'_>) -> Result<(), crate::Error>,
+) -> Result<Written, crate::Error> {
+    write_kind(path, FileKind::AdapterSection, base, fill)
+}
+
+fn write_kind(
+    path: &Path,
+    kind: FileKind,
+    base: Identity,
+    fill: impl FnOnce(&mut FileWriter<'_>) -> Result<(), crate::Error>,
 ) -> Result<Written, crate::Error> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
@@ -150,7 +188,7 @@ pub fn write_file(
     let file = builder.tempfile_in(dir).map_err(crate::Error::io(path))?;
     let written = {
         let out = BufWriter::with_capacity(BUFFER_BYTES, file.as_file());
-        let mut writer = BinaryWriter::new(out).map_err(crate::Error::io(path))?;
+        let mut writer = BinaryWriter::start(out, kind, base).map_err(crate::Error::io(path))?;
         fill(&mut writer)?;
         writer.finish().map_err(crate::Error::io(path))?.1
     };

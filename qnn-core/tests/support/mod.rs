@@ -2,8 +2,11 @@
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
 use qnn_core::{
-    BlockOffsets, Bytes, DataType, Dim, Encoding, Floats, Graph, OpKind, Shape, Tensor, TensorData, TensorId,
-    TensorType, op::AttentionAttrs,
+    Adapter, BlockOffsets, Bytes, Context, DataType, Dim, Encoding, Floats, Graph, OpKind, Panels, Shape, Tensor,
+    TensorData, TensorId, TensorType,
+    adapter::{Description, Slot},
+    backend::htp::pack_constant,
+    op::AttentionAttrs,
 };
 
 /// How a weight is stored.
@@ -39,11 +42,13 @@ pub(crate) struct Tiny {
     pub(crate) layers: usize,
     /// Form of the linear layers' weights, in turn; empty means f32.
     pub(crate) forms: &'static [Form],
+    /// Rank and element type of an adapter branch on every linear layer.
+    pub(crate) branch: Option<(usize, DataType)>,
 }
 
 impl Default for Tiny {
     fn default() -> Tiny {
-        Tiny { seed: 1, ar: 8, cl: 32, layers: 2, forms: &[] }
+        Tiny { seed: 1, ar: 8, cl: 32, layers: 2, forms: &[], branch: None }
     }
 }
 
@@ -56,11 +61,16 @@ const FFN: usize = 64;
 
 /// A graph in the shape that the importers give theirs: same inputs, names, states and metadata.
 pub(crate) fn tiny(name: &str, tiny: Tiny) -> Graph {
-    let mut b = Builder { graph: Graph::new(name), rng: Rng(tiny.seed), forms: tiny.forms, n_linear: 0 };
+    let mut b = Builder { graph: Graph::new(name), rng: Rng(tiny.seed), forms: tiny.forms, n_linear: 0, branch: None };
     let ids = b.input("input_ids", Some(tiny.ar));
     let positions = b.input_by("position_ids", tiny.ar, ids);
     let cache_index = b.input("cache_index", None);
     let logit_indices = b.input("logit_indices", Some(tiny.ar));
+    if let Some((rank, data_type)) = tiny.branch {
+        let alpha = b.add("lora_alpha", TensorType::AppWrite, DataType::Float32, Shape::fixed(&[rank]), None, None);
+        b.branch = Some((rank, data_type, alpha));
+        b.graph.set_metadata("lora_max_rank", rank.to_string());
+    }
     let embedding = b.weight("model.embed_tokens.weight", VOCAB, HIDDEN, Form::F32);
     let inv_freq = b.vector("inv_freq", HEAD_DIM / 2);
     let mut hidden = b.op("model.embed_tokens", OpKind::Gather, &[embedding, ids])[0];
@@ -88,6 +98,7 @@ struct Builder {
     rng: Rng,
     forms: &'static [Form],
     n_linear: usize,
+    branch: Option<(usize, DataType, TensorId)>,
 }
 
 impl Builder {
@@ -131,7 +142,17 @@ impl Builder {
         let form = if self.forms.is_empty() { Form::F32 } else { self.forms[self.n_linear % self.forms.len()] };
         self.n_linear += 1;
         let weight = self.weight(&format!("{name}.weight"), n, k, form);
-        self.op(name, OpKind::FullyConnected, &[x, weight])[0]
+        let base = self.op(name, OpKind::FullyConnected, &[x, weight])[0];
+        let Some((rank, data_type, alpha)) = self.branch else { return base };
+        let mut updatable = |half: &str, n, k| {
+            let name = format!("base_model.model.{name}.{half}.weight");
+            self.add(&name, TensorType::UpdateableStatic, data_type, Shape::fixed(&[n, k]), None, None)
+        };
+        let (a, b) = (updatable("lora_A", rank, k), updatable("lora_B", n, rank));
+        let down = self.op(&format!("{name}.lora_A"), OpKind::FullyConnected, &[x, a])[0];
+        let scaled = self.op(&format!("{name}.lora_scale"), OpKind::ElementWiseMultiply, &[down, alpha])[0];
+        let up = self.op(&format!("{name}.lora_B"), OpKind::FullyConnected, &[scaled, b])[0];
+        self.op(&format!("{name}.lora_add"), OpKind::ElementWiseAdd, &[base, up])[0]
     }
 
     fn op(&mut self, name: &str, op: OpKind, inputs: &[TensorId]) -> Vec<TensorId> {
@@ -176,6 +197,39 @@ impl Builder {
         let tensor = Tensor { name: name.to_owned(), tensor_type, data_type, shape, encoding, data };
         self.graph.add_tensor(tensor).expect("the tiny model is well formed")
     }
+}
+
+/// Random values of rank `rank` for the updatable tensors of `context` whose names contain one of `modules`.
+pub(crate) fn random_values(context: &Context, seed: u64, rank: usize, modules: &[&str]) -> Vec<(String, Panels)> {
+    let mut rng = Rng(seed);
+    let mut values = Vec::new();
+    for name in context.updatable().iter().filter(|name| modules.iter().any(|module| name.contains(module))) {
+        let graphs = || context.graphs().filter_map(|graph| context.graph(graph));
+        let tensor = graphs().find_map(|graph| Some(graph.tensor(graph.find(name)?))).expect("listed, so declared");
+        let dims = tensor.shape.max_dims();
+        let (n, k) = if name.contains("lora_A") { (rank, dims[1]) } else { (dims[0], rank) };
+        let form = match tensor.data_type {
+            DataType::Float32 => Form::F32,
+            DataType::Float16 => Form::F16,
+            DataType::SFixedPoint4 => Form::Int4Channel,
+            _ => Form::Int8Channel,
+        };
+        let (data_type, encoding, bytes) = random_weight(&mut rng, n, k, form);
+        let (shape, data) = (Shape::fixed(&[n, k]), Some(TensorData::Flat(bytes.into())));
+        let tensor = Tensor { name: name.clone(), tensor_type: TensorType::Static, data_type, shape, encoding, data };
+        values.push((name.clone(), pack_constant(&tensor).expect("these formats have kernels")));
+    }
+    values
+}
+
+/// An adapter of `context` with one slot, its values from [`random_values`].
+pub(crate) fn random_adapter(context: &Context, name: &str, seed: u64, rank: usize, modules: &[&str]) -> Adapter {
+    let values = random_values(context, seed, rank, modules);
+    let slot = Slot { name: name.to_owned(), columns: 0..rank, scaling: Some(2.0) };
+    let metadata = [("source".to_owned(), format!("seed {seed}"))].into();
+    let description = Description { graph: None, rank, slots: vec![slot], metadata };
+    let adapter = Adapter::new(name, context.updatable().clone(), values).expect("names of the context");
+    adapter.described(description)
 }
 
 /// Type, encoding and bytes of a random weight `[n, k]`.
