@@ -53,7 +53,7 @@ pub enum Progress<'a> {
     Writing,
 }
 
-/// Converts a model. Nothing is written unless the whole graph could be built.
+/// Converts a model. The folder of the DLC is made if it is not there. Nothing is written unless the whole graph could be built.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported; [`Error::Dlc`].
@@ -66,6 +66,9 @@ pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>))
         arch::build(&source, options.precision, &workers, &mut |name| progress(Progress::Weight(name)))
             .map_err(import_error)?;
     progress(Progress::Writing);
+    if let Some(folder) = options.output.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    }
     dlc::write_dlc(&options.output, &graph)?;
     let sidecars = write_sidecars(&source, &options.output)?;
     Ok(ConvertReport {

@@ -212,8 +212,8 @@ impl<'a> Builder<'a> {
     fn cache(&mut self, name: &str) -> Result<TensorId, ImportError> {
         let config = self.config;
         let capacity = config.max_position_embeddings.min(DEFAULT_MAX_CL);
-        let integers = !matches!(self.precision.weights, weights::WeightType::F32 | weights::WeightType::F16)
-            && self.graph.tensors().iter().any(|t| t.tensor_type.is_static() && t.data_type.is_fixed_point());
+        // The layer's own projections are in the graph by now.
+        let integers = self.graph.tensors().iter().any(|t| t.tensor_type.is_static() && t.data_type.is_fixed_point());
         let cache = self.precision.cache.unwrap_or(if integers { CacheType::Int8 } else { CacheType::F32 });
         Ok(self.graph.add_tensor(Tensor {
             name: name.to_owned(),

@@ -1,0 +1,52 @@
+//! The command line of `qairt-converter`: what it says when something is wrong.
+
+use std::process::{Command, Output};
+
+fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } =
+        Command::new(env!("CARGO_BIN_EXE_qairt-converter")).args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (status.code(), text(stdout), text(stderr))
+}
+
+/// Guards: the flags are spelled as QAIRT spells them, and help shows each.
+#[test]
+fn help_shows_the_flags() {
+    let (code, out, _) = run(&["--help"]);
+    assert_eq!(code, Some(0));
+    for flag in [
+        "--input_network",
+        "--output_path",
+        "--weights_bitwidth",
+        "--act_bitwidth",
+        "--kv_bitwidth",
+        "--block_size",
+        "--use_per_channel_quantization",
+    ] {
+        assert!(out.contains(flag), "{flag} is not in {out}");
+    }
+}
+
+/// Guards: wrong input ends in a failing exit code and one message that names the file or flag; nothing is written.
+#[test]
+fn wrong_input_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (broken, onnx, output) = (place("broken.gguf"), place("model.onnx"), place("out/model.dlc"));
+    std::fs::write(&broken, b"GGUF\x03\0\0\0").unwrap();
+    std::fs::write(&onnx, b"").unwrap();
+    let check = |arguments: &[&str], code: i32, words: &[&str]| {
+        let (have, _, err) = run(&[arguments, &["-o", &output]].concat());
+        assert_eq!(have, Some(code), "{err}");
+        for word in words {
+            assert!(err.contains(word), "{err} does not say {word}");
+        }
+        assert!(!folder.path().join("out").exists());
+    };
+    check(&["-i", &broken], 1, &["broken.gguf", "at byte 8", "number of tensors"]);
+    check(&["-i", &onnx], 1, &["model.onnx", "not supported", ".gguf"]);
+    check(&["-i", &place("nowhere")], 1, &["nowhere"]);
+    check(&["-i", &broken, "--block_size", "32"], 1, &["--block_size", "--weights_bitwidth"]);
+    check(&["-i", &broken, "--weights_bitwidth", "5"], 2, &["--weights_bitwidth", "4, 8, 16, 32"]);
+    check(&["-i", &broken, "--quantization_overrides", "x"], 2, &["--quantization_overrides"]);
+}
