@@ -85,10 +85,10 @@ impl Sampler {
     /// # Errors
     /// [`SamplerError`]; nothing has changed then.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
-        let is_bad = |value: f32| value.is_nan() || value == f32::INFINITY;
-        if logits.iter().fold(false, |bad, &value| bad | is_bad(value)) {
+        let is_good = |value: f32| value < f32::INFINITY;
+        if !logits.iter().fold(true, |good, &value| good & is_good(value)) {
             let (index, &value) =
-                logits.iter().enumerate().find(|(_, value)| is_bad(**value)).expect("one was just seen");
+                logits.iter().enumerate().find(|(_, value)| !is_good(**value)).expect("one was just seen");
             return Err(SamplerError::NonFinite { index, value });
         }
         let window = &history[history.len().saturating_sub(self.config.penalty.last_n)..];
@@ -196,7 +196,7 @@ fn take_top_p(top_p: f64, candidates: &mut Vec<Candidate>) {
     let target = top_p * candidates.iter().map(|candidate| candidate.weight).sum::<f64>();
     let (mut sorted, mut sum) = (0, 0.0);
     while sorted < candidates.len() {
-        let end = candidates.len().min((2 * sorted).max(FIRST_PORTION));
+        let end = candidates.len().min((8 * sorted).max(FIRST_PORTION));
         if end < candidates.len() {
             candidates[sorted..].select_nth_unstable_by(end - sorted - 1, Candidate::order);
         }
@@ -240,9 +240,21 @@ fn exp(x: f64) -> f64 {
     }
     let n = (x * std::f64::consts::LOG2_E).round();
     let r = x - n * LN_2_HIGH - n * LN_2_LOW;
-    let sum = (1..=13).rev().fold(1.0, |sum, i| 1.0 + sum * r / f64::from(i));
+    let sum = TAYLOR.iter().fold(0.0, |sum, term| sum * r + term);
     sum * f64::from_bits(((1023 + n as i64) as u64) << 52)
 }
+
+/// `1 / i!` for `i` from 13 down to 0.
+const TAYLOR: [f64; 14] = {
+    let mut terms = [1.0; 14];
+    let (mut i, mut factorial) = (1, 1.0);
+    while i < 14 {
+        factorial *= i as f64;
+        terms[13 - i] = 1.0 / factorial;
+        i += 1;
+    }
+    terms
+};
 
 /// ln 2 cut to 32 bits, so that `n * LN_2_HIGH` is exact, and the rest of it.
 const LN_2_HIGH: f64 = 0.693_147_180_369_123_8;
