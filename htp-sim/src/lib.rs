@@ -3,7 +3,7 @@
 //! This crate knows slices, shapes and the encodings of weights. It knows no names, files, graphs, tokens or clocks.
 //!
 //! Start with [`PackedLayout`] (weights in the one layout that every instruction set reads), [`quantize_rows`] (the other
-//! operand) and [`linear`] (their product); then [`attention`]. Every operation takes a [`Cx`]: the [`Kernels`] table of
+//! operand) and [`linear`] (their product); then [`attention()`]. Every operation takes a [`Cx`]: the [`Kernels`] table of
 //! this CPU, which is the one place that chooses by instruction set, and the [`Workers`] team that shares the work.
 //!
 //! Operations check every length first and write nothing if one is wrong. After construction nothing allocates. Results

@@ -145,7 +145,7 @@ fn per_block<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
                     }
                 }
                 let at = (panel * blocks + block) * PANEL;
-                drain(tile, B::ZERO, at, tile.sums[row * blocks + block], &dots, &mut acc);
+                drain::<B>(tile, at, tile.sums[row * blocks + block], &dots, &mut acc);
             }
             for (lane, acc) in acc.iter().enumerate() {
                 out[(row * tile.panels + panel) * PANEL + lane] = acc * tile.x_scales[row];
@@ -156,11 +156,11 @@ fn per_block<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 /// Adds one block to the floats; `at` is the index of its first scale.
 #[inline(always)]
-fn drain(tile: &IntegerTile<'_>, zero: i32, at: usize, sum: i32, dots: &[i32; PANEL], acc: &mut [f32; PANEL]) {
+fn drain<B: CodeBits>(tile: &IntegerTile<'_>, at: usize, sum: i32, dots: &[i32; PANEL], acc: &mut [f32; PANEL]) {
     for (lane, acc) in acc.iter_mut().enumerate() {
         let scale = f16_at(tile.scales, at + lane);
         let offset = match tile.offset {
-            BlockOffset::Symmetric => -zero,
+            BlockOffset::Symmetric => -B::ZERO,
             BlockOffset::Integer => i32::from(tile.offsets[at + lane].cast_signed()),
             BlockOffset::Min => 0,
         };
