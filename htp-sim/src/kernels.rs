@@ -186,3 +186,21 @@ impl std::fmt::Debug for Kernels {
         f.debug_struct("Kernels").field("name", &self.name).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tiers are found by name, `portable` is always there and last, and what is not there is refused with the choices.
+    #[test]
+    fn tiers_are_found_by_name() {
+        let available = Kernels::available();
+        assert_eq!(available.last().map(|kernels| kernels.name), Some("portable"));
+        for kernels in &available {
+            assert_eq!(Kernels::named(kernels.name).map(|found| found.name), Ok(kernels.name));
+        }
+        let error = Kernels::named("abacus").expect_err("no such tier").to_string();
+        assert!(error.starts_with("kernel tier \"abacus\": this CPU has ") && error.ends_with("portable"), "{error}");
+        assert!(available.iter().any(|kernels| kernels.name == Kernels::best().name));
+    }
+}

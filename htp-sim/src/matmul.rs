@@ -91,7 +91,7 @@ pub struct GateUp<'a> {
 /// Computes `out = x · Wᵀ + bias + branch` for every part, in one parallel region.
 ///
 /// Between quantized rows and integer weights every tier gives the same bits. Float products differ between tiers by
-/// rounding only: at most `k · 2^-23 · Σ |x · w|`. No result depends on the number of workers, or on how many rows or
+/// rounding only: each is within `(k + 2) · 2^-23 · Σ |x · w|` of the exact sum. No result depends on the number of workers, or on how many rows or
 /// parts are computed together.
 ///
 /// # Errors
