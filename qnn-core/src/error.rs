@@ -7,7 +7,7 @@ use crate::{
     binary::{BinaryError, BinaryFault},
     context::SectionError,
     graph::GraphError,
-    offline::{ImportError, dlc::DlcError, generate::GenerateError},
+    offline::{ImportError, dlc::DlcError, generate::GenerateError, lora::LoraError},
 };
 
 /// Anything this crate can fail with.
@@ -82,6 +82,15 @@ pub enum Error {
         #[source]
         why: Box<SectionError>,
     },
+    /// A PEFT adapter cannot be read, or does not fit the model.
+    #[error("{path}: adapter")]
+    Lora {
+        /// The file or folder.
+        path: PathBuf,
+        /// Which key or tensor, and why.
+        #[source]
+        why: Box<LoraError>,
+    },
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),
@@ -104,6 +113,12 @@ impl Error {
     pub fn import(path: impl Into<PathBuf>) -> impl FnOnce(ImportError) -> Error {
         let path = path.into();
         move |why| Error::Import { path, why: Box::new(why) }
+    }
+
+    /// Adds the path to what is wrong with an adapter.
+    pub fn lora(path: impl Into<PathBuf>) -> impl FnOnce(LoraError) -> Error {
+        let path = path.into();
+        move |why| Error::Lora { path, why: Box::new(why) }
     }
 
     /// Adds the path to what is wrong with a context binary.

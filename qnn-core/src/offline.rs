@@ -10,6 +10,7 @@ pub mod dlc;
 pub mod error;
 pub mod generate;
 pub mod gguf;
+pub mod lora;
 pub mod quantize_weights;
 pub mod safetensors;
 pub mod source;

@@ -7,11 +7,14 @@ use htp_sim::Workers;
 
 use crate::{
     error::Error,
+    graph::Graph,
     offline::{
         arch::{self, Precision, WeightUse},
         dlc,
+        lora::{self, LoraOptions, LoraPlan, PeftAdapter},
         source::Source,
     },
+    types::DataType,
 };
 
 /// What to convert, where to, and in which numbers.
@@ -40,6 +43,19 @@ pub struct ConvertReport {
     pub weights: Vec<WeightUse>,
     /// Files written beside the DLC.
     pub sidecars: Vec<PathBuf>,
+    /// The adapter branches of the graph.
+    pub lora: Option<LoraReport>,
+}
+
+/// Adapter branches of a converted graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoraReport {
+    /// Linear layers that have one.
+    pub targets: usize,
+    /// Columns of each.
+    pub max_rank: usize,
+    /// Element type of the adapters' weights.
+    pub data_type: DataType,
 }
 
 /// A step of the conversion, for a progress display.
@@ -58,13 +74,39 @@ pub enum Progress<'a> {
 /// # Errors
 /// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported; [`Error::Dlc`].
 pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<ConvertReport, Error> {
+    convert_with_lora(options, None, progress)
+}
+
+/// Converts a model and adds the adapter branches that `lora` asks for. Adapters are read first, and checked against the
+/// model's layers before anything is written.
+///
+/// # Errors
+/// As [`convert`]; [`Error::Lora`] naming the file and what is wrong or does not fit.
+pub fn convert_with_lora(
+    options: &ConvertOptions,
+    lora: Option<&LoraOptions>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<ConvertReport, Error> {
     let import_error = |why| Error::import(&options.input)(why);
+    let plan = lora.map(lora::plan).transpose()?;
     let source = Source::open(&options.input)?;
     let workers = Workers::new(options.threads.max(1)).map_err(Error::io("worker threads"))?;
     progress(Progress::Weights(source.names().map_err(import_error)?.len()));
-    let (graph, weights) =
+    let (mut graph, weights) =
         arch::build(&source, options.precision, &workers, &mut |name| progress(Progress::Weight(name)))
             .map_err(import_error)?;
+    let lora = match plan {
+        None => None,
+        Some((plan, adapters)) => {
+            graph = add_branches(options, &graph, &plan, &adapters)?;
+            let branch = lora::attach_points(&graph).into_iter().find_map(|point| point.branch);
+            branch.map(|branch| LoraReport {
+                targets: plan.targets.len(),
+                max_rank: branch.max_rank,
+                data_type: branch.data_type,
+            })
+        }
+    };
     progress(Progress::Writing);
     if let Some(folder) = options.output.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
@@ -77,7 +119,21 @@ pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>))
         size_bytes: std::fs::metadata(&options.output).map_err(Error::io(&options.output))?.len(),
         weights,
         sidecars,
+        lora,
     })
+}
+
+fn add_branches(
+    options: &ConvertOptions,
+    graph: &Graph,
+    plan: &LoraPlan,
+    adapters: &[PeftAdapter],
+) -> Result<Graph, Error> {
+    let points = lora::attach_points(graph);
+    for adapter in adapters {
+        adapter.fits(&points).map_err(Error::lora(&adapter.path))?;
+    }
+    lora::add_branches(graph, plan).map_err(Error::lora(&options.input))
 }
 
 fn write_sidecars(source: &Source, dlc: &Path) -> Result<Vec<PathBuf>, Error> {

@@ -9,7 +9,8 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use qnn_core::offline::{
     arch::{ActivationBits, CacheType, Grouping, Precision, WeightClass, WeightType},
-    convert::{ConvertOptions, ConvertReport, Progress, convert},
+    convert::{ConvertOptions, ConvertReport, Progress, convert_with_lora},
+    lora::{LoraBits, LoraOptions, UpdatableMode},
     quantize_weights::Bits,
 };
 
@@ -49,6 +50,30 @@ struct Cli {
     #[arg(long, value_name = "BITS")]
     kv_bitwidth: Option<KvBits>,
 
+    /// File with the names of LoRA weights, one a line, as PEFT has them
+    /// (base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight): these layers get an adapter branch.
+    #[arg(long, value_name = "FILE")]
+    lora_weight_list: Option<PathBuf>,
+
+    /// A PEFT directory whose layers get an adapter branch; repeatable. With --lora_weight_list, only checked against it.
+    #[arg(long, value_name = "DIR")]
+    lora_adapter: Vec<PathBuf>,
+
+    /// Rank that the branches have room for. Default: the largest of the --lora_adapter directories. Two adapters at once
+    /// need the sum of their ranks.
+    #[arg(long, value_name = "N")]
+    lora_max_rank: Option<usize>,
+
+    /// Bits of the adapters' weights: 4 and 8 are integers, 16 and 32 floats. Default: 8, or 32 in a graph without integer
+    /// weights.
+    #[arg(long, value_name = "BITS")]
+    lora_weights_bitwidth: Option<LoraWeightBits>,
+
+    /// Which encodings an adapter may bring: none (its weights are then floats), those of its own weights, or those of all
+    /// tensors that have one.
+    #[arg(long, value_name = "MODE", default_value = "adapter_only")]
+    quant_updatable_mode: Mode,
+
     /// Threads that share the work. Default: all the machine has.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -84,6 +109,26 @@ enum KvBits {
     ThirtyTwo,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum LoraWeightBits {
+    #[value(name = "4")]
+    Four,
+    #[value(name = "8")]
+    Eight,
+    #[value(name = "16")]
+    Sixteen,
+    #[value(name = "32")]
+    ThirtyTwo,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Mode {
+    None,
+    AdapterOnly,
+    All,
+}
+
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -104,8 +149,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     if options.output.is_dir() {
         bail!("{} is a folder; name the file, as in {0}/model.dlc", options.output.display());
     }
+    let lora = cli.lora()?;
     let mut display = Display::new();
-    let report = convert(&options, &mut |progress| display.show(progress))
+    let report = convert_with_lora(&options, lora.as_ref(), &mut |progress| display.show(progress))
         .with_context(|| format!("cannot convert {}", options.input.display()));
     display.end();
     print_summary(&report?, &options.output);
@@ -113,6 +159,31 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 }
 
 impl Cli {
+    fn lora(&self) -> anyhow::Result<Option<LoraOptions>> {
+        if self.lora_weight_list.is_none() && self.lora_adapter.is_empty() {
+            if self.lora_max_rank.is_some() || self.lora_weights_bitwidth.is_some() {
+                bail!("--lora_max_rank and --lora_weights_bitwidth need --lora_weight_list or --lora_adapter");
+            }
+            return Ok(None);
+        }
+        Ok(Some(LoraOptions {
+            weight_list: self.lora_weight_list.clone(),
+            adapters: self.lora_adapter.clone(),
+            max_rank: self.lora_max_rank,
+            bits: self.lora_weights_bitwidth.map(|bits| match bits {
+                LoraWeightBits::Four => LoraBits::Four,
+                LoraWeightBits::Eight => LoraBits::Eight,
+                LoraWeightBits::Sixteen => LoraBits::Sixteen,
+                LoraWeightBits::ThirtyTwo => LoraBits::ThirtyTwo,
+            }),
+            mode: match self.quant_updatable_mode {
+                Mode::None => UpdatableMode::None,
+                Mode::AdapterOnly => UpdatableMode::AdapterOnly,
+                Mode::All => UpdatableMode::All,
+            },
+        }))
+    }
+
     fn precision(&self) -> anyhow::Result<Precision> {
         let grouping = match (self.block_size, self.use_per_channel_quantization) {
             (Some(block_size), _) => Grouping::Block(block_size),
@@ -203,6 +274,9 @@ fn print_summary(report: &ConvertReport, output: &Path) {
         let (elements, size) = (weights.elements as f64 / 1e6, mib(weights.size_bytes));
         println!("  {class:<10} {:<42} {elements:>8.1} M {size:>9.1} MiB", weights.format);
     }
+    if let Some(lora) = report.lora {
+        println!("adapter branches: {} layers, rank up to {}, {}", lora.targets, lora.max_rank, lora.data_type);
+    }
     println!("wrote {} ({:.1} MiB)", output.display(), mib(report.size_bytes));
     for path in &report.sidecars {
         println!("wrote {}", path.display());
@@ -212,4 +286,5 @@ fn print_summary(report: &ConvertReport, output: &Path) {
 const EXAMPLES: &str = "Examples:
   qairt-converter -i SmolLM2-135M-Instruct.Q4_1.gguf -o out/model.dlc
   qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 4
-  qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 8 --use_per_channel_quantization";
+  qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 8 --use_per_channel_quantization
+  qairt-converter -i SmolLM2-135M-Instruct.Q4_1.gguf -o out/model.dlc --lora_adapter adapters/json --lora_adapter adapters/sql";

@@ -1,0 +1,84 @@
+//! `qairt-lora-importer`: PEFT adapters in, weights and encodings for the context binary generator out.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use qnn_core::offline::lora::{
+    Slot,
+    import::{ImportOptions, UseCaseReport, import},
+};
+
+/// Turns PEFT adapters into weights and encodings that fit a converted model.
+///
+/// For each use case of the YAML it writes <name>.safetensors and <name>.encodings, and a list of all of them,
+/// lora_output_files.yaml. Next step: qnn-context-binary-generator --adapter_weight_config lora_output_files.yaml.
+#[derive(Parser)]
+#[command(name = "qairt-lora-importer", version, rename_all = "snake_case", after_help = EXAMPLE)]
+struct Cli {
+    /// YAML with the use cases; its paths are relative to its folder.
+    #[arg(long, value_name = "FILE")]
+    lora_config: PathBuf,
+
+    /// The model, converted with adapter branches (qairt-converter --lora_adapter or --lora_weight_list).
+    #[arg(long, value_name = "FILE")]
+    input_dlc: PathBuf,
+
+    /// Folder of the output; made if it is not there. A use case may name another with output_path.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    output_dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qairt-lora-importer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let config = cli.lora_config.display().to_string();
+    let options = ImportOptions { lora_config: cli.lora_config, input_dlc: cli.input_dlc, output_dir: cli.output_dir };
+    let report = import(&options).with_context(|| format!("cannot import {config}"))?;
+    report.use_cases.iter().for_each(print_use_case);
+    println!("wrote {}", report.list.display());
+    Ok(())
+}
+
+fn print_use_case(case: &UseCaseReport) {
+    println!("{}:", case.name);
+    println!("  targets:  {} of {} layers with a branch", case.targets, case.branches);
+    println!("  rank:     {} of {}, {}", case.rank, case.max_rank, case.data_type);
+    for slot in &case.slots {
+        let columns = if case.slots.len() > 1 { columns(slot) } else { String::new() };
+        println!("  scaling:  {}{columns}, folded into B", scaling(slot));
+    }
+    for warning in &case.warnings {
+        println!("  warning:  {warning}");
+    }
+    println!("  wrote {}", case.weights.display());
+    println!("  wrote {}", case.encodings.display());
+}
+
+fn columns(slot: &Slot) -> String {
+    format!(" ({}, columns {} to {})", slot.name, slot.columns[0], slot.columns[1] - 1)
+}
+
+fn scaling(slot: &Slot) -> String {
+    match slot.scaling.modules.len() {
+        0 => format!("{}", slot.scaling.default),
+        n => format!("{} ({n} layers differ)", slot.scaling.default),
+    }
+}
+
+const EXAMPLE: &str = "Example of a lora_config:
+  use_case:
+    - name: json
+      lora_weights: adapters/json
+    - name: both
+      lora_weights: [adapters/json, adapters/pirate]
+      output_path: out";

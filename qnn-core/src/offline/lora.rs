@@ -1,0 +1,161 @@
+//! Adapters: from PEFT directories to branches in a graph and values for them.
+//!
+//! ```text
+//! PEFT directories ─► load_peft ─► plan ─► add_branches ─► the base's graph      (qairt-converter)
+//!                        └──────► fold ─► import ─► <name>.safetensors, .encodings  (qairt-lora-importer)
+//!                                   └───► adapter_from_peft ─► Adapter              (at run time)
+//! ```
+//!
+//! A tensor of an adapter has PEFT's name, in the graph too: `base_model.model.<module>.lora_A.weight`. The scaling
+//! (`lora_alpha / r`, or what the adapter's config says) is folded into B once, in [`fold`].
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::{
+    adapter::Adapter,
+    backend::PrepareError,
+    context::Context,
+    error::Error,
+    graph::{Graph, GraphError},
+    offline::{error::ImportError, safetensors::LayoutError},
+    tensor::Panels,
+};
+
+mod branches;
+mod config;
+mod encodings;
+mod fold;
+pub mod import;
+mod peft;
+mod plan;
+pub mod values;
+mod yaml;
+
+pub use branches::{
+    ALPHA_KEY, AttachPoint, BITWIDTH_KEY, BranchTensors, LoraBits, LoraPlan, MAX_LORA_RANK, MAX_RANK_KEY, MODE_KEY,
+    UpdatableMode, add_branches, attach_points,
+};
+pub use config::PeftConfig;
+pub use encodings::{ParamEncodings, WeightEncoding};
+pub use fold::{Folded, FoldedModule, Scaling, Slot, fold};
+pub use peft::{PeftAdapter, PeftModule, load_peft};
+pub use plan::{LoraOptions, plan};
+
+/// Name of the graph input with one strength for each rank column.
+pub const ALPHA_TENSOR: &str = "lora_alpha";
+/// What PEFT puts before a module's path.
+pub const PREFIX: &str = "base_model.model.";
+
+/// Name of the tensor A of `module`.
+pub fn a_name(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_A.weight")
+}
+
+/// Name of the tensor B of `module`.
+pub fn b_name(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_B.weight")
+}
+
+/// Why an adapter cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum LoraError {
+    #[error("{what} is not supported; {instead}")]
+    NotSupported { what: String, instead: &'static str },
+    #[error("no adapter_config.json; a PEFT directory has it beside adapter_model.safetensors")]
+    NoConfig,
+    #[error("not the JSON expected here")]
+    Json(#[source] serde_json::Error),
+    #[error("{why}")]
+    Yaml { why: String },
+    #[error(transparent)]
+    Safetensors(LayoutError),
+    #[error(transparent)]
+    Import(Box<ImportError>),
+    #[error("{key}: {have}, need {want}")]
+    Config { key: String, have: String, want: String },
+    #[error("{key}: pattern {pattern:?}")]
+    Pattern {
+        key: &'static str,
+        pattern: String,
+        #[source]
+        why: Box<fancy_regex::Error>,
+    },
+    #[error("no tensors")]
+    Empty,
+    #[error("tensor {tensor} {why}")]
+    Key { tensor: String, why: String },
+    #[error("tensor {have} has no other half (lora_A and lora_B come in pairs)")]
+    Unpaired { have: String },
+    #[error("tensor {tensor}: {have}, need {want}")]
+    Tensor { tensor: String, have: String, want: String },
+    #[error("tensor {tensor}: adapter_config.json does not target {module}")]
+    NotSelected { tensor: String, module: String },
+    #[error("tensor {tensor} lands nowhere: {why}")]
+    NoPoint { tensor: String, why: String },
+    #[error("none of its {tensors} tensors lands on one of the {points} linear layers of the model")]
+    NothingLands { tensors: usize, points: usize },
+    #[error("graph {graph} has adapter branches already; add them to a graph without")]
+    HasBranches { graph: String },
+    #[error("graph {graph} has no adapter branches; convert the model with --lora_adapter or --lora_weight_list")]
+    NoBranches { graph: String },
+    #[error("adapter {adapter}: rank {have}, the graph takes at most {max} ({MAX_RANK_KEY})")]
+    Rank { adapter: String, have: usize, max: usize },
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    #[error(transparent)]
+    Pack(Box<PrepareError>),
+}
+
+impl LoraError {
+    pub(crate) fn config(key: &str, have: impl Into<String>, want: impl Into<String>) -> LoraError {
+        LoraError::Config { key: key.to_owned(), have: have.into(), want: want.into() }
+    }
+
+    /// `tensor` of `module`, which none of `points` is.
+    pub(crate) fn no_point<'a>(tensor: &str, module: &str, points: impl Iterator<Item = &'a String>) -> LoraError {
+        let last = module.rsplit('.').next().unwrap_or(module);
+        let like = points.map(String::as_str).find(|point| point.rsplit('.').next() == Some(last));
+        let why = match like {
+            Some(like) => format!("the model has no linear layer {module} (it has {like})"),
+            None => format!("the model has no linear layer {module}"),
+        };
+        LoraError::NoPoint { tensor: tensor.to_owned(), why }
+    }
+}
+
+/// An adapter for `context` straight from the PEFT directory `dir`: folded, quantized as the context's graphs ask for,
+/// and packed, all in memory.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Lora`] naming the tensor that does not fit, or the feature that cannot be represented.
+pub fn adapter_from_peft(context: &Context, dir: &Path, name: &str) -> Result<Arc<Adapter>, Error> {
+    let peft = load_peft(dir)?;
+    let folded = fold(name, &[(name.to_owned(), &peft)]).map_err(Error::lora(dir))?;
+    adapter(context, &folded).map_err(Error::lora(dir))
+}
+
+/// The adapter for `context` with the values of `folded`.
+///
+/// # Errors
+/// [`LoraError`] naming the tensor that lands nowhere or does not fit.
+pub fn adapter(context: &Context, folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
+    let graphs: Vec<&Graph> = context.graphs().filter_map(|name| context.graph(name)).collect();
+    let points: Vec<AttachPoint> = graphs.iter().flat_map(|graph| attach_points(graph)).collect();
+    let graph_name = graphs.first().map_or("", |graph| graph.name());
+    folded.land(graph_name, &points)?;
+    let mut tensors: Vec<(String, Panels)> = Vec::new();
+    for module in &folded.modules {
+        let branch = points.iter().find(|point| point.module == module.module).and_then(|point| point.branch);
+        let Some(branch) = branch else { continue };
+        for half in [module.a(), module.b()] {
+            let tensor = values::constant(&half, branch.data_type, None)?;
+            tensors.push((half.name.clone(), values::panels(&tensor)?));
+        }
+    }
+    let adapter = Adapter::new(folded.name.clone(), Arc::clone(context.updatable()), tensors);
+    let adapter = adapter.map_err(|tensor| LoraError::NoPoint { tensor, why: "no graph has it".to_owned() })?;
+    Ok(Arc::new(adapter.described(folded.description())))
+}

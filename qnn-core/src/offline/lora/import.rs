@@ -1,0 +1,290 @@
+//! `qairt-lora-importer` as a function: adapters in, weights and encodings as the graph takes them out.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{
+    AttachPoint, Folded, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold, load_peft,
+    values, yaml,
+};
+use crate::{
+    error::Error,
+    graph::Graph,
+    offline::{dlc, safetensors::read_text},
+    types::DataType,
+};
+
+/// What to import.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// The YAML with the use cases. Its paths are relative to its folder.
+    pub lora_config: PathBuf,
+    /// The converted base, with branches.
+    pub input_dlc: PathBuf,
+    /// Folder of the output; made if it is not there.
+    pub output_dir: PathBuf,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImportReport {
+    /// The use cases, in the order of the YAML.
+    pub use_cases: Vec<UseCaseReport>,
+    /// `lora_output_files.yaml`: what the context binary generator takes as `--adapter_weight_config`.
+    pub list: PathBuf,
+}
+
+/// One use case.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UseCaseReport {
+    /// Its name.
+    pub name: String,
+    /// Its adapters.
+    pub slots: Vec<Slot>,
+    /// Modules with values.
+    pub targets: usize,
+    /// Modules of the graph that have a branch.
+    pub branches: usize,
+    /// Columns of all slots.
+    pub rank: usize,
+    /// Columns that the graph has.
+    pub max_rank: usize,
+    /// Element type in the graph.
+    pub data_type: DataType,
+    /// Its weights, float32.
+    pub weights: PathBuf,
+    /// Its encodings.
+    pub encodings: PathBuf,
+    /// What is odd about it and has no effect on the result.
+    pub warnings: Vec<String>,
+}
+
+/// Imports every use case of the YAML. Nothing is written unless all of them fit the model.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Dlc`]; [`Error::Lora`] naming the file and the key or tensor that does not fit.
+pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
+    let config_path = &options.lora_config;
+    let text = read_text(config_path, MAX_YAML_BYTES)?;
+    let config = yaml::read(&String::from_utf8_lossy(&text)).map_err(Error::lora(config_path))?;
+    let base = config_path.parent().unwrap_or(Path::new("."));
+    let graph = dlc::read_dlc(&options.input_dlc)?;
+    let points = attach_points(&graph);
+    if points.iter().all(|point| point.branch.is_none()) {
+        let why = LoraError::NoBranches { graph: graph.name().to_owned() };
+        return Err(Error::lora(&options.input_dlc)(why));
+    }
+    let mut prepared = Vec::new();
+    for case in &config.use_case {
+        prepared.push(prepare(case, base, &graph, &points)?);
+    }
+    let mut use_cases = Vec::new();
+    for (case, prepared) in config.use_case.iter().zip(prepared) {
+        let folder = case.output_path.as_ref().map_or(options.output_dir.clone(), |path| base.join(path));
+        use_cases.push(prepared.write(&folder)?);
+    }
+    std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
+    let list = options.output_dir.join(LIST_FILE);
+    let text = list_of(&use_cases, &options.output_dir).map_err(Error::io(&list))?;
+    dlc::write_atomically(&list, |file| file.write_all(text.as_bytes())).map_err(Error::io(&list))?;
+    Ok(ImportReport { use_cases, list })
+}
+
+/// A use case that fits.
+struct Prepared {
+    folded: Folded,
+    encodings: ParamEncodings,
+    branches: usize,
+    max_rank: usize,
+    data_type: DataType,
+    warnings: Vec<String>,
+}
+
+fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoint]) -> Result<Prepared, Error> {
+    let paths: Vec<PathBuf> = case.lora_weights.0.iter().map(|path| base.join(path)).collect();
+    let adapters = paths.iter().map(|path| load_peft(path)).collect::<Result<Vec<PeftAdapter>, _>>()?;
+    let first = &paths[0];
+    let name_of = |adapter: &PeftAdapter| match &adapters[..] {
+        [_] => case.name.clone(),
+        _ => adapter.path.file_name().map_or_else(|| case.name.clone(), |name| name.to_string_lossy().into_owned()),
+    };
+    let parts: Vec<(String, &PeftAdapter)> = adapters.iter().map(|adapter| (name_of(adapter), adapter)).collect();
+    for adapter in &adapters {
+        adapter.fits(points).map_err(Error::lora(&adapter.path))?;
+    }
+    let folded = fold(&case.name, &parts).map_err(Error::lora(first))?;
+    folded.land(graph.name(), points).map_err(Error::lora(first))?;
+    let branches: Vec<_> = points.iter().filter_map(|point| point.branch).collect();
+    let (max_rank, data_type) = branches.first().map_or((0, DataType::Float32), |b| (b.max_rank, b.data_type));
+    let mut warnings = warnings(&adapters, points).map_err(Error::lora(first))?;
+    let encodings = match &case.quant_overrides {
+        None => encodings(&folded, data_type),
+        Some(path) => {
+            let path = base.join(path);
+            let text = read_text(&path, MAX_ENCODINGS_BYTES)?;
+            overridden(&text, &folded, data_type, &mut warnings).map_err(Error::lora(&path))?
+        }
+    };
+    Ok(Prepared { folded, encodings, branches: branches.len(), max_rank, data_type, warnings })
+}
+
+/// Modules that a config targets, the graph has, and the file has no tensors for: PEFT leaves these at zero.
+fn warnings(adapters: &[PeftAdapter], points: &[AttachPoint]) -> Result<Vec<String>, LoraError> {
+    let mut warnings = Vec::new();
+    for adapter in adapters {
+        warnings.extend(adapter.config.warnings.iter().cloned());
+        let own: BTreeSet<&String> = adapter.modules.iter().map(|module| &module.name).collect();
+        let mut missing = Vec::new();
+        for point in points.iter().filter(|point| !own.contains(&point.module)) {
+            if adapter.config.selects(&point.module)? {
+                missing.push(point.module.as_str());
+            }
+        }
+        if let Some(first) = missing.first() {
+            let path = adapter.path.display();
+            let n = missing.len();
+            warnings.push(format!(
+                "{path}: targets {n} modules without weights for them, {first} the first; left as they are"
+            ));
+        }
+    }
+    Ok(warnings)
+}
+
+/// Encodings by the values themselves.
+fn encodings(folded: &Folded, data_type: DataType) -> ParamEncodings {
+    let halves = folded.modules.iter().flat_map(|module| [module.a(), module.b()]);
+    let bits = data_type.bits() as u8;
+    let encoding = |half: &values::Matrix<'_>| {
+        if data_type.is_float() {
+            return WeightEncoding::Float { bits };
+        }
+        WeightEncoding::Integer { bits, scales: values::row_scales(half, data_type) }
+    };
+    ParamEncodings(halves.map(|half| (half.name.clone(), encoding(&half))).collect())
+}
+
+/// Encodings by an AIMET file for the adapter as it was trained: scales of B get the factor that is folded into B.
+/// Weights that the file does not name get encodings by their values.
+fn overridden(
+    text: &[u8],
+    folded: &Folded,
+    data_type: DataType,
+    warnings: &mut Vec<String>,
+) -> Result<ParamEncodings, LoraError> {
+    let [slot] = &folded.slots[..] else {
+        return Err(LoraError::NotSupported {
+            what: format!("quant_overrides on {}, which has {} adapters", folded.name, folded.slots.len()),
+            instead: "leave it out; the encodings then follow from the values",
+        });
+    };
+    let mut encodings = encodings(folded, data_type);
+    let names: HashMap<String, usize> =
+        encodings.0.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+    let read = ParamEncodings::from_json(text, &|name| names.contains_key(name))?;
+    if read.0.len() < names.len() {
+        let (have, all) = (read.0.len(), names.len());
+        warnings.push(format!("quant_overrides has {have} of {all} weights; the others follow from their values"));
+    }
+    for (name, encoding) in read.0 {
+        let (module, is_b) = (&folded.modules[names[&name] / 2], names[&name] % 2 == 1);
+        if encoding.data_type() != Some(data_type) {
+            let have = format!("{encoding:.0?}").chars().take(40).collect::<String>();
+            return Err(LoraError::Tensor { tensor: name, have, want: format!("{data_type}, as the graph has it") });
+        }
+        let WeightEncoding::Integer { bits, scales } = encoding else { continue };
+        let rows = if is_b { module.n } else { module.rank };
+        let factor =
+            if is_b { slot.scaling.modules.get(&module.module).unwrap_or(&slot.scaling.default).abs() } else { 1.0 };
+        let scales = match scales.len() {
+            1 => vec![scales[0]; rows],
+            len if len == rows => scales,
+            len => {
+                return Err(LoraError::Tensor { tensor: name, have: format!("{len} scales"), want: rows.to_string() });
+            }
+        };
+        let scales = scales.iter().map(|scale| (f64::from(*scale) * factor) as f32).collect();
+        encodings.0[names[&name]].1 = WeightEncoding::Integer { bits, scales };
+    }
+    Ok(encodings)
+}
+
+impl Prepared {
+    fn write(self, folder: &Path) -> Result<UseCaseReport, Error> {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let folded = &self.folded;
+        let weights = folder.join(format!("{}.safetensors", folded.name));
+        let bytes = safetensors_of(folded).map_err(Error::lora(&weights))?;
+        dlc::write_atomically(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
+        let encodings = folder.join(format!("{}.encodings", folded.name));
+        let json = format!("{}\n", self.encodings.to_json());
+        dlc::write_atomically(&encodings, |file| file.write_all(json.as_bytes())).map_err(Error::io(&encodings))?;
+        Ok(UseCaseReport {
+            name: folded.name.clone(),
+            targets: folded.modules.len(),
+            rank: folded.rank,
+            slots: self.folded.slots,
+            branches: self.branches,
+            max_rank: self.max_rank,
+            data_type: self.data_type,
+            weights,
+            encodings,
+            warnings: self.warnings,
+        })
+    }
+}
+
+/// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata.
+fn safetensors_of(folded: &Folded) -> Result<Vec<u8>, LoraError> {
+    let halves: Vec<values::Matrix<'_>> = folded.modules.iter().flat_map(|module| [module.a(), module.b()]).collect();
+    let bytes: Vec<Vec<u8>> =
+        halves.iter().map(|half| half.values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
+    let view =
+        |(half, bytes): (&values::Matrix<'_>, &'_ Vec<u8>)| (half.name.clone(), vec![half.n, half.k], bytes.len());
+    let metadata = HashMap::from([
+        ("format".to_owned(), FORMAT.to_owned()),
+        ("version".to_owned(), VERSION.to_owned()),
+        ("use_case".to_owned(), folded.name.clone()),
+        ("rank".to_owned(), folded.rank.to_string()),
+        ("slots".to_owned(), serde_json::to_string(&folded.slots).map_err(LoraError::Json)?),
+    ]);
+    let mut tensors = Vec::with_capacity(halves.len());
+    for pair in halves.iter().zip(&bytes) {
+        let (name, shape, _) = view(pair);
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, pair.1);
+        tensors.push((name, view.map_err(|why| LoraError::config("safetensors", why.to_string(), "a valid tensor"))?));
+    }
+    safetensors::serialize(tensors, Some(metadata))
+        .map_err(|why| LoraError::config("safetensors", why.to_string(), "a valid file"))
+}
+
+/// `lora_output_files.yaml`. JSON strings are YAML strings.
+fn list_of(use_cases: &[UseCaseReport], folder: &Path) -> std::io::Result<String> {
+    let root = folder.canonicalize()?;
+    let path = |path: &Path| -> std::io::Result<Value> {
+        let full = path.canonicalize()?;
+        Ok(Value::from(full.strip_prefix(&root).unwrap_or(&full).to_string_lossy()))
+    };
+    let mut text = String::from("use_case:\n");
+    for case in use_cases {
+        text += &format!("  - name: {}\n", Value::from(case.name.as_str()));
+        text += &format!("    weights: {}\n", path(&case.weights)?);
+        text += &format!("    encodings: {}\n", path(&case.encodings)?);
+    }
+    text += "share_adapters_between_graphs: Yes\n";
+    Ok(text)
+}
+
+/// Name of the list of outputs.
+pub const LIST_FILE: &str = "lora_output_files.yaml";
+/// Value of "format" in the metadata of a weights file.
+pub const FORMAT: &str = "genie-lora";
+/// Value of "version" in the metadata of a weights file.
+pub const VERSION: &str = "1";
+/// Longest YAML that is read.
+const MAX_YAML_BYTES: u64 = 4 << 20;
+/// Longest encodings file that is read.
+const MAX_ENCODINGS_BYTES: u64 = 256 << 20;
