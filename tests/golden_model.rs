@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Result, ensure};
 use genie::accuracy::{Windows, perplexity};
 use genie::engine::{Engine, Logits, qnn::QnnEngine};
-use genie_workspace::real_model::RealModel;
+use genie_workspace::converted::Converted;
 use qnn_core::offline::arch::{ActivationBits, Grouping, Precision, WeightType};
 use qnn_core::offline::quantize_weights::Bits;
 use serde_json::Value;
@@ -17,7 +17,7 @@ const GGUF: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 #[test]
 #[ignore = "slow: needs the real model in GENIE_MODELS"]
 fn float_graph_gives_the_golden_continuations() -> Result<()> {
-    let model = RealModel::convert(HF, precision(WeightType::F32))?;
+    let model = Converted::real(HF, precision(WeightType::F32))?;
     let mut engine = model.engine()?;
     for prompt in golden()["prompts"].as_array().expect("prompts") {
         let run = Golden::new(prompt, "base");
@@ -38,7 +38,7 @@ fn quantized_graphs_keep_the_perplexity() -> Result<()> {
         ("4 bit, block 32", HF, int(Bits::Four)),
         ("the GGUF's own grid", GGUF, WeightType::Keep),
     ] {
-        let model = RealModel::convert(input, precision(weights))?;
+        let model = Converted::real(input, precision(weights))?;
         let golden: Value = serde_json::from_str(include_str!("golden/ppl.json"))?;
         let ids = integers(&golden["ids"]);
         let measured = perplexity(&mut model.engine()?, &ids, Windows { window: 512, windows: 8 }, |_, _| {})?;
@@ -54,7 +54,7 @@ fn quantized_graphs_keep_the_perplexity() -> Result<()> {
 #[test]
 #[ignore = "slow: needs the real model in GENIE_MODELS"]
 fn quantized_graph_follows_the_golden_margins() -> Result<()> {
-    let model = RealModel::convert(GGUF, precision(WeightType::Keep))?;
+    let model = Converted::real(GGUF, precision(WeightType::Keep))?;
     let mut engine = model.engine()?;
     let (mut same, mut all) = (0, 0);
     for prompt in golden()["prompts"].as_array().expect("prompts") {
