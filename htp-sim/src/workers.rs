@@ -48,6 +48,10 @@ impl Workers {
                 Err(error) => return Err(error),
             }
         }
+        // A thread allocates while it starts. When this returns all have, so that no step pays for it.
+        while team.shared.started.load(Ordering::Acquire) < team.threads.len() {
+            thread::yield_now();
+        }
         Ok(team)
     }
 
@@ -128,6 +132,7 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     quit: AtomicBool,
+    started: AtomicUsize,
     spins: u32,
 }
 
@@ -163,6 +168,7 @@ impl Shared {
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             quit: AtomicBool::new(false),
+            started: AtomicUsize::new(0),
             spins,
         }
     }
@@ -224,6 +230,7 @@ impl Shared {
 
     /// A thread's life.
     fn serve(&self, worker: usize) {
+        self.started.fetch_add(1, Ordering::Release);
         let mut seen = 0;
         loop {
             self.wait_for_other_epoch(seen, worker);

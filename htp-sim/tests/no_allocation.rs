@@ -1,4 +1,6 @@
 //! A step must not allocate: one full set of operations runs under an allocator that counts.
+//!
+//! Built without the test harness, whose own thread allocates while a test runs.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,8 +29,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 /// One layer's operations, on decode and prefill shapes, allocate nothing after construction.
-#[test]
-fn operations_do_not_allocate() {
+fn main() {
     let workers = Workers::new(3).expect("threads can be started");
     let (heads, head_dim, k) = (4, 16, 64);
     let int4 = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
