@@ -160,6 +160,9 @@ pub enum AdapterError {
     /// A section does not fit the context.
     #[error("section")]
     Section(#[from] qnn_core::context::SectionError),
+    /// A PEFT directory cannot be used.
+    #[error("PEFT directory")]
+    Peft(#[from] qnn_core::Error),
     /// There are not as many sections as context binaries.
     #[error("{have} sections for {want} context binaries")]
     SectionCount {

@@ -253,8 +253,14 @@ impl QnnEngine {
         self.splits.iter().zip(paths).map(load).collect()
     }
 
-    fn load_peft(&self, _name: &str, _folder: &Path) -> Result<Arc<Adapter>, AdapterError> {
-        Err(AdapterError::Unsupported("adapters straight from a PEFT directory".to_owned()))
+    fn load_peft(&self, name: &str, folder: &Path) -> Result<Arc<Adapter>, AdapterError> {
+        match &self.splits[..] {
+            [split] => Ok(qnn_core::offline::lora::adapter_from_peft(&split.context, folder, name)?),
+            splits => Err(AdapterError::Unsupported(format!(
+                "a PEFT directory for a model in {} context binaries, need one; make section files instead",
+                splits.len()
+            ))),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Lowering: nodes to steps over virtual buffers, fusing what one kernel call can do.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 use crate::{
     backend::PrepareError,
@@ -269,8 +269,8 @@ fn pack_weights(graph: &Graph) -> Result<HashMap<TensorId, Panels>, PrepareError
             OpKind::Gather if graph.tensor(node.inputs[0]).tensor_type.is_static() => node.inputs[0],
             _ => continue,
         };
-        if !panels.contains_key(&id) {
-            panels.insert(id, pack_constant(graph.tensor(id))?);
+        if let Entry::Vacant(place) = panels.entry(id) {
+            place.insert(pack_constant(graph.tensor(id))?);
         }
     }
     Ok(panels)
