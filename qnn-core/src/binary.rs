@@ -198,6 +198,8 @@ pub enum BinaryError {
     GraphCount { have: usize },
     #[error("graphs {first} and {second} have different constants called {tensor}")]
     Conflict { first: String, second: String, tensor: String },
+    #[error("section {section} comes after {before}, need the order of their names")]
+    Order { section: String, before: String },
     #[error("section {section}: panels")]
     Panels {
         section: String,

@@ -18,15 +18,16 @@ use crate::{
 };
 
 mod apply;
+mod editor;
 mod section_error;
 mod updatable;
 
 pub use apply::{MAX_RANK, WEIGHT_SHARING};
+pub use editor::ContextEditor;
 pub use section_error::{SectionError, StateError};
 
 use apply::Applied;
-use updatable::Updatable;
-pub(crate) use updatable::data_type_of;
+pub(crate) use updatable::{Updatable, data_type_of};
 
 /// A loaded context binary. Share it with an `Arc`: all that ever changes is which adapter later executes run with.
 #[derive(Debug)]

@@ -24,7 +24,7 @@ pub mod types;
 
 pub use adapter::Adapter;
 pub use backend::{Backend, Bindings, Executable, State};
-pub use context::{Context, ContextBuilder, OpenOptions, SectionError, StateError};
+pub use context::{Context, ContextBuilder, ContextEditor, OpenOptions, SectionError, StateError};
 pub use encoding::{BlockOffsets, Encoding, Floats};
 pub use error::Error;
 pub use graph::{Graph, GraphError, Node};

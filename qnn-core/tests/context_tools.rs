@@ -59,7 +59,7 @@ fn tools_refuse_in_one_readable_line() {
     let (dlc, out) = (dlc(dir.path()), path(dir.path(), "out"));
     let base = ["--dlc_path", dlc, "--output_dir", out];
     let cases: [(&[&str], &str); 6] = [
-        (&["--adapter_weight_config", "x.yaml"], "--adapter_weight_config is not supported yet"),
+        (&["--adapter_weight_config", "no.yaml"], "no.yaml: cannot be read"),
         (&["--config_file", "x.json"], "--config_file is not supported yet"),
         (&["--enable_intermediate_outputs"], "--enable_intermediate_outputs is not supported yet"),
         (&["--backend", "gpu"], "possible values: htp"),

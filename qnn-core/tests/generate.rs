@@ -27,6 +27,7 @@ fn options(dir: &Path, graph: &Graph, num_splits: usize) -> GenerateOptions {
         ar: vec![8, 1],
         cl: vec![32],
         num_splits,
+        adapter_weight_config: None,
     }
 }
 

@@ -2,14 +2,15 @@
 
 mod support;
 
+use std::io::Cursor;
 use std::sync::Arc;
 
 use qnn_core::{
-    Adapter, Bytes, Context, ContextBuilder, DataType, SectionError, StateError,
-    adapter::Description,
-    binary::{BinaryError, FileInfo, FileKind, SectionFile, Verify},
+    Adapter, Bytes, Context, ContextBuilder, DataType, SectionError,
+    adapter::{Description, Slot},
+    binary::{Binary, BinaryError, BinaryWriter, FileInfo, FileKind, SdkVersion, SectionFile, SectionKind, Verify},
 };
-use support::{FORMS, Tiny, chain, mend_checksums, random_adapter, random_values, tiny};
+use support::{FORMS, Rng, Tiny, chain, mend_checksums, random_adapter, random_values, tiny};
 
 const RANK: usize = 6;
 
@@ -17,16 +18,15 @@ fn model(branch: (usize, DataType)) -> Tiny {
     Tiny { forms: &FORMS, branch: Some(branch), ..Tiny::default() }
 }
 
-fn context_of(models: &[(&str, Tiny)]) -> Context {
-    let builder = models.iter().fold(ContextBuilder::new(), |builder, (name, model)| builder.graph(tiny(name, *model)));
-    let builder = builder.metadata("lora_max_rank", RANK.to_string());
+/// A prompt and a token graph over one set of weights.
+fn context(branch: (usize, DataType), seed: u64) -> Context {
+    let prompt = Tiny { seed, ..model(branch) };
+    let builder = ContextBuilder::new().graph(tiny("prompt", prompt)).graph(tiny("token", Tiny { ar: 1, ..prompt }));
     Context::from_binary(builder.to_binary().unwrap().into(), Verify::Checksums).unwrap()
 }
 
-/// A prompt and a token graph over one set of weights.
-fn context(data_type: DataType) -> Context {
-    let prompt = model((RANK, data_type));
-    context_of(&[("prompt", prompt), ("token", Tiny { ar: 1, ..prompt })])
+fn int8() -> Context {
+    context((RANK, DataType::SFixedPoint8), 1)
 }
 
 fn bytes(section: &[u8]) -> Bytes {
@@ -37,25 +37,305 @@ fn bytes(section: &[u8]) -> Bytes {
 #[test]
 fn write_read_write_is_identical() {
     for data_type in [DataType::Float32, DataType::Float16, DataType::SFixedPoint8, DataType::SFixedPoint4] {
-        let context = context(data_type);
+        let context = context((RANK, data_type), 1);
         for (rank, modules) in [(RANK, &["layers"][..]), (1, &["q_proj", "v_proj"]), (3, &["layers.1.mlp"])] {
-            let adapter = random_adapter(&context, "json", 5, rank, modules);
-            let section = context.section(&adapter).unwrap();
-            let loaded = context.load_section(bytes(&section)).unwrap();
-            assert_eq!(context.section(&loaded).unwrap(), section);
-            assert_eq!((loaded.name(), loaded.description()), (adapter.name(), adapter.description()));
-            assert_eq!((loaded.rank(), loaded.scaling(), loaded.graph()), (rank, Some(2.0), None));
-            assert_eq!((loaded.n_tensors(), loaded.n_targets()), (adapter.n_tensors(), adapter.n_tensors() / 2));
-            assert!(loaded.n_tensors() > 0);
-            for ((name, a), (other, b)) in loaded.values().zip(adapter.values()) {
-                assert_eq!((name, a.layout(), &**a.bytes()), (other, b.layout(), &**b.bytes()));
+            for graph in [None, Some("token".to_owned())] {
+                let adapter = random_adapter(&context, "json", 5, rank, modules);
+                let description = Description { graph, ..adapter.description().clone() };
+                let adapter = adapter.described(description);
+                let section = context.section(&adapter).unwrap();
+                let loaded = context.load_section(bytes(&section)).unwrap();
+                assert_eq!(context.section(&loaded).unwrap(), section);
+                assert_eq!((loaded.name(), loaded.description()), (adapter.name(), adapter.description()));
+                assert_eq!((loaded.rank(), loaded.scaling(), loaded.graph()), (rank, Some(2.0), adapter.graph()));
+                assert_eq!((loaded.n_tensors(), loaded.n_targets()), (adapter.n_tensors(), adapter.n_tensors() / 2));
+                assert!(loaded.n_tensors() > 0);
+                for ((name, a), (other, b)) in loaded.values().zip(adapter.values()) {
+                    assert_eq!((name, a.layout(), &**a.bytes()), (other, b.layout(), &**b.bytes()));
+                }
+                assert!(Arc::ptr_eq(loaded.names(), context.updatable()));
             }
-            assert!(Arc::ptr_eq(loaded.names(), context.updatable()));
         }
         let empty = Adapter::new("default_adapter", context.updatable().clone(), []).unwrap();
         let section = context.section(&empty).unwrap();
         let loaded = context.load_section(bytes(&section)).unwrap();
         assert_eq!((loaded.n_tensors(), loaded.rank(), loaded.size_bytes()), (0, 0, 0));
         assert_eq!(context.section(&loaded).unwrap(), section);
+    }
+}
+
+// Broken if loading copies values: memory per adapter has to be its file.
+#[test]
+fn values_lie_in_the_file() {
+    let context = int8();
+    let file = bytes(&context.section(&random_adapter(&context, "json", 5, RANK, &["layers"])).unwrap());
+    let range = file.as_ptr_range();
+    let loaded = context.load_section(file.clone()).unwrap();
+    assert!(loaded.values().all(|(_, panels)| range.contains(&panels.bytes().as_ptr())));
+}
+
+// Broken if a section tells something else about itself than what is in it, or needs its base for that.
+#[test]
+fn a_section_describes_itself() {
+    let context = int8();
+    let adapter = random_adapter(&context, "json", 5, 2, &["q_proj"]);
+    let section = context.section(&adapter).unwrap();
+    let FileInfo::Section(info) = FileInfo::read(bytes(&section), Verify::Headers).unwrap() else {
+        panic!("a section")
+    };
+    assert_eq!((info.size_bytes, info.values_bytes), (section.len() as u64, adapter.size_bytes()));
+    assert_eq!(info.base_identity, context.identity().to_string());
+    assert_eq!((info.meta.rank, info.meta.targets, info.updated_tensors.len()), (2, 2, 4));
+    assert_eq!(info.updated_tensors[0].name, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+    assert_eq!((info.updated_tensors[0].dims, info.updated_tensors[0].data_type), ([2, 32], "SFIXED_POINT_8"));
+    let of_context = context.info();
+    for (io, graph) in info.meta.io.iter().zip(&of_context.graphs) {
+        let want: Vec<_> = graph.inputs.iter().chain(&graph.outputs).cloned().collect();
+        assert_eq!((&io.graph, &io.tensors), (&graph.name, &want));
+    }
+    assert_eq!(info.meta.io.len(), 2);
+    let whole = FileInfo::read(context.to_binary().unwrap().into(), Verify::Headers).unwrap();
+    assert_eq!(whole, FileInfo::Context(of_context));
+}
+
+/// A section for `context` with the parts of `section`, changed by `change`; its checksums are true.
+fn splice(context: &Context, section: &[u8], change: impl FnOnce(&mut Vec<(SectionKind, String, Vec<u8>)>)) -> Vec<u8> {
+    let binary = Binary::parse_any(bytes(section), Verify::Headers).expect("the section is whole");
+    let own = binary.sections().iter().enumerate();
+    let mut parts = own.map(|(i, s)| (s.kind, s.name.to_string(), binary.bytes(i).to_vec())).collect();
+    change(&mut parts);
+    let mut writer = BinaryWriter::section(Cursor::new(Vec::new()), context.identity()).unwrap();
+    for (kind, name, bytes) in parts {
+        writer.add(kind, &name, &bytes).unwrap();
+    }
+    writer.finish().unwrap().0.into_inner()
+}
+
+fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
+    let text = std::str::from_utf8(bytes).expect("JSON");
+    assert!(text.contains(from), "{text}");
+    *bytes = text.replacen(from, to, 1).into_bytes();
+}
+
+// Broken if a user cannot tell which of base, version, rank, precision or file is wrong, or what would be right.
+#[test]
+fn what_does_not_fit_is_told_apart() {
+    let context = int8();
+    let section =
+        |context: &Context, rank| context.section(&random_adapter(context, "json", 5, rank, &["layers"])).unwrap();
+    let good = section(&context, RANK);
+    let same = |_: &mut Vec<_>| {};
+    let other_base = self::context((RANK, DataType::SFixedPoint8), 2);
+    let larger = section(&self::context((RANK + 2, DataType::SFixedPoint8), 1), RANK + 2);
+    let floats = section(&self::context((RANK, DataType::Float16), 1), RANK);
+    let mut newer_sdk = good.clone();
+    newer_sdk[10] ^= 1;
+    mend_checksums(&mut newer_sdk);
+    let with = |change: fn(&mut Vec<(SectionKind, String, Vec<u8>)>)| splice(&context, &good, change);
+    let io_of = |section: &[u8]| SectionFile::parse(bytes(section)).unwrap().meta().io.clone();
+    assert_eq!(io_of(&good), io_of(&floats), "so that only the values differ");
+    let [base, other] = [context.identity(), other_base.identity()].map(|identity| identity.to_string());
+    let sdk = SdkVersion::CURRENT;
+    let newer = SdkVersion { minor: sdk.minor ^ 1, ..sdk };
+    let first = "base_model.model.model.layers.0.mlp.down_proj.lora_";
+    let cases: Vec<(Vec<u8>, u32, String)> = vec![
+        (section(&other_base, RANK), 5000, format!("section belongs to base {other}, this context is {base}")),
+        (newer_sdk, 5004, format!("section was written by SDK {newer}, its context by SDK {sdk}")),
+        (
+            splice(&context, &larger, |parts| {
+                replace(&mut parts[0].2, "\"dims\":[8]", "\"dims\":[6]");
+                replace(&mut parts[0].2, "\"dims\":[8]", "\"dims\":[6]");
+            }),
+            7007,
+            "adapter of rank 8, the context has room for 6".to_owned(),
+        ),
+        (
+            splice(&context, &larger, |parts| {
+                replace(&mut parts[0].2, "\"dims\":[8]", "\"dims\":[6]");
+                replace(&mut parts[0].2, "\"dims\":[8]", "\"dims\":[6]");
+                replace(&mut parts[0].2, "\"rank\":8", "\"rank\":6");
+                replace(&mut parts[0].2, "[0,8]", "[0,6]");
+            }),
+            7007,
+            format!("tensor {first}A.weight: rank 8, the graph has room for 6"),
+        ),
+        (
+            splice(&context, &floats, same),
+            7007,
+            format!("tensor {first}A.weight: values of FLOAT_16, need SFIXED_POINT_8"),
+        ),
+        (
+            // 64 columns as the layout of 60: the padding of the panels takes as many bytes.
+            with(|parts| parts[1].2[4] = 60),
+            7007,
+            format!("tensor {first}A.weight: extents [6, 60], need [6, 64]"),
+        ),
+        (
+            with(|parts| parts.last_mut().unwrap().1 = "zzz.lora_B.weight".to_owned()),
+            7002,
+            "tensor zzz.lora_B.weight is not an updatable tensor of the context".to_owned(),
+        ),
+        (
+            with(|parts| {
+                parts.pop();
+                let len = parts[1].2.len() - 16;
+                parts[1].2.truncate(len);
+            }),
+            7007,
+            "v_proj.lora_A.weight has a value, its partner ".to_owned(),
+        ),
+        (
+            // B of rank 5: k of int8 panels is padded to 8, so the size stays.
+            with(|parts| parts[1].2[16 + 4] = 5),
+            7007,
+            format!("tensor {first}B.weight: rank 5, its partner {first}A.weight has 6"),
+        ),
+        (
+            with(|parts| replace(&mut parts[0].2, "\"graph\":null", "\"graph\":\"other\"")),
+            5000,
+            "graph \"other\" is not in the context, which has prompt, token".to_owned(),
+        ),
+        (
+            with(|parts| replace(&mut parts[0].2, "FLOAT_32", "FLOAT_16")),
+            7007,
+            "graph \"prompt\", tensor lora_alpha: {\"name\":\"lora_alpha\",\"type\":\"APP_WRITE\"".to_owned(),
+        ),
+        (context.to_binary().unwrap(), 5005, "at byte 6 is a context binary, need an adapter section".to_owned()),
+    ];
+    for (i, (section, code, want)) in cases.into_iter().enumerate() {
+        let error = context.load_section(section.into()).expect_err(&want);
+        let text = chain(&error).replace("of the section: ", "");
+        assert!(text.contains(&want), "case {i}: {text}\nneed {want}");
+        assert_eq!(error.code().number, code, "case {i}: {text}");
+    }
+    let fault = Context::from_binary(good.clone().into(), Verify::Headers).unwrap_err();
+    let want = (FileKind::AdapterSection, FileKind::Context);
+    assert!(matches!(fault.why, BinaryError::Kind { have, want: w } if (have, w) == want), "{fault:?}");
+
+    let adapter = context.load_section(bytes(&good)).unwrap();
+    let error = other_base.apply(None, &adapter).unwrap_err();
+    assert!(matches!(error, SectionError::WrongContext { .. }), "{error}");
+    let for_token = adapter.description().clone();
+    let for_token = random_adapter(&context, "t", 1, 2, &["layers"])
+        .described(Description { graph: Some("token".to_owned()), ..for_token });
+    let for_token = context.section(&for_token).unwrap();
+    let error = context.apply_section(Some("prompt"), for_token.into()).unwrap_err();
+    assert_eq!(error.to_string(), "section is for graph \"token\", asked for \"prompt\"");
+    assert!(matches!(context.apply(Some("no"), &adapter), Err(SectionError::UnknownGraph { .. })));
+}
+
+// Broken if values that no context would take can be written.
+#[test]
+fn what_does_not_fit_is_not_written() {
+    let context = int8();
+    let make = |values, description| {
+        let adapter = Adapter::new("bad", context.updatable().clone(), values).unwrap().described(description);
+        chain(&context.section(&adapter).unwrap_err())
+    };
+    let values = |rank| random_values(&context, 3, rank, &["q_proj"]);
+    let of_rank = |rank| Description { rank, ..Description::default() };
+    assert!(make(values(7), of_rank(7)).contains("adapter of rank 7, the context has room for 6"));
+    assert!(make(values(2)[..1].to_vec(), of_rank(2)).contains("has a value, its partner"));
+    assert!(make(values(2), of_rank(1)).contains("says that it has 1 rank columns, its tensors have 2"));
+    let slot = Slot { name: "a".to_owned(), columns: 1..3, scaling: None };
+    let text = make(values(2), Description { rank: 2, slots: vec![slot], ..Description::default() });
+    assert!(text.contains("slots"), "{text}");
+}
+
+fn table_at(file: &[u8]) -> usize {
+    u64::from_le_bytes(file[24..32].try_into().expect("eight bytes")) as usize
+}
+
+// Broken if a section that is not all there, changed by one bit, newer or somebody else's is applied, or if a failed
+// apply takes away what was applied before.
+#[test]
+fn damaged_sections_are_refused_and_change_nothing() {
+    let context = int8();
+    let before = context.section(&random_adapter(&context, "before", 1, 3, &["layers"])).unwrap();
+    let before = context.apply_section(None, before.into()).unwrap();
+    let good = context.section(&random_adapter(&context, "json", 5, RANK, &["q_proj", "up_proj"])).unwrap();
+    let refused = |section: &[u8], what: &str| {
+        let error = context.apply_section(None, bytes(section)).expect_err(what);
+        assert!(matches!(error, SectionError::Damaged { .. }), "{what}: {error}");
+        for graph in ["prompt", "token"] {
+            assert!(Arc::ptr_eq(&context.adapter(graph).unwrap(), &before), "{what}");
+        }
+        chain(&error)
+    };
+    let mut rng = Rng(3);
+    let cuts = (0..300).chain(table_at(&good)..good.len()).chain((0..300).map(|_| rng.next() as usize % good.len()));
+    for cut in cuts.collect::<Vec<_>>() {
+        refused(&good[..cut], "a cut");
+    }
+    refused(&[&good[..], &[0]].concat(), "one byte more");
+    let mut file = good.clone();
+    let everywhere = (0..128).chain(table_at(&good)..good.len()).map(|at| (at, at % 8));
+    let inside = (0..1500).map(|_| (128 + rng.next() as usize % (good.len() - 128), rng.next() as usize % 8));
+    for (at, bit) in everywhere.chain(inside).collect::<Vec<_>>() {
+        file[at] ^= 1 << bit;
+        refused(&file, "a flipped bit");
+        file[at] ^= 1 << bit;
+    }
+    let header = |at: usize, bytes: &[u8]| {
+        let mut file = good.clone();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        mend_checksums(&mut file);
+        file
+    };
+    assert!(refused(&header(4, &[2, 0]), "newer").contains("format version 2, written by SDK"));
+    assert!(refused(b"\x7fELF and so on", "foreign").contains("not a genie context binary"));
+    assert!(refused(&header(6, &[3, 0]), "a kind").contains("kind: found 3"));
+    for at in [16, 24, 32, 36] {
+        for value in [0u32, 1, 0x7fff_ffff, 0xffff_ffff] {
+            refused(&header(at, &value.to_le_bytes()), "a count");
+        }
+    }
+    context.apply_section(None, good.into()).expect("the file is whole");
+}
+
+// Broken if parts that contradict each other, or hostile numbers with true checksums, get through or panic.
+#[test]
+fn contradictory_parts_are_refused() {
+    type Change = fn(&mut Vec<(SectionKind, String, Vec<u8>)>);
+    let context = int8();
+    let good = context.section(&random_adapter(&context, "json", 5, RANK, &["q_proj"])).unwrap();
+    let cases: Vec<(Change, &str)> = vec![
+        (|p| _ = p.remove(0), "section META \"\" is missing"),
+        (|p| _ = p.remove(1), "section LAYOUTS \"\" is missing"),
+        (
+            |p| (2..=3).for_each(|i| p[i].1 = format!("name{}", 9 - i)),
+            "comes after name7, need the order of their names",
+        ),
+        (|p| p.truncate(3), "size_bytes is 64, need 16"),
+        (|p| p[1].2.truncate(60), "size_bytes is 60, need 64"),
+        (|p| p[1].2.fill(255), "format is 4294967295, need 1 to 5"),
+        (|p| p[1].2[8] = 0, "format is 0, need 1 to 5"),
+        (|p| p[1].2[12] = 1, "reserved is 1, need 0"),
+        (|p| p[1].2[0..4].fill(0), "panels"),
+        (|p| p[1].2[0..4].fill(255), "panels"),
+        (|p| p[1].2[4..8].fill(255), "panels"),
+        (|p| p[1].2[0] = 17, "bytes of packed weights"),
+        (|p| p[3].0 = SectionKind::Scales, "SCALES"),
+        (|p| p.push((SectionKind::Graph, "token".to_owned(), b"{}".to_vec())), "need"),
+        (|p| p[0].2 = b"{}".to_vec(), "missing field `tool`"),
+        (|p| replace(&mut p[0].2, "\"targets\":2", "\"targets\":3"), "targets: found 3, need 2"),
+        (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":5"), "slots: columns: found 6"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[6,6]"), "slots: columns: found 6, need more than 6"),
+        (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":18446744073709551615"), "rank"),
+        (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":-1"), "invalid value"),
+    ];
+    for (i, (change, want)) in cases.into_iter().enumerate() {
+        let error = chain(&context.load_section(splice(&context, &good, change).into()).expect_err("a contradiction"));
+        assert!(error.contains(want), "case {i}: {error}");
+    }
+    let mut rng = Rng(8);
+    for _ in 0..400 {
+        let damaged = splice(&context, &good, |parts| {
+            let part = &mut parts[rng.next() as usize % 2].2;
+            let at = rng.next() as usize % part.len();
+            part[at] ^= 1 << (rng.next() % 8);
+        });
+        // Some changes make another well-formed section (a name, a fact). None may panic.
+        let _ = context.load_section(damaged.into());
     }
 }

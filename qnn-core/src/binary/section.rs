@@ -162,9 +162,9 @@ fn read_tensors(binary: &Binary) -> Result<Vec<(String, Panels)>, BinaryFault> {
         if section.kind != SectionKind::Tensor {
             return Err(BinaryError::Unused { section: section.label() }.at(section.at_bytes));
         }
-        if tensors.last().is_some_and(|(before, _)| **before >= *section.name) {
-            let section = format!("{} in its place: names are in order, it", section.label());
-            return Err(BinaryError::Missing { section }.at(second.at_bytes));
+        if let Some((before, _)) = tensors.last().filter(|(before, _)| **before >= *section.name) {
+            let (section_name, before) = (section.label(), before.clone());
+            return Err(BinaryError::Order { section: section_name, before }.at(second.at_bytes));
         }
         let place = second.at_bytes + (i * size_of::<TensorLayout>()) as u64;
         let panels = panels(section, layout, binary.bytes(FIRST_TENSOR + i)).map_err(|why| why.at(place))?;

@@ -179,8 +179,7 @@ impl Context {
         let description = adapter.description();
         let values: Vec<(String, Panels)> =
             adapter.values().map(|(name, panels)| (name.to_owned(), panels.clone())).collect();
-        self.check_rank(description.rank)?;
-        self.updatable.check(&values)?;
+        self.check_values(description.rank, &values)?;
         let slot = |slot: &Slot| SlotRecord {
             name: slot.name.clone(),
             columns: [slot.columns.start, slot.columns.end],
@@ -213,9 +212,16 @@ impl Context {
         }
         let meta = file.meta();
         let want = self.io(meta.graph.as_deref())?;
-        self.check_rank(meta.rank)?;
-        self.updatable.check(file.tensors())?;
+        self.check_values(meta.rank, file.tensors())?;
         check_io(&meta.io, &want)
+    }
+
+    /// Checks the values of an adapter that says it has `rank` columns.
+    fn check_values(&self, rank: usize, values: &[(String, Panels)]) -> Result<(), SectionError> {
+        self.check_rank(rank)?;
+        self.updatable.check(values)?;
+        let want = self.updatable.rank_of(values);
+        if rank >= want { Ok(()) } else { Err(SectionError::Columns { have: rank, want }) }
     }
 
     fn check_rank(&self, have: usize) -> Result<(), SectionError> {

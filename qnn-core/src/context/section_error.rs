@@ -1,9 +1,9 @@
 //! Why a section cannot be loaded, applied or made, with QNN's numbers.
 
 use crate::{
+    backend::PrepareError,
     binary::{BinaryError, BinaryFault, Identity, SdkVersion},
     error::Code,
-    offline::generate::GenerateError,
     types::{DataType, TensorType},
 };
 
@@ -34,6 +34,8 @@ pub enum SectionError {
     Rank { tensor: String, have: usize, want: usize },
     #[error("adapter of rank {have}, the context has room for {want}")]
     AdapterRank { have: usize, want: usize },
+    #[error("adapter says that it has {have} rank columns, its tensors have {want}")]
+    Columns { have: usize, want: usize },
     #[error("tensor {tensor}: extents {have:?}, need {want:?}")]
     Extents { tensor: String, have: [usize; 2], want: Vec<usize> },
     #[error("tensor {tensor}: values of {have}, need {want}")]
@@ -61,6 +63,7 @@ impl SectionError {
             SectionError::UnknownTensor { .. } => Code::TENSOR_DOES_NOT_EXIST,
             SectionError::Rank { .. }
             | SectionError::AdapterRank { .. }
+            | SectionError::Columns { .. }
             | SectionError::Extents { .. }
             | SectionError::DataType { .. }
             | SectionError::HalfPair { .. }
@@ -97,8 +100,10 @@ pub enum StateError {
     NotUpdateable { tensor: String, have: TensorType },
     #[error("update of tensor {tensor}: {have}, need {want}")]
     Incompatible { tensor: String, have: String, want: String },
+    #[error("graph {graph:?} has values of its own: ask for its section, not for that of the whole context")]
+    PerGraph { graph: String },
     #[error("value of a tensor")]
-    Pack(#[from] GenerateError),
+    Pack(#[from] PrepareError),
     #[error(transparent)]
     Section(#[from] SectionError),
     #[error("context binary")]
@@ -116,6 +121,7 @@ impl StateError {
             StateError::UnknownGraph { .. }
             | StateError::DuplicateGraph { .. }
             | StateError::Closed
+            | StateError::PerGraph { .. }
             | StateError::Binary(_) => Code::CONTEXT_INVALID_ARGUMENT,
             StateError::UnknownTensor { .. } => Code::TENSOR_DOES_NOT_EXIST,
             StateError::NotUpdateable { .. } | StateError::Incompatible { .. } => {

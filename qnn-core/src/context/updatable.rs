@@ -78,12 +78,9 @@ impl Updatable {
             let at = values.binary_search_by(|(other, _)| other.as_str().cmp(name)).ok()?;
             Some(&values[at].1)
         };
+        values.iter().try_for_each(|(name, panels)| self.check_one(name, panels))?;
         for (name, panels) in values {
-            let Ok(index) = self.names.binary_search(name) else {
-                return Err(SectionError::UnknownTensor { tensor: name.clone() });
-            };
-            let declared = &self.declared[index];
-            declared.check(name, panels)?;
+            let Some(declared) = self.find(name) else { continue };
             let (Half::Down(partner) | Half::Up(partner)) = &declared.half else { continue };
             let Some(other) = value(partner) else {
                 return Err(SectionError::HalfPair { tensor: name.clone(), missing: partner.clone() });
@@ -96,6 +93,34 @@ impl Updatable {
             }
         }
         Ok(())
+    }
+
+    /// Checks that `panels` fit the tensor called `name`, on their own.
+    pub(crate) fn check_one(&self, name: &str, panels: &Panels) -> Result<(), SectionError> {
+        match self.find(name) {
+            Some(declared) => declared.check(name, panels),
+            None => Err(SectionError::UnknownTensor { tensor: name.to_owned() }),
+        }
+    }
+
+    /// Declared element type of the tensor called `name`.
+    pub(crate) fn data_type(&self, name: &str) -> Option<DataType> {
+        self.find(name).map(|declared| declared.data_type)
+    }
+
+    /// Most rank columns of `values`, which fit.
+    pub(crate) fn rank_of(&self, values: &[(String, Panels)]) -> usize {
+        let rank = |(name, panels): &(String, Panels)| match self.find(name)?.half {
+            Half::Down(_) => Some(panels.layout().n()),
+            Half::Up(_) => Some(panels.layout().k()),
+            Half::Alone => None,
+        };
+        values.iter().filter_map(rank).max().unwrap_or(0)
+    }
+
+    fn find(&self, name: &str) -> Option<&Declared> {
+        let index = self.names.binary_search_by(|n| n.as_str().cmp(name)).ok()?;
+        Some(&self.declared[index])
     }
 }
 

@@ -26,10 +26,14 @@ use crate::{
     tensor::{Tensor, TensorId},
 };
 
+mod adapters;
 mod pack;
 mod split;
 
-use pack::Packing;
+pub use adapters::{AdapterError, SectionReport};
+
+use adapters::Adapters;
+pub(crate) use pack::Packing;
 
 /// What to make of a DLC.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +50,8 @@ pub struct GenerateOptions {
     pub cl: Vec<usize>,
     /// Number of files to spread the layers over.
     pub num_splits: usize,
+    /// The importer's `lora_output_files.yaml`: each of its adapters becomes a section of each context binary.
+    pub adapter_weight_config: Option<PathBuf>,
 }
 
 /// What was made.
@@ -53,6 +59,8 @@ pub struct GenerateOptions {
 pub struct Report {
     /// One context binary per split.
     pub files: Vec<FileReport>,
+    /// The section files of each context binary, `default_adapter` first.
+    pub sections: Vec<SectionReport>,
     /// The files copied beside them (tokenizer, generation config).
     pub sidecars: Vec<PathBuf>,
 }
@@ -104,12 +112,19 @@ pub enum GenerateError {
     Option { option: &'static str, have: String, want: String },
     #[error(transparent)]
     Graph(#[from] GraphError),
+    #[error("{path}")]
+    Adapter {
+        path: PathBuf,
+        #[source]
+        why: Box<AdapterError>,
+    },
     #[error("start the worker threads")]
     Threads(#[source] std::io::Error),
 }
 
-/// Makes context binaries of a DLC, and copies the tokenizer and its companions beside them.
+/// Makes context binaries of a DLC and sections of its adapters, and copies the tokenizer and its companions beside them.
 ///
+/// The context binaries do not depend on the adapters: theirs are sections of every context binary made of the same DLC.
 /// Weights of matrix products and embeddings are packed for the kernels; other constants stay as they are. At most one
 /// packed tensor per core is in memory at a time. Each file is written as a whole or not at all.
 ///
@@ -120,6 +135,8 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     check(options).map_err(refuse)?;
     let graph = read_dlc(&options.dlc_path)?;
     let splits = plan(&graph, options).map_err(refuse)?;
+    let adapters = options.adapter_weight_config.as_ref().map(|yaml| Adapters::read(yaml, &graph)).transpose();
+    let adapters = adapters.map_err(|(path, why)| refuse(GenerateError::Adapter { path, why: Box::new(why) }))?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::new(cores).map_err(|why| refuse(GenerateError::Threads(why)))?;
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
@@ -149,8 +166,12 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
             weights: split.weights(),
         });
     }
+    let mut sections = Vec::new();
+    for (file, adapters) in files.iter().zip(adapters.iter().cycle()) {
+        sections.extend(adapters.write(&file.path)?);
+    }
     let sidecars = copy_sidecars(&options.dlc_path, &options.output_dir)?;
-    Ok(Report { files, sidecars })
+    Ok(Report { files, sections, sidecars })
 }
 
 /// Copies the files that a dialog needs beside the context binaries, those that lie beside the DLC, to `output_dir`.

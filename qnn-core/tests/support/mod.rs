@@ -1,9 +1,11 @@
 //! A tiny llama built by hand, and the means to damage context binaries.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+use std::sync::{Arc, atomic::AtomicBool};
+
 use qnn_core::{
-    Adapter, BlockOffsets, Bytes, Context, DataType, Dim, Encoding, Floats, Graph, OpKind, Panels, Shape, Tensor,
-    TensorData, TensorId, TensorType,
+    Adapter, Backend, Bindings, BlockOffsets, Bytes, Context, DataType, Dim, Encoding, Executable, Floats, Graph,
+    OpKind, Panels, Shape, State, Tensor, TensorData, TensorId, TensorType,
     adapter::{Description, Slot},
     backend::htp::pack_constant,
     op::AttentionAttrs,
@@ -230,6 +232,41 @@ pub(crate) fn random_adapter(context: &Context, name: &str, seed: u64, rank: usi
     let description = Description { graph: None, rank, slots: vec![slot], metadata };
     let adapter = Adapter::new(name, context.updatable().clone(), values).expect("names of the context");
     adapter.described(description)
+}
+
+/// A graph made ready, always run from an empty cache.
+pub(crate) struct Runner {
+    executable: Box<dyn Executable>,
+    bindings: Bindings,
+    state: State,
+}
+
+impl Runner {
+    pub(crate) fn new(backend: &dyn Backend, graph: &Graph) -> Runner {
+        let executable = backend.prepare(graph).expect("the tiny model can run");
+        let state = backend.new_state(&[graph], 32).expect("its caches are plain");
+        Runner { executable, bindings: Bindings::new(graph), state }
+    }
+
+    /// Logits of the last of `ids`, with `adapter` at `strength`.
+    pub(crate) fn run(&mut self, ids: &[i32], adapter: Option<Arc<Adapter>>, strength: f32) -> Vec<f32> {
+        let positions: Vec<i32> = (0..ids.len() as i32).collect();
+        let rows = [ids.len() as i32 - 1];
+        let integers =
+            [("input_ids", ids), ("position_ids", &positions), ("cache_index", &[0]), ("logit_indices", &rows)];
+        for (name, values) in integers {
+            let input = self.bindings.find_input(name).expect("every tiny model has it");
+            self.bindings.set_i32(input, values).expect("it fits");
+        }
+        if let Some(alpha) = self.bindings.find_input("lora_alpha") {
+            let rank = self.bindings.inputs()[alpha].max_rows;
+            self.bindings.set_f32(alpha, &vec![strength; rank]).expect("it fits");
+        }
+        self.bindings.set_adapter(adapter);
+        let Runner { executable, bindings, state } = self;
+        executable.execute(bindings, state, &AtomicBool::new(false)).expect("the step runs");
+        self.bindings.output_f32(0).to_vec()
+    }
 }
 
 /// Type, encoding and bytes of a random weight `[n, k]`.

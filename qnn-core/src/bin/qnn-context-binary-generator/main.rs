@@ -40,6 +40,12 @@ struct Cli {
     #[arg(long, value_name = "N", default_value = "1")]
     num_splits: usize,
 
+    /// Adapters of the model: the lora_output_files.yaml of qairt-lora-importer. Each becomes one section file beside each
+    /// context binary, NAME_ADAPTER.bin, or with share_adapters_between_graphs: No one for each graph, GRAPH_ADAPTER.bin.
+    /// A default_adapter without values is written too.
+    #[arg(long, value_name = "FILE")]
+    adapter_weight_config: Option<PathBuf>,
+
     /// What will run the binary. There is one backend.
     #[arg(long, value_name = "NAME", default_value = "htp")]
     backend: Backend,
@@ -57,8 +63,6 @@ enum Backend {
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 struct Later {
-    #[arg(long, hide = true)]
-    adapter_weight_config: Option<String>,
     #[arg(long, hide = true)]
     config_file: Option<String>,
     #[arg(long, hide = true)]
@@ -96,6 +100,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         ar: cli.ar.clone(),
         cl: cli.cl.clone(),
         num_splits: cli.num_splits,
+        adapter_weight_config: cli.adapter_weight_config.clone(),
     };
     let mut display = Display::new();
     let report = generate(&options, &mut |progress| display.show(progress));
@@ -107,7 +112,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Later {
     fn refuse(&self) -> anyhow::Result<()> {
         let given = [
-            ("adapter_weight_config", self.adapter_weight_config.is_some()),
             ("config_file", self.config_file.is_some()),
             ("model", self.model.is_some()),
             ("htp_socs", self.htp_socs.is_some()),
@@ -172,11 +176,44 @@ fn print_summary(report: &Report) {
         }
         println!("  identity {}", file.identity);
     }
+    if !report.sections.is_empty() {
+        print_sections(report);
+    }
     for path in &report.sidecars {
         println!("wrote {}", path.display());
     }
 }
 
+/// One line per section: its size beside what its weights and scales take by themselves.
+fn print_sections(report: &Report) {
+    let kib = |bytes: u64| bytes as f64 / 1024.0;
+    println!("sections          rank targets   file KiB  weights KiB  padding KiB  rest KiB");
+    let (mut files, mut weights) = (0, 0);
+    for section in &report.sections {
+        files += section.size_bytes;
+        weights += section.weights_bytes;
+        println!(
+            "  {:<16} {:>4} {:>7} {:>10.1} {:>12.1} {:>12.1} {:>9.1}  {}{}",
+            section.adapter,
+            section.rank,
+            section.n_targets,
+            kib(section.size_bytes),
+            kib(section.weights_bytes),
+            kib(section.panels_bytes - section.weights_bytes),
+            kib(section.size_bytes - section.panels_bytes),
+            section.path.display(),
+            if section.n_targets == 0 && section.rank > 0 { " (changes nothing in this part)" } else { "" },
+        );
+    }
+    println!(
+        "  {} files, {:.1} KiB; their weights and scales alone: {:.1} KiB",
+        report.sections.len(),
+        kib(files),
+        kib(weights)
+    );
+}
+
 const EXAMPLES: &str = "Examples:
   qnn-context-binary-generator --dlc_path out/model.dlc --binary_file model --output_dir out
-  qnn-context-binary-generator --dlc_path out/model.dlc --output_dir out --ar 128,1 --cl 2048,4096 --num_splits 2";
+  qnn-context-binary-generator --dlc_path out/model.dlc --output_dir out --ar 128,1 --cl 2048,4096 --num_splits 2
+  qnn-context-binary-generator --dlc_path out/model.dlc --output_dir out --adapter_weight_config out/lora_output_files.yaml";

@@ -1,4 +1,4 @@
-//! `qnn-context-binary-utility`: what a context binary contains, as JSON.
+//! `qnn-context-binary-utility`: what a context binary or an adapter section contains, as JSON.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -6,14 +6,18 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use qnn_core::{Context, OpenOptions, binary::Verify};
+use qnn_core::{
+    Bytes, Error,
+    binary::{FileInfo, Verify},
+};
 
-/// Prints what a context binary contains as JSON: versions, identity, graphs with their inputs, outputs and states,
-/// constants with their types and sizes.
+/// Prints what a context binary or an adapter section contains as JSON. Of a context binary: versions, identity, graphs
+/// with their inputs, outputs and states, constants with their types and sizes. Of an adapter section: versions, its own
+/// and its base's identity, name, rank, slots, inputs and outputs of its graphs, tensors with their types and sizes.
 #[derive(Parser)]
 #[command(name = "qnn-context-binary-utility", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Cli {
-    /// The context binary, as qnn-context-binary-generator writes it.
+    /// The context binary or adapter section, as qnn-context-binary-generator writes it.
     #[arg(long, value_name = "FILE")]
     context_binary: PathBuf,
 
@@ -21,7 +25,7 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     json_file: Option<PathBuf>,
 
-    /// Read the whole file and compare every checksum. Without it the constants are not touched.
+    /// Read the whole file and compare every checksum. Without it the constants of a context are not touched.
     #[arg(long)]
     verify: bool,
 }
@@ -38,8 +42,10 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let verify = if cli.verify { Verify::Checksums } else { Verify::Headers };
-    let context = Context::open(&cli.context_binary, &OpenOptions { use_mmap: true, verify })?;
-    let mut json = serde_json::to_vec_pretty(&context.info()).context("write JSON")?;
+    let path = &cli.context_binary;
+    let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
+    let contents = FileInfo::read(bytes, verify).map_err(Error::binary(path))?;
+    let mut json = serde_json::to_vec_pretty(&contents).context("write JSON")?;
     json.push(b'\n');
     match &cli.json_file {
         Some(path) => std::fs::write(path, &json).with_context(|| path.display().to_string()),
@@ -49,4 +55,5 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 
 const EXAMPLES: &str = "Examples:
   qnn-context-binary-utility --context_binary out/model.bin
+  qnn-context-binary-utility --context_binary out/model_pirate.bin
   qnn-context-binary-utility --context_binary out/model.bin --json_file info.json --verify";

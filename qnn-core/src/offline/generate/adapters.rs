@@ -1,0 +1,386 @@
+//! Adapters beside context binaries: `lora_output_files.yaml` in, one section file per adapter and context out.
+//!
+//! ```text
+//! yaml ─► for each use case: weights (safetensors) + encodings (AIMET JSON) ─► panels, checked against the model
+//! context binaries ─► for each: default_adapter and every use case ─► the tensors that it has ─► <context>_<name>.bin
+//! ```
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use crate::{
+    adapter::{Adapter, Description, Slot},
+    binary::{BinaryError, SlotRecord, Verify},
+    context::{Context, OpenOptions, SectionError, Updatable},
+    error::Error,
+    graph::Graph,
+    map::Bytes,
+    offline::{
+        ImportError,
+        adapter_values::{ValueError, pack_value},
+        safetensors::{LayoutError, SafetensorsFile},
+        source::{ElementFormat, SourceTensor},
+    },
+    tensor::Panels,
+    types::DataType,
+};
+
+/// Why adapters cannot be made sections.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum AdapterError {
+    #[error("{0}")]
+    Yaml(String),
+    #[error("cannot be read")]
+    Io(#[from] std::io::Error),
+    #[error("{have_bytes} bytes, at most {MAX_TEXT_BYTES} are read")]
+    TooLarge { have_bytes: usize },
+    #[error("use case {name:?}: the name {why}")]
+    Name { name: String, why: &'static str },
+    #[error("use case {name:?} is for graph {have:?}, the DLC has {want:?}")]
+    Graph { name: String, have: String, want: String },
+    #[error("the DLC has no updatable tensors: convert it with --lora_weight_list")]
+    NothingUpdatable,
+    #[error("no tensors: an adapter has to change something")]
+    Empty,
+    #[error("key {key} is not supported")]
+    Key { key: &'static str },
+    #[error("metadata {key} is {have:?}, need {want}")]
+    Metadata { key: &'static str, have: String, want: &'static str },
+    #[error("not the JSON expected here")]
+    Json(#[from] serde_json::Error),
+    #[error("encoding of {tensor}: {have}, need {want}")]
+    Encoding { tensor: String, have: String, want: String },
+    #[error("tensor {tensor}")]
+    Value {
+        tensor: String,
+        #[source]
+        why: ValueError,
+    },
+    #[error(transparent)]
+    Safetensors(#[from] LayoutError),
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    #[error(transparent)]
+    Section(#[from] SectionError),
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+}
+
+/// A section file that was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SectionReport {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The adapter's name.
+    pub adapter: String,
+    /// The one graph that it is for; `None` is the whole context.
+    pub graph: Option<String>,
+    /// Columns of the strength tensor that the adapter uses.
+    pub rank: usize,
+    /// Layers that it changes in this context.
+    pub n_targets: usize,
+    /// Size of the file.
+    pub size_bytes: u64,
+    /// What the numbers and their scales take by themselves: the part of the size that cannot be avoided.
+    pub weights_bytes: u64,
+    /// The same in the kernels' panels, whose rows come in sixteens.
+    pub panels_bytes: u64,
+}
+
+/// `lora_output_files.yaml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OutputFiles {
+    use_case: Vec<UseCase>,
+    #[serde(default)]
+    share_adapters_between_graphs: bool,
+}
+
+/// One adapter, or several composed ones.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UseCase {
+    name: String,
+    graph: Option<String>,
+    weights: PathBuf,
+    encodings: Option<PathBuf>,
+    #[serde(default)]
+    weights_only: bool,
+    #[serde(default)]
+    enable_weights_updates: bool,
+}
+
+/// All adapters of a model, ready to be spread over its context binaries.
+pub(super) struct Adapters {
+    share: bool,
+    adapters: Vec<Prepared>,
+}
+
+/// One adapter for the whole model.
+struct Prepared {
+    name: String,
+    description: Description,
+    values: Vec<(String, Panels)>,
+}
+
+impl Adapters {
+    /// Reads the files that `yaml` names and packs their values for `model`. Everything that can be refused is refused here.
+    ///
+    /// # Errors
+    /// The file and what is wrong with it.
+    pub(super) fn read(yaml: &Path, model: &Graph) -> Result<Adapters, (PathBuf, AdapterError)> {
+        let in_yaml = |why| (yaml.to_owned(), why);
+        let text = read_text(yaml).map_err(in_yaml)?;
+        let files: OutputFiles =
+            serde_saphyr::from_slice(&text).map_err(|why| in_yaml(AdapterError::Yaml(why.to_string())))?;
+        let updatable = Updatable::of(std::slice::from_ref(model)).map_err(|why| in_yaml(why.into()))?;
+        if updatable.names.is_empty() {
+            return Err(in_yaml(AdapterError::NothingUpdatable));
+        }
+        check_names(&files.use_case, model).map_err(in_yaml)?;
+        let folder = yaml.parent().unwrap_or(Path::new(""));
+        let none =
+            Prepared { name: DEFAULT_ADAPTER.to_owned(), description: Description::default(), values: Vec::new() };
+        let mut adapters = vec![none];
+        for case in &files.use_case {
+            adapters.push(prepare(case, folder, &updatable)?);
+        }
+        Ok(Adapters { share: files.share_adapters_between_graphs, adapters })
+    }
+
+    /// Writes the sections of one context binary beside it.
+    ///
+    /// # Errors
+    /// What reading the context or writing a file says.
+    pub(super) fn write(&self, context_path: &Path) -> Result<Vec<SectionReport>, Error> {
+        let options = OpenOptions { use_mmap: true, verify: Verify::Headers };
+        let context = Context::open(context_path, &options)?;
+        let folder = context_path.parent().unwrap_or(Path::new(""));
+        let stem = context_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("context");
+        let graphs: Vec<Option<&str>> = if self.share { vec![None] } else { context.graphs().map(Some).collect() };
+        let mut reports = Vec::new();
+        for prepared in &self.adapters {
+            for graph in &graphs {
+                let path = folder.join(format!("{}_{}.bin", graph.unwrap_or(stem), prepared.name));
+                let adapter = prepared
+                    .part(&context, *graph)
+                    .map_err(|why| Error::Section { path: path.clone(), why: Box::new(why) })?;
+                let written = context.write_section_file(&adapter, &path)?;
+                reports.push(SectionReport {
+                    path,
+                    adapter: prepared.name.clone(),
+                    graph: graph.map(str::to_owned),
+                    rank: adapter.rank(),
+                    n_targets: adapter.n_targets(),
+                    size_bytes: written.size_bytes,
+                    weights_bytes: adapter.values().map(|(_, panels)| weights_bytes(panels)).sum(),
+                    panels_bytes: adapter.size_bytes(),
+                });
+            }
+        }
+        Ok(reports)
+    }
+}
+
+impl Prepared {
+    /// The part of the adapter that `context` has, for one graph of it or all.
+    fn part(&self, context: &Context, graph: Option<&str>) -> Result<Adapter, SectionError> {
+        let names = Arc::clone(context.updatable());
+        let values = self.values.iter().filter(|(name, _)| names.binary_search(name).is_ok());
+        let adapter = Adapter::new(&self.name, Arc::clone(&names), values.cloned())
+            .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
+        let graph = graph.map(str::to_owned);
+        Ok(adapter.described(Description { graph, ..self.description.clone() }))
+    }
+}
+
+fn check_names(cases: &[UseCase], model: &Graph) -> Result<(), AdapterError> {
+    let mut seen = HashSet::new();
+    for case in cases {
+        let name = case.name.clone();
+        let refuse = |why| Err(AdapterError::Name { name: name.clone(), why });
+        let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | ' ');
+        if name.is_empty() || name.starts_with('.') || name.len() > 128 || !name.chars().all(plain) {
+            return refuse("becomes part of a file name: letters, digits, '-', '_', '+', '.' and spaces only");
+        }
+        if name == DEFAULT_ADAPTER {
+            return refuse("is that of the adapter without values");
+        }
+        if !seen.insert(name.clone()) {
+            return refuse("is there twice");
+        }
+        if case.weights_only {
+            return Err(AdapterError::Key { key: "weights_only" });
+        }
+        if case.enable_weights_updates {
+            return Err(AdapterError::Key { key: "enable_weights_updates" });
+        }
+        if let Some(have) = case.graph.as_ref().filter(|graph| *graph != model.name()) {
+            return Err(AdapterError::Graph { name, have: have.clone(), want: model.name().to_owned() });
+        }
+    }
+    Ok(())
+}
+
+fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepared, (PathBuf, AdapterError)> {
+    let encodings_path = case.encodings.as_ref().map(|path| folder.join(path));
+    let scales = match &encodings_path {
+        None => HashMap::new(),
+        Some(path) => read_encodings(path, updatable).map_err(|why| (path.clone(), why))?,
+    };
+    let path = folder.join(&case.weights);
+    let read = || -> Result<Prepared, AdapterError> {
+        let file = SafetensorsFile::parse(Bytes::map_file(&path)?)?;
+        let mut values = Vec::new();
+        for name in file.names() {
+            values.push((name.to_owned(), read_value(&file, name, updatable, scales.get(name).map(Vec::as_slice))?));
+        }
+        values.sort_by(|a, b| a.0.cmp(&b.0));
+        if values.is_empty() {
+            return Err(AdapterError::Empty);
+        }
+        updatable.check(&values)?;
+        let rank = updatable.rank_of(&values);
+        let metadata = file.all_metadata();
+        let slots = slots(&metadata, &case.name, rank)?;
+        let rank = slots.iter().map(|slot| slot.columns.end).fold(rank, usize::max);
+        if rank > updatable.max_rank {
+            return Err(SectionError::AdapterRank { have: rank, want: updatable.max_rank }.into());
+        }
+        let description = Description { graph: None, rank, slots, metadata };
+        Ok(Prepared { name: case.name.clone(), description, values })
+    };
+    read().map_err(|why| (path.clone(), why))
+}
+
+fn read_value(
+    file: &SafetensorsFile,
+    name: &str,
+    updatable: &Updatable,
+    scales: Option<&[f32]>,
+) -> Result<Panels, AdapterError> {
+    let unknown = || SectionError::UnknownTensor { tensor: name.to_owned() };
+    let declared = updatable.data_type(name).ok_or_else(unknown)?;
+    let stored = file.tensor(name).ok_or_else(unknown)?;
+    let format = match stored.dtype {
+        "F32" => ElementFormat::F32,
+        "F16" => ElementFormat::F16,
+        "BF16" => ElementFormat::Bf16,
+        other => {
+            let (what, supported) = (format!("tensor {name} of type {other}"), "F32, F16, BF16".to_owned());
+            return Err(ImportError::Unsupported { what, supported }.into());
+        }
+    };
+    let tensor = SourceTensor::new(name, stored.shape, format, stored.bytes)?;
+    pack_value(declared, [tensor.n(), tensor.k()], &tensor.to_f32(), scales)
+        .map_err(|why| AdapterError::Value { tensor: name.to_owned(), why })
+}
+
+/// The slots that the importer recorded, or one for all columns.
+fn slots(metadata: &BTreeMap<String, String>, name: &str, rank: usize) -> Result<Vec<Slot>, AdapterError> {
+    let Some(text) = metadata.get(SLOTS) else {
+        return Ok(vec![Slot { name: name.to_owned(), columns: 0..rank, scaling: None }]);
+    };
+    let refuse = |want| AdapterError::Metadata { key: SLOTS, have: text.clone(), want };
+    let records: Vec<SlotRecord> = serde_json::from_str(text)
+        .map_err(|_| refuse("[{\"name\": …, \"columns\": [first, end], \"scaling\": …}, …]"))?;
+    let slot = |record: SlotRecord| {
+        let [first, end] = record.columns;
+        let fits = first < end && end <= u32::MAX as usize;
+        fits.then_some(Slot { name: record.name, columns: first..end, scaling: record.scaling })
+    };
+    records.into_iter().map(|record| slot(record).ok_or_else(|| refuse("columns that begin before they end"))).collect()
+}
+
+/// An encodings file of AIMET, version 1.0.0.
+#[derive(Deserialize)]
+struct EncodingsFile {
+    version: String,
+    #[serde(default)]
+    activation_encodings: Vec<serde_json::Value>,
+    #[serde(default)]
+    param_encodings: Vec<ParamEncoding>,
+}
+
+#[derive(Deserialize)]
+struct ParamEncoding {
+    name: String,
+    dtype: String,
+    #[serde(default)]
+    enc_type: String,
+    bw: usize,
+    #[serde(default)]
+    scale: Vec<f32>,
+    #[serde(default)]
+    offset: Vec<f64>,
+}
+
+/// Scales by tensor name.
+fn read_encodings(path: &Path, updatable: &Updatable) -> Result<HashMap<String, Vec<f32>>, AdapterError> {
+    let file: EncodingsFile = serde_json::from_slice(&read_text(path)?)?;
+    let refuse = |tensor: &str, have: String, want: &str| {
+        Err(AdapterError::Encoding { tensor: tensor.to_owned(), have, want: want.to_owned() })
+    };
+    if file.version != "1.0.0" {
+        return refuse("the file", format!("version {:?}", file.version), "version \"1.0.0\"");
+    }
+    if !file.activation_encodings.is_empty() {
+        let have = format!("{} encodings of activations", file.activation_encodings.len());
+        return refuse("the file", have, "none: an adapter cannot change those of this graph");
+    }
+    let mut scales = HashMap::new();
+    for encoding in file.param_encodings {
+        let name = encoding.name.as_str();
+        let Some(declared) = updatable.data_type(name) else {
+            return Err(SectionError::UnknownTensor { tensor: name.to_owned() }.into());
+        };
+        if encoding.dtype.eq_ignore_ascii_case("float") {
+            if !declared.is_float() || encoding.bw != declared.bits() {
+                return refuse(name, format!("FLOAT of {} bits", encoding.bw), declared.name());
+            }
+            continue;
+        }
+        let symmetric = if encoding.bw <= 32 { -((1u64 << encoding.bw >> 1) as f64) } else { 0.0 };
+        let is_symmetric = encoding.offset.iter().all(|offset| *offset == symmetric || *offset == 0.0);
+        let fixed = matches!(declared, DataType::SFixedPoint8 | DataType::SFixedPoint4);
+        if !fixed || encoding.bw != declared.bits() {
+            return refuse(name, format!("{} of {} bits", encoding.dtype, encoding.bw), declared.name());
+        }
+        if encoding.enc_type != "PER_CHANNEL" || !is_symmetric {
+            let have = format!("{} with offsets {:?}", encoding.enc_type, encoding.offset.first());
+            return refuse(name, have, "PER_CHANNEL, symmetric");
+        }
+        if scales.insert(encoding.name.clone(), encoding.scale).is_some() {
+            return refuse(&encoding.name, "two entries".to_owned(), "one");
+        }
+    }
+    Ok(scales)
+}
+
+fn read_text(path: &Path) -> Result<Bytes, AdapterError> {
+    let bytes = Bytes::map_file(path)?;
+    if bytes.len() > MAX_TEXT_BYTES {
+        return Err(AdapterError::TooLarge { have_bytes: bytes.len() });
+    }
+    Ok(Bytes::from(bytes.to_vec()))
+}
+
+/// Bytes of the numbers and scales without any padding.
+fn weights_bytes(panels: &Panels) -> u64 {
+    let layout = panels.layout();
+    let bits = crate::context::data_type_of(layout.format()).map_or(0, |data_type| data_type.bits());
+    let scales = if layout.format().is_float() { 0 } else { layout.n() * 4 };
+    ((layout.n() * layout.k() * bits).div_ceil(8) + scales) as u64
+}
+
+/// Name of the adapter without values.
+pub(super) const DEFAULT_ADAPTER: &str = "default_adapter";
+/// Metadata key of the importer's weights: the slots as JSON.
+const SLOTS: &str = "slots";
+/// Longest YAML or encodings file that is read.
+const MAX_TEXT_BYTES: usize = 64 << 20;
