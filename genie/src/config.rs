@@ -12,11 +12,13 @@ mod context;
 mod engine;
 mod error;
 mod json;
+mod lora;
 mod sampler;
 
 pub use context::ContextConfig;
 pub use engine::{EngineConfig, PositionalEncoding, RopeScaling};
 pub use error::ConfigError;
+pub use lora::{AdapterConfig, KvReuse, LoraConfig};
 pub use sampler::{SamplerConfig, TokenPenalty};
 
 use json::{Entry, Fields};

@@ -10,20 +10,23 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::Error;
-use crate::config::{self, DialogConfig, Settings};
+use crate::adapters::{Adapters, LoraError};
+use crate::config::{self, DialogConfig, KvReuse, LoraConfig, Settings};
 use crate::engine::qnn::QnnEngine;
 use crate::engine::{Engine, EngineError};
+use crate::kv_cache::KvCache;
 use crate::prompt::{ChatTemplate, Message, Prompt};
 use crate::sampler::{Random, Sampler};
 use crate::tokenizer::{Specials, Tokenizer};
 
 mod basic;
+mod lora;
 mod output;
 mod report;
 mod signal;
 
 use output::Output;
-pub use report::{Finish, Flow, QueryReport, SentenceCode, Timings};
+pub use report::{AppliedLora, Finish, Flow, QueryOptions, QueryReport, SentenceCode, Timings};
 pub use signal::Signal;
 
 /// A conversation with one model.
@@ -33,7 +36,9 @@ pub use signal::Signal;
 pub struct Dialog {
     settings: Settings,
     role: String,
-    engine: Box<dyn Engine>,
+    cache: KvCache,
+    adapters: Adapters,
+    kv_reuse: KvReuse,
     tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
     /// Where a template would have been, for the error that there is none.
@@ -58,6 +63,14 @@ struct Checkpoint {
     random: Random,
 }
 
+/// What a call is given.
+struct Call<'a> {
+    ids: Vec<u32>,
+    code: SentenceCode,
+    options: &'a QueryOptions,
+    started: Instant,
+}
+
 impl Dialog {
     /// Opens the model, the tokenizer and the chat template that `config` names. (`GenieDialog_create`)
     ///
@@ -69,12 +82,12 @@ impl Dialog {
         let role = config.engine.role.clone();
         let engine = QnnEngine::open(&config.engine).map_err(|why| Error::engine(&role, why))?;
         let mut dialog = Self::with_engine(config.settings, Box::new(engine), tokenizer, template)?;
-        dialog.role = role;
+        dialog.set_lora(&config.engine.lora, role);
         dialog.template_path = ChatTemplate::config_path(&config.tokenizer_path);
         Ok(dialog)
     }
 
-    /// A dialog over an engine that is open already.
+    /// A dialog over an engine that is open already, without adapters: see [`Dialog::add_adapter`].
     ///
     /// # Errors
     /// [`Error::Engine`] if the engine's vocabulary is not the one that the settings state.
@@ -94,8 +107,10 @@ impl Dialog {
             sampler: Sampler::new(settings.sampler.clone()),
             stop_tokens: Vec::new(),
             settings,
+            adapters: Adapters::new(&LoraConfig::default(), &role),
+            kv_reuse: KvReuse::Keep,
             role,
-            engine,
+            cache: KvCache::new(engine),
             tokenizer,
             template,
             template_path: Path::new("tokenizer_config.json").to_owned(),
@@ -134,6 +149,20 @@ impl Dialog {
         &mut self,
         prompt: &str,
         code: SentenceCode,
+        callback: impl FnMut(&str, SentenceCode) -> Flow,
+    ) -> Result<QueryReport, Error> {
+        self.query_with(prompt, code, &QueryOptions::default(), callback)
+    }
+
+    /// As [`Dialog::query`], with options for this query only.
+    ///
+    /// # Errors
+    /// As [`Dialog::query`], and what [`Dialog::apply_lora`] reports for an adapter that the options name.
+    pub fn query_with(
+        &mut self,
+        prompt: &str,
+        code: SentenceCode,
+        options: &QueryOptions,
         mut callback: impl FnMut(&str, SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
         let started = Instant::now();
@@ -141,7 +170,8 @@ impl Dialog {
             SentenceCode::Abort => Vec::new(),
             _ => self.tokenizer.encode(prompt, Specials::Recognise)?,
         };
-        self.run(ids, code, Output::text(&mut callback, &self.settings.stop_sequences), started)
+        let output = Output::text(&mut callback, &self.settings.stop_sequences);
+        self.run(Call { ids, code, options, started }, output)
     }
 
     /// Gives the model a prompt of token ids and streams the ids of its answer. (`GenieDialog_tokenQuery`)
@@ -155,10 +185,25 @@ impl Dialog {
         &mut self,
         ids: &[u32],
         code: SentenceCode,
+        callback: impl FnMut(&[u32], SentenceCode) -> Flow,
+    ) -> Result<QueryReport, Error> {
+        self.token_query_with(ids, code, &QueryOptions::default(), callback)
+    }
+
+    /// As [`Dialog::token_query`], with options for this query only.
+    ///
+    /// # Errors
+    /// As [`Dialog::token_query`] and [`Dialog::query_with`].
+    pub fn token_query_with(
+        &mut self,
+        ids: &[u32],
+        code: SentenceCode,
+        options: &QueryOptions,
         mut callback: impl FnMut(&[u32], SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
-        let started = Instant::now();
-        self.run(ids.to_vec(), code, Output::ids(&mut callback, &self.settings.stop_sequences), started)
+        let (started, ids) = (Instant::now(), ids.to_vec());
+        let output = Output::ids(&mut callback, &self.settings.stop_sequences);
+        self.run(Call { ids, code, options, started }, output)
     }
 
     /// Renders a whole conversation with the model's chat template and streams the answer to it.
@@ -172,12 +217,25 @@ impl Dialog {
     pub fn chat(
         &mut self,
         messages: &[Message],
+        callback: impl FnMut(&str, SentenceCode) -> Flow,
+    ) -> Result<QueryReport, Error> {
+        self.chat_with(messages, &QueryOptions::default(), callback)
+    }
+
+    /// As [`Dialog::chat`], with options for this answer only.
+    ///
+    /// # Errors
+    /// As [`Dialog::chat`] and [`Dialog::query_with`].
+    pub fn chat_with(
+        &mut self,
+        messages: &[Message],
+        options: &QueryOptions,
         mut callback: impl FnMut(&str, SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
         let started = Instant::now();
         let prompt = self.render(messages)?;
         let output = Output::text(&mut callback, &self.settings.stop_sequences);
-        self.run(prompt.ids, SentenceCode::Rewind, output, started)
+        self.run(Call { ids: prompt.ids, code: SentenceCode::Rewind, options, started }, output)
     }
 
     /// The prompt that [`Dialog::chat`] would give the model.
@@ -191,11 +249,12 @@ impl Dialog {
         }
     }
 
-    /// Forgets the conversation. The dialog is then as a new one with the same settings. (`GenieDialog_reset`)
+    /// Forgets the conversation. The dialog is then as a new one with the same settings and the same adapter applied.
+    /// (`GenieDialog_reset`)
     pub fn reset(&mut self) {
         self.checkpoint = None;
         self.history.clear();
-        self.engine.rewind(0);
+        self.cache.rewind(0);
         self.open_from = None;
         self.sampler.reset();
     }
@@ -239,7 +298,7 @@ impl Dialog {
 
     /// Number of tokens that a conversation may have: the config's `context/size`, or less if the model holds less.
     pub fn context_size(&self) -> usize {
-        self.settings.context.size.min(self.engine.context_size())
+        self.settings.context.size.min(self.cache.engine().context_size())
     }
 
     /// The tokens of the conversation.
@@ -263,21 +322,16 @@ impl Dialog {
     }
 
     /// One call, from ids to report.
-    fn run(
-        &mut self,
-        ids: Vec<u32>,
-        code: SentenceCode,
-        mut output: Output<'_>,
-        started: Instant,
-    ) -> Result<QueryReport, Error> {
+    fn run(&mut self, call: Call<'_>, mut output: Output<'_>) -> Result<QueryReport, Error> {
+        let Call { ids, code, options, started } = call;
         self.undo();
         self.check_order(code)?;
         if code == SentenceCode::Abort {
             return Ok(self.give_up(&mut output, started));
         }
+        self.bind(options.adapter.as_ref())?;
         let mut report = QueryReport::new(started);
-        report.n_prompt_tokens = ids.len();
-        report.n_cached_tokens = self.append(ids, code)?;
+        self.append(ids, code, &mut report)?;
         let signal = self.signal.clone();
         let running = signal.begin();
         let done = match code {
@@ -320,9 +374,9 @@ impl Dialog {
         Err(Error::SentenceOrder { code, problem })
     }
 
-    /// Makes `ids` the end of the conversation, or all of it, and returns how many of them need no computing.
-    fn append(&mut self, ids: Vec<u32>, code: SentenceCode) -> Result<usize, Error> {
-        let n_vocab = self.engine.n_vocab();
+    /// Makes `ids` the end of the conversation, or all of it, and says in `report` what of it need not be computed.
+    fn append(&mut self, ids: Vec<u32>, code: SentenceCode, report: &mut QueryReport) -> Result<(), Error> {
+        let n_vocab = self.cache.engine().n_vocab();
         if let Some((index, &id)) = ids.iter().enumerate().find(|(_, id)| n_vocab <= **id as usize) {
             return Err(Error::TokenOutOfRange { index, id, n_vocab });
         }
@@ -340,13 +394,29 @@ impl Dialog {
         if will_generate && need == 0 {
             return Err(Error::EmptyPrompt);
         }
+        // To predict, at least one token must be fed, even if the cache has it.
+        let cached = self.cache.position().min(if will_generate { kept.min(need - 1) } else { kept });
+        let usable = self.usable_rows(cached, code)?;
         let removed = self.history.split_off(kept);
         self.checkpoint = Some(Checkpoint { kept, removed, random: self.sampler.random() });
         self.history.extend_from_slice(&ids[common..]);
-        // To predict, at least one token must be fed, even if the cache has it.
-        let usable = if will_generate { kept.min(need - 1) } else { kept };
-        self.engine.rewind(self.engine.position().min(usable));
-        Ok(self.engine.position().min(common))
+        self.cache.rewind(usable);
+        report.n_prompt_tokens = ids.len();
+        report.n_cached_tokens = usable.min(common);
+        report.n_recomputed_tokens = if common == 0 { cached - usable } else { 0 };
+        report.n_foreign_rows = self.cache.foreign_rows();
+        Ok(())
+    }
+
+    /// How many of the first `cached` rows a call may use, given what made them.
+    fn usable_rows(&self, cached: usize, code: SentenceCode) -> Result<usize, Error> {
+        let own = self.cache.own_rows().min(cached);
+        match self.kv_reuse {
+            KvReuse::Keep if code != SentenceCode::Rewind => Ok(cached),
+            KvReuse::Keep | KvReuse::Prefill => Ok(own),
+            KvReuse::Refuse if own == cached => Ok(own),
+            KvReuse::Refuse => Err(LoraError::ForeignRows { n_rows: cached - own }.into()),
+        }
     }
 
     /// Back to the state before a call that did not come to its end.
@@ -354,7 +424,7 @@ impl Dialog {
         if let Some(Checkpoint { kept, removed, random }) = self.checkpoint.take() {
             self.history.truncate(kept);
             self.history.extend(removed);
-            self.engine.rewind(self.engine.position().min(kept));
+            self.cache.rewind(kept);
             self.sampler.restore(random);
         }
     }
@@ -363,7 +433,7 @@ impl Dialog {
     fn give_up(&mut self, output: &mut Output<'_>, started: Instant) -> QueryReport {
         let kept = self.open_from.take().unwrap_or(self.history.len());
         self.history.truncate(kept);
-        self.engine.rewind(self.engine.position().min(kept));
+        self.cache.rewind(kept);
         output.abort();
         let mut report = QueryReport::new(started);
         report.finish = Finish::Aborted;

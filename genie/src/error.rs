@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::adapters::LoraError;
 use crate::config::ConfigError;
 use crate::engine::EngineError;
 use crate::prompt::PromptError;
@@ -39,6 +40,9 @@ pub enum Error {
         #[source]
         why: Box<EngineError>,
     },
+    /// An adapter or a strength cannot be used.
+    #[error("lora")]
+    Lora(#[from] LoraError),
     /// No token can be chosen from the logits.
     #[error("sampler")]
     Sampler(#[from] SamplerError),
@@ -139,6 +143,17 @@ impl Error {
                 _ => Code::General,
             },
             Self::ContextExceeded { .. } => Code::WarningContextExceeded,
+            Self::Lora(why) => match why {
+                LoraError::UnknownAdapter { .. } | LoraError::UnknownAlpha { .. } | LoraError::Alphas { .. } => {
+                    Code::General
+                }
+                LoraError::ForeignRows { .. } => Code::QueryFailed,
+                LoraError::UnknownRole { .. }
+                | LoraError::Strength { .. }
+                | LoraError::Name { .. }
+                | LoraError::InUse { .. }
+                | LoraError::Choice { .. } => Code::InvalidArgument,
+            },
             Self::Sampler(_) => Code::QueryFailed,
             Self::EmptyPrompt | Self::SentenceOrder { .. } | Self::TokenOutOfRange { .. } | Self::NoTemplate { .. } => {
                 Code::InvalidArgument

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::QueryReport;
+use crate::{AppliedLora, QueryReport};
 
 /// Collects events of one dialog. Times are in microseconds since it was made. (`GenieProfile`)
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl Profile {
         let timings = &report.timings;
         let rate = |rate: Option<f64>| rate.unwrap_or(0.0).into();
         let first = report.time_to_first_token().unwrap_or_default();
-        let kpis = [
+        let mut kpis = vec![
             ("num-prompt-tokens", report.n_prompt_tokens.into(), ""),
             ("prompt-processing-rate", rate(report.prompt_rate_tokens_per_s()), "toks/sec"),
             ("time-to-first-token", micros(first).into(), "us"),
@@ -52,7 +52,21 @@ impl Profile {
             ("token-generation-rate", rate(report.generation_rate_tokens_per_s()), "toks/sec"),
             ("token-generation-time", micros(timings.token_generation).into(), "us"),
         ];
+        // Not in Genie's profiles: what a change of adapter did to the cache.
+        for (name, n) in
+            [("kv-foreign-rows", report.n_foreign_rows), ("kv-recomputed-tokens", report.n_recomputed_tokens)]
+        {
+            if 0 < n {
+                kpis.push((name, n.into(), ""));
+            }
+        }
         self.add("GenieDialog_query", timings.started, timings.total, &kpis);
+    }
+
+    /// Records that an adapter was applied.
+    pub fn add_apply_lora(&mut self, applied: &AppliedLora) {
+        let time = ("lora-adapter-switching-time", micros(applied.time).into(), "us");
+        self.add("GenieDialog_applyLora", applied.started, applied.time, &[time]);
     }
 
     /// Records the end of the dialog, which began at `started` and took `duration`.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::json::{Entry, Fields};
-use super::{ConfigError, ContextConfig};
+use super::{ConfigError, ContextConfig, LoraConfig, lora};
 
 /// What an engine is opened with.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +27,8 @@ pub struct EngineConfig {
     pub n_vocab: usize,
     /// Position encoding, where the config states one. (`engine/model/positional-encoding`)
     pub positional_encoding: Option<PositionalEncoding>,
+    /// The adapters. (`engine/model/binary/lora`)
+    pub lora: LoraConfig,
 }
 
 /// Rotary positions, as the config states them. The model's own values count; a stated value must agree with them.
@@ -93,6 +95,7 @@ pub(super) fn parse(entry: &Entry<'_>, base_dir: &Path, context: &ContextConfig)
         context_size: context.size,
         n_vocab: context.n_vocab,
         positional_encoding: model.positional_encoding.or(htp.positional_encoding),
+        lora: model.lora,
     })
 }
 
@@ -211,6 +214,7 @@ fn cpu_mask(entry: &Entry<'_>) -> Result<Option<u64>, ConfigError> {
 struct Model {
     ctx_bins: Vec<PathBuf>,
     positional_encoding: Option<PositionalEncoding>,
+    lora: LoraConfig,
 }
 
 fn parse_model(entry: &Entry<'_>, base_dir: &Path) -> Result<Model, ConfigError> {
@@ -233,13 +237,14 @@ fn parse_model(entry: &Entry<'_>, base_dir: &Path) -> Result<Model, ConfigError>
     }
     let binary = model.need("binary")?.object(&["version", "ctx-bins", "lora"])?;
     binary.version()?;
-    binary.refuse_unsupported(&["lora"])?;
     let bins = binary.need("ctx-bins")?;
     let items = bins.list()?;
     if items.is_empty() || MAX_SPLITS < items.len() {
         return Err(bins.value(format!("1 to {MAX_SPLITS} paths")));
     }
+    let lora = binary.get("lora").map(|entry| lora::parse(&entry, base_dir, items.len())).transpose()?;
     Ok(Model {
+        lora: lora.unwrap_or_default(),
         ctx_bins: items.iter().map(|item| super::existing_file(item, base_dir)).collect::<Result<_, _>>()?,
         positional_encoding: model.get("positional-encoding").map(|entry| parse_positions(&entry)).transpose()?,
     })

@@ -3,11 +3,13 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::Code;
+use crate::engine::AdapterSource;
 
 /// A folder with the files that [`full`] names.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for name in ["tok.json", "p1.bin", "p2.bin", "ext.json"] {
+    std::fs::create_dir(folder.path().join("med")).unwrap();
+    for name in ["tok.json", "p1.bin", "p2.bin", "ext.json", "law.bin"] {
         std::fs::write(folder.path().join(name), "x").unwrap();
     }
     folder
@@ -34,7 +36,13 @@ fn full() -> Value {
                 "positional-encoding": {"type": "rope", "rope-dim": 32, "rope-theta": 10000, "rope-scaling": {
                     "rope-type": "llama3", "factor": 8, "low-freq-factor": 1, "high-freq-factor": 4,
                     "original-max-position-embeddings": 8192}},
-                "binary": {"version": 1, "ctx-bins": ["p1.bin", "p2.bin"]}}}}})
+                "binary": {"version": 1, "ctx-bins": ["p1.bin", "p2.bin"], "lora": {
+                    "version": 1, "lora-version": 2, "alpha-tensor-name": "strength", "kv-reuse": "prefill",
+                    "adapters": [
+                        {"version": 1, "name": "law", "alphas": ["a0", "a1"], "bin-sections": ["", "law.bin"]},
+                        {"version": 1, "name": "med", "peft": "med"}],
+                    "groups": [{"version": 1, "name": "both", "members": ["law", "med"],
+                                "quant-bin-sections": [""]}]}}}}}})
 }
 
 fn parse(json: &Value) -> Result<DialogConfig, Error> {
@@ -118,6 +126,18 @@ fn everything_arrives() {
         context_size: 2048,
         n_vocab: 32064,
         positional_encoding: Some(positions),
+        lora: LoraConfig {
+            alpha_tensor_name: "strength".to_owned(),
+            adapters: vec![
+                AdapterConfig {
+                    name: "law".to_owned(),
+                    alphas: vec!["a0".to_owned(), "a1".to_owned()],
+                    source: AdapterSource::Sections(vec![None, Some(file("law.bin"))]),
+                },
+                AdapterConfig { name: "med".to_owned(), alphas: Vec::new(), source: AdapterSource::Peft(file("med")) },
+            ],
+            kv_reuse: KvReuse::Prefill,
+        },
     };
     assert_eq!(config.engine, engine);
 }
@@ -198,6 +218,13 @@ fn every_missing_key_is_refused() {
         "rope-dim",
         "rope-theta",
         "rope-scaling",
+        "lora",
+        "lora-version",
+        "alpha-tensor-name",
+        "kv-reuse",
+        "alphas",
+        "groups",
+        "quant-bin-sections",
     ];
     for place in places(&full(), &|_| true).into_iter().skip(1) {
         let (object, key) = place.rsplit_once('/').unwrap();
@@ -211,8 +238,8 @@ fn every_missing_key_is_refused() {
             Err(error) if is_optional => panic!("{place}: {error}"),
             Err(error) => {
                 let error = why(error);
-                // Two keys are needed by a neighbour's value, and are missed there.
-                let by_neighbour = ["allow-async-init", "enable-graph-switching"].contains(&key);
+                // These are needed by a neighbour's value, or in place of one, and are missed there.
+                let by_neighbour = ["allow-async-init", "enable-graph-switching", "peft"].contains(&key);
                 assert!(by_neighbour || matches!(error, ConfigError::MissingKey { .. }), "{place}: {error}");
                 assert!(by_neighbour || pointer(&error) == place, "{place}: {error}");
             }
@@ -272,7 +299,20 @@ fn refused_values() {
         ("/engine/backend/type", vec![json!("QnnGpu"), json!("QnnGenAiTransformer"), json!("libtorch"), json!("Qnn")]),
         ("/engine/backend/QnnGpu", vec![json!({})]),
         ("/engine/model/type", vec![json!("library"), json!("checkpoint")]),
-        ("/engine/model/binary/lora", vec![json!({})]),
+        ("/engine/model/binary/lora/version", vec![json!(2)]),
+        ("/engine/model/binary/lora/lora-version", vec![json!(0), json!(1), json!(4)]),
+        ("/engine/model/binary/lora/alpha-tensor-name", vec![json!(""), json!("x".repeat(300))]),
+        ("/engine/model/binary/lora/kv-reuse", vec![json!("mix")]),
+        ("/engine/model/binary/lora/adapters/0/alphas", vec![json!(["a", "a"]), json!([""]), json!(["a", "strength"])]),
+        (
+            "/engine/model/binary/lora/adapters/0/bin-sections",
+            vec![json!([]), json!(["law.bin"]), json!(["", ""]), json!(["", "none.bin"]), json!(["", "med"])],
+        ),
+        ("/engine/model/binary/lora/adapters/0/path", vec![json!("law")]),
+        ("/engine/model/binary/lora/adapters/0/peft", vec![json!("med")]),
+        ("/engine/model/binary/lora/adapters/1/peft", vec![json!("none"), json!("law.bin")]),
+        ("/engine/model/binary/lora/groups/0/members", vec![json!(["law", "mad"])]),
+        ("/engine/model/binary/lora/groups/0/quant-bin-sections", vec![json!(["", "q.bin"])]),
         ("/engine/model/linear-attention", vec![json!(true)]),
         ("/engine/model/mask-type", vec![json!("x")]),
         ("/engine/model/positional-encoding", vec![json!([])]),
@@ -284,7 +324,14 @@ fn refused_values() {
             check(place, value, Code::JsonValue);
         }
     }
-    assert!(check("/engine/model/binary/lora", json!({}), Code::JsonValue).contains("not supported yet"));
+    let lora = "/engine/model/binary/lora";
+    let version_1 = check(&format!("{lora}/lora-version"), json!(1), Code::JsonValue);
+    assert!(version_1.contains("weights as graph inputs") && version_1.contains("not supported yet"), "{version_1}");
+    let member = check(&format!("{lora}/groups/0/members"), json!(["mad"]), Code::JsonValue);
+    assert!(member.contains("law, med"), "{member}");
+    let mut twice = full();
+    twice["dialog"]["engine"]["model"]["binary"]["lora"]["adapters"][1]["name"] = json!("law");
+    assert_eq!(pointer(&why(parse(&twice).unwrap_err())), "/dialog/engine/model/binary/lora/adapters/1");
     assert!(check("/sampler/type", json!("basics"), Code::JsonValue).contains("did you mean \"basic\"?"));
     let absent = check("/tokenizer/path", json!("sub/none.json"), Code::JsonValue);
     let at = absent.find("sub/none.json").expect("the path is named");

@@ -18,10 +18,10 @@ use super::{Dialog, Finish, Flow, QueryReport};
 impl Dialog {
     /// Fills the cache with what it lacks of the history.
     pub(super) fn prefill(&mut self, cancel: &AtomicBool, report: &mut QueryReport) -> Result<(), Error> {
-        let pending = &self.history[self.engine.position()..];
+        let pending = &self.history[self.cache.position()..];
         if !pending.is_empty() {
             let fail = |why| Error::engine(&self.role, why);
-            self.engine.forward(pending, Logits::None, cancel).map_err(fail)?;
+            self.cache.forward(pending, Logits::None, cancel).map_err(fail)?;
         }
         report.finish = Finish::PrefillOnly;
         report.timings.prompt_processing = report.timings.started.elapsed();
@@ -85,8 +85,8 @@ impl Dialog {
         if cancel.load(Ordering::Relaxed) {
             return Err(fail(EngineError::Cancelled));
         }
-        let pending = &self.history[self.engine.position()..];
-        let logits = self.engine.forward(pending, Logits::Last, cancel).map_err(fail)?;
+        let pending = &self.history[self.cache.position()..];
+        let logits = self.cache.forward(pending, Logits::Last, cancel).map_err(fail)?;
         Ok(self.sampler.sample(logits, &self.history)?)
     }
 }

@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::Code;
+use crate::adapters::AdapterChoice;
+use crate::engine::AdapterInfo;
 
 /// Which part of a prompt or of an answer this is. (`GenieDialog_SentenceCode_t`)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,6 +24,30 @@ pub enum SentenceCode {
     Rewind = 5,
     /// In: goes on with a paused query. Not supported yet.
     Resume = 6,
+}
+
+/// What holds for one query only.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub struct QueryOptions {
+    /// What it runs with; `None` is what is applied to the dialog.
+    pub adapter: Option<AdapterChoice>,
+}
+
+/// What was applied. (`GenieDialog_applyLora`)
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct AppliedLora {
+    /// The account of the adapter: targets, rank, scale of each slot, bytes, time to load.
+    pub info: AdapterInfo,
+    /// Its strengths by alpha, one for each slot.
+    pub strengths: Vec<(String, f32)>,
+    /// Whether it had to be loaded first.
+    pub was_loaded: bool,
+    /// When the call came.
+    pub started: Instant,
+    /// How long it took, loading included.
+    pub time: Duration,
 }
 
 /// What a callback wants.
@@ -63,6 +89,10 @@ pub struct QueryReport {
     pub n_prompt_tokens: usize,
     /// Those of them that were in the cache already.
     pub n_cached_tokens: usize,
+    /// Tokens of the conversation that were computed again because another adapter or strength had made their rows.
+    pub n_recomputed_tokens: usize,
+    /// Rows that another adapter or strength made and that this query went on behind.
+    pub n_foreign_rows: usize,
     /// Tokens of the answer, an end token included.
     pub n_generated: usize,
     /// How long it took.
@@ -83,12 +113,23 @@ pub struct Timings {
     pub token_generation: Duration,
 }
 
+impl QueryOptions {
+    /// With this adapter, or with the base, whatever is applied to the dialog.
+    #[must_use]
+    pub fn with_adapter(mut self, adapter: AdapterChoice) -> Self {
+        self.adapter = Some(adapter);
+        self
+    }
+}
+
 impl QueryReport {
     pub(crate) fn new(started: Instant) -> Self {
         Self {
             finish: Finish::PrefillOnly,
             n_prompt_tokens: 0,
             n_cached_tokens: 0,
+            n_recomputed_tokens: 0,
+            n_foreign_rows: 0,
             n_generated: 0,
             timings: Timings {
                 started,
@@ -109,9 +150,9 @@ impl QueryReport {
         (0 < self.n_generated).then_some(self.timings.prompt_processing)
     }
 
-    /// Tokens of the prompt that were computed, per second.
+    /// Tokens that were computed before the first one was chosen, per second.
     pub fn prompt_rate_tokens_per_s(&self) -> Option<f64> {
-        rate(self.n_prompt_tokens - self.n_cached_tokens, self.timings.prompt_processing)
+        rate(self.n_prompt_tokens - self.n_cached_tokens + self.n_recomputed_tokens, self.timings.prompt_processing)
     }
 
     /// Tokens behind the first one, per second.

@@ -504,7 +504,7 @@ proptest! {
                 }
                 Op::Reset => dialog.reset(),
             }
-            prop_assert!(dialog.engine.position() <= dialog.history().len());
+            prop_assert!(dialog.cache.position() <= dialog.history().len());
         }
         dialog.set_max_num_tokens(6);
 
@@ -519,7 +519,7 @@ proptest! {
 
         dialog.reset();
         let (mut fresh, _) = hashed(6);
-        prop_assert_eq!((dialog.context_occupancy(), dialog.engine.position()), (0, 0));
+        prop_assert_eq!((dialog.context_occupancy(), dialog.cache.position()), (0, 0));
         for code in [SentenceCode::Begin, SentenceCode::End, SentenceCode::Complete, SentenceCode::Rewind] {
             let (ours, theirs) = (ask(&mut dialog, "ab", code).unwrap(), ask(&mut fresh, "ab", code).unwrap());
             prop_assert_eq!((ours.0, ours.1.finish, ours.1.n_cached_tokens), (theirs.0, theirs.1.finish, theirs.1.n_cached_tokens));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{ArgGroup, Parser, ValueEnum};
+use genie::AdapterChoice;
 
 /// Give a model a prompt and print its answer.
 ///
@@ -33,6 +34,14 @@ pub(crate) struct Args {
     #[arg(short = 'w', long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) rewind: Option<String>,
 
+    /// Apply an adapter of the config, and set strengths of it. Given twice, the second is for --rewind's prompt
+    #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
+    pub(crate) lora: Vec<AdapterChoice>,
+
+    /// Role of the engine that adapters are applied to
+    #[arg(long = "engine_role", value_name = "ROLE", default_value = "primary")]
+    pub(crate) engine_role: String,
+
     /// Take prompts as what a user says, and apply the model's chat template
     #[arg(long, conflicts_with = "tokens_file")]
     pub(crate) chat: bool,
@@ -60,8 +69,6 @@ pub(crate) struct Args {
 /// Flags of Genie's tool that this version refuses.
 #[derive(Debug, clap::Args)]
 struct Unsupported {
-    #[arg(short, long, hide = true, num_args = 0..=1)]
-    lora: Option<Option<OsString>>,
     #[arg(short, long = "embedding_file", hide = true, num_args = 0..=1)]
     embedding_file: Option<Option<OsString>>,
     #[arg(short = 't', long = "embedding_table", hide = true, num_args = 0..=1)]
@@ -82,8 +89,6 @@ struct Unsupported {
     key: Option<Option<OsString>>,
     #[arg(long = "allow_engine_switch", hide = true, num_args = 0..=1)]
     allow_engine_switch: Option<Option<OsString>>,
-    #[arg(long = "engine_role", hide = true, num_args = 0..=1)]
-    engine_role: Option<Option<OsString>>,
     #[arg(long = "add_example_sampler", hide = true)]
     add_example_sampler: bool,
     #[arg(long, hide = true)]
@@ -115,6 +120,13 @@ impl Args {
         match Self::try_parse_from(given) {
             Ok(args) => {
                 args.unsupported.refuse()?;
+                match (args.lora.len(), &args.rewind) {
+                    (0 | 1, _) | (2, Some(_)) => {}
+                    (n, None) => {
+                        bail!("-l/--lora is given {n} times, need one for each prompt, and there is one prompt")
+                    }
+                    (n, Some(_)) => bail!("-l/--lora is given {n} times, need at most one for each of the two prompts"),
+                }
                 Ok(Some(args))
             }
             Err(shown) if !shown.use_stderr() => {
@@ -130,7 +142,6 @@ impl Args {
 impl Unsupported {
     fn refuse(&self) -> anyhow::Result<()> {
         let flags = [
-            ("-l/--lora", self.lora.is_some()),
             ("-e/--embedding_file", self.embedding_file.is_some()),
             ("-t/--embedding_table", self.embedding_table.is_some()),
             ("--embedding_query_output_type", self.embedding_query_output_type.is_some()),
@@ -141,7 +152,6 @@ impl Unsupported {
             ("--priority", self.priority.is_some()),
             ("--key", self.key.is_some()),
             ("--allow_engine_switch", self.allow_engine_switch.is_some()),
-            ("--engine_role", self.engine_role.is_some()),
             ("--add_example_sampler", self.add_example_sampler),
             ("--pid", self.pid),
         ];
@@ -160,6 +170,7 @@ Output: the prompt behind [PROMPT]:, the answer between [BEGIN]: and [END] as it
 Examples:
   genie-t2t-run -c genie_config.json --chat -p 'What is the capital of France?'
   genie-t2t-run -c genie_config.json -p 'Once upon a time' --max_tokens 64
+  genie-t2t-run -c genie_config.json --chat -p 'Who are you?' -l pirate,lora_alpha,0.5
   genie-t2t-run -c genie_config.json -tok ids.txt --profile profile.json
 
 Exit code: 0, or 1 with the reason on standard error.";

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use genie::engine::AdapterSlot;
 use genie::profile::Profile;
-use genie::{Dialog, DialogConfig, Finish, Flow, Message, QueryReport, SentenceCode};
+use genie::{AdapterChoice, Dialog, DialogConfig, Finish, Flow, Message, QueryReport, SentenceCode};
 use tracing::level_filters::LevelFilter;
 
 mod args;
@@ -47,9 +48,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
         dialog.set_max_num_tokens(max_tokens);
     }
 
+    if let Some(choice) = args.lora.first() {
+        apply(&mut dialog, choice, &args.engine_role, &mut profile)?;
+    }
     profile.add_query(&ask(&mut dialog, &input, SentenceCode::Complete, args)?);
     if let Some(prompt) = &args.rewind {
         writeln!(io::stdout())?;
+        if let Some(choice) = args.lora.get(1) {
+            apply(&mut dialog, choice, &args.engine_role, &mut profile)?;
+        }
         profile.add_query(&ask(&mut dialog, &Input::Text(prompt.clone()), SentenceCode::Rewind, args)?);
     }
 
@@ -59,6 +66,32 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(path) = &args.profile {
         profile.save(path).with_context(|| format!("profile {}", path.display()))?;
     }
+    Ok(())
+}
+
+/// Applies an adapter, sets its strengths and prints what it is.
+fn apply(dialog: &mut Dialog, choice: &AdapterChoice, role: &str, profile: &mut Profile) -> anyhow::Result<()> {
+    let AdapterChoice::Named { name, strengths } = choice else { return Ok(dialog.apply_base(role)?) };
+    let applied = dialog.apply_lora(role, name)?;
+    for (alpha, value) in strengths {
+        dialog.set_lora_strength(role, alpha, *value)?;
+    }
+    profile.add_apply_lora(&applied);
+    let info = &applied.info;
+    let scale = |slot: &AdapterSlot| slot.scaling.map(|scale| scale.to_string());
+    let scales: Option<Vec<String>> = info.slots.iter().map(scale).collect();
+    let scales = scales.map_or_else(|| "per module".to_owned(), |scales| scales.join(" + "));
+    let strengths = dialog.lora_strengths(name).unwrap_or_default();
+    let strengths: Vec<String> = strengths.iter().map(|(alpha, value)| format!("{alpha} {value}")).collect();
+    writeln!(
+        io::stdout(),
+        "[LORA]: {name}: {} targets, rank {}, scale {scales}, {:.1} MB, {:.2} ms; strength {}\n",
+        info.targets,
+        info.rank,
+        info.size_bytes as f64 / 1e6,
+        applied.time.as_secs_f64() * 1e3,
+        strengths.join(", ")
+    )?;
     Ok(())
 }
 
