@@ -3,7 +3,6 @@
 //! Start at [`convert`], which is `qairt-converter` as a function: [`source`] opens a Hugging Face directory or a GGUF
 //! file, [`arch`] builds the graph, [`dlc`] writes it.
 
-pub mod adapter_values;
 pub mod arch;
 pub mod config;
 pub mod convert;

@@ -13,9 +13,9 @@ use qnn_core::{
     backend::HtpBackend,
     binary::{FileInfo, Verify},
     offline::{
-        adapter_values::{pack_value, row_scales},
         dlc::write_dlc,
         generate::{GenerateOptions, Report, generate},
+        lora::values::{Matrix, constant, panels, row_scales},
     },
 };
 use support::{Form, Rng, Runner, Tiny, chain, tiny};
@@ -97,13 +97,17 @@ fn values(seed: u64, rank: usize, modules: &[(&str, usize, usize)]) -> Values {
 const QV: [(&str, usize, usize); 2] = [("self_attn.q_proj", 32, 32), ("self_attn.v_proj", 16, 32)];
 const MLP: [(&str, usize, usize); 1] = [("mlp.down_proj", 32, 64)];
 
+fn matrix<'a>(name: &str, [n, k]: [usize; 2], values: &'a [f32]) -> Matrix<'a> {
+    Matrix { name: name.to_owned(), n, k, values }
+}
+
 /// AIMET encodings with scales a little wider than needed.
 fn encodings(values: &Values) -> (String, HashMap<String, Vec<f32>>) {
     let scales: HashMap<String, Vec<f32>> = values
         .iter()
         .map(|(name, dims, v)| {
-            let wide = row_scales(v, dims[1], DataType::SFixedPoint8).iter().map(|scale| scale * 1.25).collect();
-            (name.clone(), wide)
+            let scales = row_scales(&matrix(name, *dims, v), DataType::SFixedPoint8);
+            (name.clone(), scales.iter().map(|scale| scale * 1.25).collect())
         })
         .collect();
     let entries: Vec<serde_json::Value> = scales
@@ -121,7 +125,8 @@ fn encodings(values: &Values) -> (String, HashMap<String, Vec<f32>>) {
 /// The adapter that `values` should become, made without any file.
 fn want(context: &Context, declared: DataType, values: &Values, scales: &HashMap<String, Vec<f32>>) -> Arc<Adapter> {
     let packed = values.iter().map(|(name, dims, v)| {
-        (name.clone(), pack_value(declared, *dims, v, scales.get(name).map(Vec::as_slice)).unwrap())
+        let tensor = constant(&matrix(name, *dims, v), declared, scales.get(name).map(Vec::as_slice)).unwrap();
+        (name.clone(), panels(&tensor).unwrap())
     });
     Arc::new(Adapter::new("want", context.updatable().clone(), packed.collect::<Vec<_>>()).unwrap())
 }
@@ -146,8 +151,9 @@ fn project(share: &str, declared: DataType, num_splits: usize) -> (Project, Valu
     let project = Project::new(Some((RANK, declared)), num_splits);
     let (one, two) = (values(1, 5, &QV), values(2, 2, &MLP));
     let (text, scales) = encodings(&one);
-    let slots = r#"[{"name": "x", "columns": [0, 2], "scaling": 4.0}, {"name": "y", "columns": [2, 5]}]"#;
-    project.weights("one.safetensors", &one, &[("slots", slots), ("source", "here")]);
+    let slots = r#"[{"name": "x", "columns": [0, 2], "scaling": {"default": 4.0}, "source_hash": "aa"},
+        {"name": "y", "columns": [2, 5], "scaling": {"default": 2.0, "modules": {"m": 1.0}}, "source_hash": "bb"}]"#;
+    project.weights("one.safetensors", &one, &[("slots", slots)]);
     project.weights("two.safetensors", &two, &[]);
     project.write("one.encodings", text);
     project.write("lora_output_files.yaml", SHARED.replace("Yes", share));
@@ -169,7 +175,8 @@ fn shared_sections_hold_each_use_case_once() {
     assert_eq!((first.name(), first.rank(), first.n_targets(), first.graph()), ("one", 5, 4, None));
     let slots: Vec<_> = first.slots().iter().map(|s| (s.name.as_str(), s.columns.clone(), s.scaling)).collect();
     assert_eq!(slots, [("x", 0..2, Some(4.0)), ("y", 2..5, None)]);
-    assert_eq!(first.description().metadata["source"], "here");
+    assert_eq!(first.description().metadata["source_hash.y"], "bb");
+    assert_eq!(first.description().metadata["scaling.y"], r#"{"default":2.0,"modules":{"m":1.0}}"#);
     assert_eq!((second.slots()[0].name.as_str(), second.slots()[0].columns.clone()), ("two", 0..2));
     assert_eq!((empty.n_tensors(), empty.rank()), (0, 0));
     for section in &report.sections {
@@ -198,7 +205,7 @@ fn one_section_per_graph_or_one_for_all() {
         let sizes = ["Yes", "No"].map(|share| {
             let (project, ..) = project(share, declared, 1);
             if declared != DataType::SFixedPoint8 {
-                project.write("one.encodings", r#"{"version": "1.0.0"}"#);
+                project.write("one.encodings", r#"{"version": "1.0.0", "param_encodings": []}"#);
             }
             let report = project.run().unwrap();
             let context = open(&report.files[0].path);
@@ -246,6 +253,10 @@ fn scales_of(name: &str, scales: &HashMap<String, Vec<f32>>) -> HashMap<String, 
     if name == "one" { scales.clone() } else { HashMap::new() }
 }
 
+/// One weight in 16 bits.
+const WIDE: &str = r#"{"param_encodings": [{"name": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 16, "scale": [1.0]}]}"#;
+
 // Broken if an adapter that cannot be right becomes a file, or the message does not say which file and what is wrong.
 #[test]
 fn what_cannot_be_right_is_refused_before_anything_is_written() {
@@ -285,12 +296,15 @@ fn what_cannot_be_right_is_refused_before_anything_is_written() {
         (|p| two(p, |v| _ = v.pop()), "has a value, its partner"),
         (|p| two(p, |v| *v = values(2, 9, &MLP)), "rank 9, the graph has room for 8"),
         (|p| two(p, |v| *v = values(2, 2, &[("mlp.down_proj", 32, 48)])), "extents [2, 48], need [8, 64]"),
-        (|p| two(p, |v| v[1].2[5] = f32::INFINITY), "lora_B.weight: row 2: a value that is not finite"),
+        (|p| two(p, |v| v[1].2[5] = f32::INFINITY), "lora_B.weight: inf in row 2, need finite values"),
         (|p| p.write("two.safetensors", b"\x02\0\0\0\0\0\0\0{}"), "two.safetensors: no tensors"),
         (|p| p.write("two.safetensors", "rubbish"), "two.safetensors: 7 bytes, too short"),
-        (|p| p.write("one.encodings", r#"{"version": "0.6.1"}"#), "version \"0.6.1\", need version \"1.0.0\""),
-        (|p| one(p, "\"bw\":8", "\"bw\":16"), "INT of 16 bits, need SFIXED_POINT_8"),
-        (|p| one(p, "-128", "-100"), "PER_CHANNEL with offsets Some(-100.0), need PER_CHANNEL, symmetric"),
+        (
+            |p| p.write("one.encodings", r#"{"version": "0.6.1"}"#),
+            "one.encodings: encodings: neither param_encodings nor encodings",
+        ),
+        (|p| p.write("one.encodings", WIDE), "integers of 16 bits, need SFIXED_POINT_8"),
+        (|p| one(p, "-128", "-100"), "need symmetric encodings"),
         (|p| one(p, "layers.0", "layers.9"), "is not an updatable tensor"),
         (|p| p.weights("two.safetensors", &values(2, 2, &MLP), &[("slots", "3")]), "metadata slots is \"3\""),
     ];

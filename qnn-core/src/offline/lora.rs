@@ -38,6 +38,7 @@ pub use branches::{
 };
 pub use config::PeftConfig;
 pub use encodings::{ParamEncodings, WeightEncoding};
+pub(crate) use fold::describe;
 pub use fold::{Folded, FoldedModule, Scaling, Slot, fold};
 pub use peft::{PeftAdapter, PeftModule, load_peft};
 pub use plan::{LoraOptions, plan};

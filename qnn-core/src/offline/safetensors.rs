@@ -81,12 +81,6 @@ impl SafetensorsFile {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
-    /// All metadata.
-    pub fn all_metadata(&self) -> BTreeMap<String, String> {
-        let own = self.header.metadata().as_ref();
-        own.map(|own| own.iter().map(|(key, value)| (key.clone(), value.clone())).collect()).unwrap_or_default()
-    }
-
     /// Names of all tensors, in the order of their bytes.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.names.iter().map(String::as_str)

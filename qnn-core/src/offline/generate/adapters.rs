@@ -5,22 +5,26 @@
 //! context binaries ─► for each: default_adapter and every use case ─► the tensors that it has ─► <context>_<name>.bin
 //! ```
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::json;
 
 use crate::{
     adapter::{Adapter, Description, Slot},
-    binary::{BinaryError, SlotRecord, Verify},
+    binary::{BinaryError, Verify},
     context::{Context, OpenOptions, SectionError, Updatable},
     error::Error,
     graph::Graph,
     map::Bytes,
     offline::{
         ImportError,
-        adapter_values::{ValueError, pack_value},
+        lora::{
+            self, LoraError, ParamEncodings, WeightEncoding,
+            values::{self, Matrix},
+        },
         safetensors::{LayoutError, SafetensorsFile},
         source::{ElementFormat, SourceTensor},
     },
@@ -51,16 +55,14 @@ pub enum AdapterError {
     Key { key: &'static str },
     #[error("metadata {key} is {have:?}, need {want}")]
     Metadata { key: &'static str, have: String, want: &'static str },
-    #[error("not the JSON expected here")]
-    Json(#[from] serde_json::Error),
     #[error("encoding of {tensor}: {have}, need {want}")]
-    Encoding { tensor: String, have: String, want: String },
-    #[error("tensor {tensor}")]
-    Value {
-        tensor: String,
-        #[source]
-        why: ValueError,
-    },
+    Encoding { tensor: String, have: String, want: DataType },
+    #[error("two encodings of {tensor}")]
+    Twice { tensor: String },
+    #[error("encodings of activations, which an adapter cannot change yet")]
+    Activations,
+    #[error(transparent)]
+    Lora(#[from] LoraError),
     #[error(transparent)]
     Safetensors(#[from] LayoutError),
     #[error(transparent)]
@@ -246,13 +248,10 @@ fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepa
         }
         updatable.check(&values)?;
         let rank = updatable.rank_of(&values);
-        let metadata = file.all_metadata();
-        let slots = slots(&metadata, &case.name, rank)?;
-        let rank = slots.iter().map(|slot| slot.columns.end).fold(rank, usize::max);
-        if rank > updatable.max_rank {
-            return Err(SectionError::AdapterRank { have: rank, want: updatable.max_rank }.into());
+        let description = description(&file, &case.name, rank)?;
+        if description.rank > updatable.max_rank {
+            return Err(SectionError::AdapterRank { have: description.rank, want: updatable.max_rank }.into());
         }
-        let description = Description { graph: None, rank, slots, metadata };
         Ok(Prepared { name: case.name.clone(), description, values })
     };
     read().map_err(|why| (path.clone(), why))
@@ -277,89 +276,64 @@ fn read_value(
         }
     };
     let tensor = SourceTensor::new(name, stored.shape, format, stored.bytes)?;
-    pack_value(declared, [tensor.n(), tensor.k()], &tensor.to_f32(), scales)
-        .map_err(|why| AdapterError::Value { tensor: name.to_owned(), why })
-}
-
-/// The slots that the importer recorded, or one for all columns.
-fn slots(metadata: &BTreeMap<String, String>, name: &str, rank: usize) -> Result<Vec<Slot>, AdapterError> {
-    let Some(text) = metadata.get(SLOTS) else {
-        return Ok(vec![Slot { name: name.to_owned(), columns: 0..rank, scaling: None }]);
+    let (n, k, values) = (tensor.n(), tensor.k(), tensor.to_f32());
+    let scales = match scales {
+        Some([one]) => Some(vec![*one; n]),
+        other => other.map(<[f32]>::to_vec),
     };
-    let refuse = |want| AdapterError::Metadata { key: SLOTS, have: text.clone(), want };
-    let records: Vec<SlotRecord> = serde_json::from_str(text)
-        .map_err(|_| refuse("[{\"name\": …, \"columns\": [first, end], \"scaling\": …}, …]"))?;
-    let slot = |record: SlotRecord| {
-        let [first, end] = record.columns;
-        let fits = first < end && end <= u32::MAX as usize;
-        fits.then_some(Slot { name: record.name, columns: first..end, scaling: record.scaling })
+    let matrix = Matrix { name: name.to_owned(), n, k, values: &values };
+    Ok(values::panels(&values::constant(&matrix, declared, scales.as_deref())?)?)
+}
+
+/// What the importer recorded about the adapter, or one slot for all columns.
+fn description(file: &SafetensorsFile, name: &str, rank: usize) -> Result<Description, AdapterError> {
+    let Some(text) = file.metadata(SLOTS) else {
+        let slots = vec![Slot { name: name.to_owned(), columns: 0..rank, scaling: None }];
+        return Ok(Description { rank, slots, ..Description::default() });
     };
-    records.into_iter().map(|record| slot(record).ok_or_else(|| refuse("columns that begin before they end"))).collect()
-}
-
-/// An encodings file of AIMET, version 1.0.0.
-#[derive(Deserialize)]
-struct EncodingsFile {
-    version: String,
-    #[serde(default)]
-    activation_encodings: Vec<serde_json::Value>,
-    #[serde(default)]
-    param_encodings: Vec<ParamEncoding>,
-}
-
-#[derive(Deserialize)]
-struct ParamEncoding {
-    name: String,
-    dtype: String,
-    #[serde(default)]
-    enc_type: String,
-    bw: usize,
-    #[serde(default)]
-    scale: Vec<f32>,
-    #[serde(default)]
-    offset: Vec<f64>,
+    let refuse = |want| AdapterError::Metadata { key: SLOTS, have: text.to_owned(), want };
+    let slots: Vec<lora::Slot> =
+        serde_json::from_str(text).map_err(|_| refuse("a list of slots as qairt-lora-importer writes it"))?;
+    if slots.iter().any(|slot| slot.columns[0] >= slot.columns[1] || slot.columns[1] > u32::MAX as usize) {
+        return Err(refuse("columns that begin before they end"));
+    }
+    let rank = slots.iter().map(|slot| slot.columns[1]).fold(rank, usize::max);
+    Ok(lora::describe(rank, &slots))
 }
 
 /// Scales by tensor name.
 fn read_encodings(path: &Path, updatable: &Updatable) -> Result<HashMap<String, Vec<f32>>, AdapterError> {
-    let file: EncodingsFile = serde_json::from_slice(&read_text(path)?)?;
-    let refuse = |tensor: &str, have: String, want: &str| {
-        Err(AdapterError::Encoding { tensor: tensor.to_owned(), have, want: want.to_owned() })
-    };
-    if file.version != "1.0.0" {
-        return refuse("the file", format!("version {:?}", file.version), "version \"1.0.0\"");
-    }
-    if !file.activation_encodings.is_empty() {
-        let have = format!("{} encodings of activations", file.activation_encodings.len());
-        return refuse("the file", have, "none: an adapter cannot change those of this graph");
+    let text = read_text(path)?;
+    let encodings = ParamEncodings::from_json(&text, &|_| true)?;
+    let activations: Activations = serde_json::from_slice(&text).map_err(LoraError::Json)?;
+    if activations.activation_encodings.is_some_and(|all| all != json!([]) && all != json!({})) {
+        return Err(AdapterError::Activations);
     }
     let mut scales = HashMap::new();
-    for encoding in file.param_encodings {
-        let name = encoding.name.as_str();
-        let Some(declared) = updatable.data_type(name) else {
-            return Err(SectionError::UnknownTensor { tensor: name.to_owned() }.into());
+    for (name, encoding) in encodings.0 {
+        let Some(declared) = updatable.data_type(&name) else {
+            return Err(SectionError::UnknownTensor { tensor: name }.into());
         };
-        if encoding.dtype.eq_ignore_ascii_case("float") {
-            if !declared.is_float() || encoding.bw != declared.bits() {
-                return refuse(name, format!("FLOAT of {} bits", encoding.bw), declared.name());
-            }
-            continue;
+        if encoding.data_type() != Some(declared) {
+            let have = match encoding {
+                WeightEncoding::Float { bits } => format!("floats of {bits} bits"),
+                WeightEncoding::Integer { bits, .. } => format!("integers of {bits} bits"),
+            };
+            return Err(AdapterError::Encoding { tensor: name, have, want: declared });
         }
-        let symmetric = if encoding.bw <= 32 { -((1u64 << encoding.bw >> 1) as f64) } else { 0.0 };
-        let is_symmetric = encoding.offset.iter().all(|offset| *offset == symmetric || *offset == 0.0);
-        let fixed = matches!(declared, DataType::SFixedPoint8 | DataType::SFixedPoint4);
-        if !fixed || encoding.bw != declared.bits() {
-            return refuse(name, format!("{} of {} bits", encoding.dtype, encoding.bw), declared.name());
-        }
-        if encoding.enc_type != "PER_CHANNEL" || !is_symmetric {
-            let have = format!("{} with offsets {:?}", encoding.enc_type, encoding.offset.first());
-            return refuse(name, have, "PER_CHANNEL, symmetric");
-        }
-        if scales.insert(encoding.name.clone(), encoding.scale).is_some() {
-            return refuse(&encoding.name, "two entries".to_owned(), "one");
+        if let WeightEncoding::Integer { scales: own, .. } = encoding
+            && scales.insert(name.clone(), own).is_some()
+        {
+            return Err(AdapterError::Twice { tensor: name });
         }
     }
     Ok(scales)
+}
+
+/// The part of an encodings file that adapters cannot have.
+#[derive(Deserialize)]
+struct Activations {
+    activation_encodings: Option<serde_json::Value>,
 }
 
 fn read_text(path: &Path) -> Result<Bytes, AdapterError> {
@@ -383,4 +357,4 @@ pub(super) const DEFAULT_ADAPTER: &str = "default_adapter";
 /// Metadata key of the importer's weights: the slots as JSON.
 const SLOTS: &str = "slots";
 /// Longest YAML or encodings file that is read.
-const MAX_TEXT_BYTES: usize = 64 << 20;
+const MAX_TEXT_BYTES: usize = 256 << 20;

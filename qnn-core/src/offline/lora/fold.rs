@@ -158,18 +158,7 @@ fn scaling(peft: &PeftAdapter) -> Scaling {
 impl Folded {
     /// What an [`crate::Adapter`] with these values says of itself.
     pub fn description(&self) -> Description {
-        let slot = |slot: &Slot| adapter::Slot {
-            name: slot.name.clone(),
-            columns: slot.columns[0]..slot.columns[1],
-            scaling: slot.scaling.modules.is_empty().then_some(slot.scaling.default as f32),
-        };
-        let hash = |slot: &Slot| (format!("source_hash.{}", slot.name), slot.source_hash.clone());
-        Description {
-            graph: None,
-            rank: self.rank,
-            slots: self.slots.iter().map(slot).collect(),
-            metadata: self.slots.iter().map(hash).collect(),
-        }
+        describe(self.rank, &self.slots)
     }
 
     /// Checks that every tensor lands on a branch of one of `points`, the attach points of graph `graph`, and fits there.
@@ -221,6 +210,22 @@ impl PeftAdapter {
         }
         Ok(())
     }
+}
+
+/// What an adapter of these slots says of itself.
+pub(crate) fn describe(rank: usize, slots: &[Slot]) -> Description {
+    let slot = |slot: &Slot| adapter::Slot {
+        name: slot.name.clone(),
+        columns: slot.columns[0]..slot.columns[1],
+        scaling: slot.scaling.modules.is_empty().then_some(slot.scaling.default as f32),
+    };
+    let hash = |slot: &Slot| (format!("source_hash.{}", slot.name), slot.source_hash.clone());
+    let mut metadata: BTreeMap<String, String> = slots.iter().map(hash).collect();
+    for slot in slots.iter().filter(|slot| !slot.scaling.modules.is_empty()) {
+        let json = serde_json::to_string(&slot.scaling).expect("numbers and strings");
+        metadata.insert(format!("scaling.{}", slot.name), json);
+    }
+    Description { graph: None, rank, slots: slots.iter().map(slot).collect(), metadata }
 }
 
 fn check_shape(point: &AttachPoint, module: &str, n: usize, k: usize) -> Result<(), LoraError> {
