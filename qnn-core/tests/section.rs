@@ -98,6 +98,8 @@ fn a_section_describes_itself() {
     assert_eq!(whole, FileInfo::Context(of_context));
 }
 
+type Change = fn(&mut Vec<(SectionKind, String, Vec<u8>)>);
+
 /// A section for `context` with the parts of `section`, changed by `change`; its checksums are true.
 fn splice(context: &Context, section: &[u8], change: impl FnOnce(&mut Vec<(SectionKind, String, Vec<u8>)>)) -> Vec<u8> {
     let binary = Binary::parse_any(bytes(section), Verify::Headers).expect("the section is whole");
@@ -131,7 +133,7 @@ fn what_does_not_fit_is_told_apart() {
     let mut newer_sdk = good.clone();
     newer_sdk[10] ^= 1;
     mend_checksums(&mut newer_sdk);
-    let with = |change: fn(&mut Vec<(SectionKind, String, Vec<u8>)>)| splice(&context, &good, change);
+    let with = |change: Change| splice(&context, &good, change);
     let io_of = |section: &[u8]| SectionFile::parse(bytes(section)).unwrap().meta().io.clone();
     assert_eq!(io_of(&good), io_of(&floats), "so that only the values differ");
     let [base, other] = [context.identity(), other_base.identity()].map(|identity| identity.to_string());
@@ -296,7 +298,6 @@ fn damaged_sections_are_refused_and_change_nothing() {
 // Broken if parts that contradict each other, or hostile numbers with true checksums, get through or panic.
 #[test]
 fn contradictory_parts_are_refused() {
-    type Change = fn(&mut Vec<(SectionKind, String, Vec<u8>)>);
     let context = int8();
     let good = context.section(&random_adapter(&context, "json", 5, RANK, &["q_proj"])).unwrap();
     let cases: Vec<(Change, &str)> = vec![

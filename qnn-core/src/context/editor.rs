@@ -122,8 +122,8 @@ impl ContextEditor {
         };
         let mut values = self.values.clone();
         values.extend(self.staged.clone());
-        let scopes = std::iter::once(None).chain(self.graphs.iter().map(|graph| Some(graph.name())));
-        let checked = scopes.map(|scope| base.updatable.check(&seen(&values, scope))).collect::<Result<(), _>>();
+        let mut scopes = std::iter::once(None).chain(self.graphs.iter().map(|graph| Some(graph.name())));
+        let checked = scopes.try_for_each(|scope| base.updatable.check(&seen(&values, scope)));
         self.base = Some(base);
         checked?;
         (self.values, self.finalized) = (values, true);

@@ -135,8 +135,8 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     check(options).map_err(refuse)?;
     let graph = read_dlc(&options.dlc_path)?;
     let splits = plan(&graph, options).map_err(refuse)?;
-    let adapters = options.adapter_weight_config.as_ref().map(|yaml| Adapters::read(yaml, &graph)).transpose();
-    let adapters = adapters.map_err(|(path, why)| refuse(GenerateError::Adapter { path, why: Box::new(why) }))?;
+    let adapters = options.adapter_weight_config.as_ref().map(|yaml| Adapters::read(yaml, &graph));
+    let adapters = adapters.transpose().map_err(refuse)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::new(cores).map_err(|why| refuse(GenerateError::Threads(why)))?;
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::GenerateError;
 use crate::{
     adapter::{Adapter, Description, Slot},
     binary::{BinaryError, Verify},
@@ -135,16 +136,16 @@ impl Adapters {
     ///
     /// # Errors
     /// The file and what is wrong with it.
-    pub(super) fn read(yaml: &Path, model: &Graph) -> Result<Adapters, (PathBuf, AdapterError)> {
-        let in_yaml = |why| (yaml.to_owned(), why);
-        let text = read_text(yaml).map_err(in_yaml)?;
+    pub(super) fn read(yaml: &Path, model: &Graph) -> Result<Adapters, GenerateError> {
+        let in_yaml = refused(yaml);
+        let text = read_text(yaml).map_err(&in_yaml)?;
         let files: OutputFiles =
             serde_saphyr::from_slice(&text).map_err(|why| in_yaml(AdapterError::Yaml(why.to_string())))?;
         let updatable = Updatable::of(std::slice::from_ref(model)).map_err(|why| in_yaml(why.into()))?;
         if updatable.names.is_empty() {
             return Err(in_yaml(AdapterError::NothingUpdatable));
         }
-        check_names(&files.use_case, model).map_err(in_yaml)?;
+        check_names(&files.use_case, model).map_err(&in_yaml)?;
         let folder = yaml.parent().unwrap_or(Path::new(""));
         let none =
             Prepared { name: DEFAULT_ADAPTER.to_owned(), description: Description::default(), values: Vec::new() };
@@ -229,11 +230,11 @@ fn check_names(cases: &[UseCase], model: &Graph) -> Result<(), AdapterError> {
     Ok(())
 }
 
-fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepared, (PathBuf, AdapterError)> {
+fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepared, GenerateError> {
     let encodings_path = case.encodings.as_ref().map(|path| folder.join(path));
     let scales = match &encodings_path {
         None => HashMap::new(),
-        Some(path) => read_encodings(path, updatable).map_err(|why| (path.clone(), why))?,
+        Some(path) => read_encodings(path, updatable).map_err(refused(path))?,
     };
     let path = folder.join(&case.weights);
     let read = || -> Result<Prepared, AdapterError> {
@@ -254,7 +255,12 @@ fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepa
         }
         Ok(Prepared { name: case.name.clone(), description, values })
     };
-    read().map_err(|why| (path.clone(), why))
+    read().map_err(refused(&path))
+}
+
+/// Adds the file.
+fn refused(path: &Path) -> impl Fn(AdapterError) -> GenerateError {
+    move |why| GenerateError::Adapter { path: path.to_owned(), why: Box::new(why) }
 }
 
 fn read_value(
