@@ -189,7 +189,9 @@ fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError>
                 return Err(ShapeError::new("outputs of a float weight", layout.n(), Needed::Rule("rows of floats")));
             }
             if let Some(block) = layout.format().block() {
-                expect_len("block of sums in x", rows.sum_block(), block)?;
+                if !rows.has_sums_over(block) {
+                    return Err(ShapeError::new("block of sums in x", rows.sum_block(), Needed::Exactly(block)));
+                }
             }
         }
     }

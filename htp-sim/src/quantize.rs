@@ -41,6 +41,8 @@ pub struct QuantizedRows {
     lo: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
+    /// Sums over multiples of `sum_block`, for weights of larger blocks.
+    coarser: Vec<(usize, Vec<i32>)>,
     plane_sums: Vec<[i32; 2]>,
 }
 
@@ -73,8 +75,28 @@ impl QuantizedRows {
             lo: vec![0; low_bytes],
             scales: vec![0.0; max_rows],
             sums: vec![0; max_rows * (k / sum_block)],
+            coarser: Vec::new(),
             plane_sums: vec![[0; 2]; max_rows],
         })
+    }
+
+    /// Also keeps sums over each `block` values, for weights of that block beside those of `sum_block`.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if `block` is no multiple of the finest sums' block, or does not divide `k`.
+    pub fn with_sums_over(mut self, block: usize) -> Result<Self, ShapeError> {
+        if block == 0 || !block.is_multiple_of(self.sum_block) || !self.k.is_multiple_of(block) {
+            return Err(ShapeError::new("block of coarser sums", block, Needed::DivisorOf(self.k)));
+        }
+        if !self.has_sums_over(block) {
+            self.coarser.push((block, vec![0; self.max_rows * (self.k / block)]));
+        }
+        Ok(self)
+    }
+
+    /// True if sums over each `block` values are kept.
+    pub fn has_sums_over(&self, block: usize) -> bool {
+        self.sum_block == block || self.coarser.iter().any(|(coarser, _)| *coarser == block)
     }
 
     /// Rows that hold values now.
@@ -97,7 +119,7 @@ impl QuantizedRows {
         self.bits
     }
 
-    /// Values under one sum.
+    /// Values under one of the finest sums.
     pub fn sum_block(&self) -> usize {
         self.sum_block
     }
@@ -116,15 +138,17 @@ impl QuantizedRows {
         self.scales[row]
     }
 
-    /// The planes and sums from row `row` on.
-    pub(crate) fn from(&self, row: usize) -> QuantizedRowsFrom<'_> {
+    /// The planes from row `row` on, with the sums over blocks of `block`; the finest if there are none of that block.
+    pub(crate) fn from(&self, row: usize, block: usize) -> QuantizedRowsFrom<'_> {
         let at = row * self.k_padded;
+        let coarser = self.coarser.iter().find(|(coarser, _)| *coarser == block);
+        let (block, sums) = coarser.map_or((self.sum_block, &self.sums), |(block, sums)| (*block, sums));
         QuantizedRowsFrom {
             hi: &self.hi[at..],
             lo: if self.bits == ActBits::Sixteen { &self.lo[at..] } else { &[] },
             stride: self.k_padded,
             scales: &self.scales[row..],
-            sums: &self.sums[row * (self.k / self.sum_block)..],
+            sums: &sums[row * (self.k / block)..],
             plane_sums: &self.plane_sums[row..],
         }
     }
@@ -196,6 +220,10 @@ pub(crate) fn quantize_each<'a>(
         (0..rows).for_each(quantize_row);
     } else {
         cx.workers.for_each(rows, |row, _| quantize_row(row));
+    }
+    for (block, coarser) in &mut out.coarser {
+        let fine = out.sums.chunks_exact(*block / sum_block).take(rows * (k / *block));
+        coarser.iter_mut().zip(fine).for_each(|(sum, fine)| *sum = fine.iter().sum());
     }
 }
 

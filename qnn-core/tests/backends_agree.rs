@@ -21,6 +21,8 @@ enum Form {
     Int4Block(usize),
     Int4Integer(usize),
     Int4Min(usize),
+    /// 4 bit in blocks of 32 and 8 bit in blocks of 16, by turns: as a Q4_K_M file has them.
+    Mixed,
 }
 
 /// Everything that varies from case to case.
@@ -77,6 +79,7 @@ fn cases() -> impl Strategy<Value = Case> {
         Just(Form::Int4Block(32)),
         Just(Form::Int4Integer(32)),
         Just(Form::Int4Min(32)),
+        Just(Form::Mixed),
     ];
     let shape = (any::<u64>(), 1usize..3, 1usize..4, 1usize..3, 1usize..4, 20usize..70);
     let kinds = (
@@ -436,7 +439,12 @@ impl Builder {
     fn weight(&mut self, name: &str, n: usize, k: usize) -> TensorId {
         let spread = 1.0 / (k as f32).sqrt();
         let values: Vec<f32> = (0..n * k).map(|_| self.random()).collect();
-        let (data_type, encoding, bytes) = store(self.form, k, n, &values, spread);
+        let form = match self.form {
+            Form::Mixed if self.graph.tensors().len().is_multiple_of(2) => Form::Int8Block(16),
+            Form::Mixed => Form::Int4Min(32),
+            form => form,
+        };
+        let (data_type, encoding, bytes) = store(form, k, n, &values, spread);
         let tensor = Tensor {
             name: name.to_owned(),
             tensor_type: TensorType::Static,
@@ -483,6 +491,7 @@ fn store(form: Form, k: usize, n: usize, values: &[f32], spread: f32) -> (DataTy
             let encoding = block(4, size, 1.0 / 8.0, BlockOffsets::Integer(offsets.into()));
             (DataType::UFixedPoint4, encoding, nibbles(&unsigned))
         }
+        Form::Mixed => unreachable!("`weight` takes the two in turn"),
         Form::Int4Min(size) => {
             let mins: Vec<f32> = (0..n * k / size).map(|i| -spread * (0.9 + 0.03 * (i % 5) as f32)).collect();
             let encoding = block(4, size, 1.0 / 8.0, BlockOffsets::Min(Floats::from_f16(&mins)));

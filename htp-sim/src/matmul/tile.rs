@@ -74,7 +74,7 @@ fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32])
 
 fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
     let layout = weights.layout();
-    let from = x.from(tile.row);
+    let from = x.from(tile.row, layout.format().block().unwrap_or(layout.k()));
     let (kernel, k, offset) = match layout.format() {
         WeightFormat::Int8PerChannel => (cx.kernels.matmul_q_w8c, layout.k_padded(), BlockOffset::Symmetric),
         WeightFormat::Int4PerChannel => (cx.kernels.matmul_q_w4c, layout.k_padded(), BlockOffset::Symmetric),

@@ -16,7 +16,7 @@ use report::Report;
 
 /// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
 ///
-/// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), pp<N> and tg<n>_d<depth> (tok/s),
+/// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), `pp<N>` and `tg<n>_d<depth>` (tok/s),
 /// rss_after_first and peak_rss (MB). Each is the median of the rounds, with the least and the greatest.
 #[derive(Parser)]
 #[command(name = "genie-bench", version)]

@@ -49,7 +49,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
     let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
     Plan {
         float_capacity: float_owners.iter().map(largest).collect(),
-        quantized: quantized_owners.iter().map(|owners| lowered.quantized[owners[0]]).collect(),
+        quantized: quantized_owners.iter().map(|owners| lowered.quantized[owners[0]].clone()).collect(),
         outputs: lowered.outputs.iter().map(|(float, output)| (float_home[*float], *output)).collect(),
         steps: lowered.steps,
         slots: lowered.slots,

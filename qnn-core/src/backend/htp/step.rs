@@ -1,6 +1,6 @@
 //! What a plan consists of: one call of an `htp-sim` operation each, over numbered buffers.
 
-use htp_sim::{ActBits, Activation, QuantizedRows};
+use htp_sim::{ActBits, Activation, QuantizedRows, ShapeError};
 
 use crate::{
     backend::PrepareError,
@@ -131,17 +131,25 @@ pub(super) enum Unary {
 }
 
 /// Extents of a buffer of quantized rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct QuantizedSpec {
     pub(super) max_rows: usize,
     pub(super) k: usize,
     pub(super) bits: ActBits,
+    /// Block of the finest sums: divides those of all weights that read the rows.
     pub(super) sum_block: usize,
+    /// Larger blocks of weights that read the rows.
+    pub(super) coarser: Vec<usize>,
 }
 
 impl QuantizedSpec {
+    fn rows(&self) -> Result<QuantizedRows, ShapeError> {
+        let finest = QuantizedRows::new(self.max_rows, self.k, self.bits, self.sum_block)?;
+        self.coarser.iter().try_fold(finest, |rows, block| rows.with_sums_over(*block))
+    }
+
     pub(super) fn allocate(&self) -> Result<QuantizedRows, PrepareError> {
-        QuantizedRows::new(self.max_rows, self.k, self.bits, self.sum_block).map_err(|e| PrepareError::Tensor {
+        self.rows().map_err(|e| PrepareError::Tensor {
             tensor: format!("quantized rows [{}, {}]", self.max_rows, self.k),
             why: e.to_string(),
         })

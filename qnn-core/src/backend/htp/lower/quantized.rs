@@ -52,18 +52,21 @@ impl Lowering<'_> {
             DataType::SFixedPoint16 => ActBits::Sixteen,
             _ => return Ok(None),
         };
-        let mut sum_block = 0;
+        let mut blocks = Vec::new();
         for reader in &self.readers[id.index()] {
             let node = &self.graph.nodes()[*reader];
             let packed = node.op == OpKind::FullyConnected && self.panels.contains_key(&node.inputs[1]);
             if packed && node.inputs[0] == id {
-                sum_block = gcd(sum_block, self.panels(node, 1).layout().format().block().unwrap_or(0));
+                blocks.extend(self.panels(node, 1).layout().format().block());
             }
         }
         let k = tensor.shape.last();
-        let sum_block = if sum_block == 0 { k } else { sum_block };
+        let sum_block = blocks.iter().copied().reduce(gcd).unwrap_or(k);
+        blocks.sort_unstable();
+        blocks.dedup();
+        blocks.retain(|block| *block != sum_block);
         let max_rows = tensor.shape.0[0].max();
-        Ok(Some(QuantizedSpec { max_rows, k, bits, sum_block }))
+        Ok(Some(QuantizedSpec { max_rows, k, bits, sum_block, coarser: blocks }))
     }
 
     pub(super) fn new_quantized(&mut self, spec: QuantizedSpec) -> Quantized {
