@@ -17,7 +17,7 @@ use crate::{
     backend::PrepareError,
     context::Context,
     error::Error,
-    graph::{Graph, GraphError},
+    graph::GraphError,
     offline::{error::ImportError, safetensors::LayoutError},
     tensor::Panels,
 };
@@ -133,30 +133,48 @@ impl LoraError {
 /// # Errors
 /// [`Error::Io`]; [`Error::Lora`] naming the tensor that does not fit, or the feature that cannot be represented.
 pub fn adapter_from_peft(context: &Context, dir: &Path, name: &str) -> Result<Arc<Adapter>, Error> {
-    let peft = load_peft(dir)?;
-    let folded = fold(name, &[(name.to_owned(), &peft)]).map_err(Error::lora(dir))?;
-    adapter(context, &folded).map_err(Error::lora(dir))
+    let mut adapters = adapters_from_peft(&[context], dir, name)?;
+    Ok(adapters.pop().expect("one for each context"))
 }
 
-/// The adapter for `context` with the values of `folded`.
+/// As [`adapter_from_peft`] for a model that is spread over several contexts: an adapter for each, and a tensor has to
+/// land in one of them.
 ///
 /// # Errors
-/// [`LoraError`] naming the tensor that lands nowhere or does not fit.
-pub fn adapter(context: &Context, folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
-    let graphs: Vec<&Graph> = context.graphs().filter_map(|name| context.graph(name)).collect();
-    let points: Vec<AttachPoint> = graphs.iter().flat_map(|graph| attach_points(graph)).collect();
-    let graph_name = graphs.first().map_or("", |graph| graph.name());
-    folded.land(graph_name, &points)?;
+/// As [`adapter_from_peft`].
+pub fn adapters_from_peft(contexts: &[&Context], dir: &Path, name: &str) -> Result<Vec<Arc<Adapter>>, Error> {
+    let peft = load_peft(dir)?;
+    let folded = fold(name, &[(name.to_owned(), &peft)]).map_err(Error::lora(dir))?;
+    adapters(contexts, &folded).map_err(Error::lora(dir))
+}
+
+/// The values of `folded` as an adapter for each of `contexts`, which hold a model together.
+///
+/// # Errors
+/// [`LoraError`] naming the tensor that lands in none of them or does not fit.
+pub fn adapters(contexts: &[&Context], folded: &Folded) -> Result<Vec<Arc<Adapter>>, LoraError> {
+    let points: Vec<Vec<AttachPoint>> = contexts.iter().map(|context| points_of(context)).collect();
+    let graph = contexts.first().and_then(|context| context.graphs().next()).unwrap_or_default();
+    folded.land(graph, &points.concat())?;
+    contexts.iter().zip(&points).map(|(context, points)| adapter(context, points, folded)).collect()
+}
+
+/// The part of `folded` that `context` has branches for.
+fn adapter(context: &Context, points: &[AttachPoint], folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
     let mut tensors: Vec<(String, Panels)> = Vec::new();
     for module in &folded.modules {
-        let branch = points.iter().find(|point| point.module == module.module).and_then(|point| point.branch);
-        let Some(branch) = branch else { continue };
+        let point = points.iter().find(|point| point.module == module.module);
+        let Some(branch) = point.and_then(|point| point.branch) else { continue };
         for half in [module.a(), module.b()] {
-            let tensor = values::constant(&half, branch.data_type, None)?;
-            tensors.push((half.name.clone(), values::panels(&tensor)?));
+            tensors.push((half.name.clone(), values::pack(&half, branch.data_type)?));
         }
     }
     let adapter = Adapter::new(folded.name.clone(), Arc::clone(context.updatable()), tensors);
     let adapter = adapter.map_err(|tensor| LoraError::NoPoint { tensor, why: "no graph has it".to_owned() })?;
     Ok(Arc::new(adapter.described(folded.description())))
+}
+
+/// Attach points of all graphs of a context.
+fn points_of(context: &Context) -> Vec<AttachPoint> {
+    context.graphs().filter_map(|name| context.graph(name)).flat_map(attach_points).collect()
 }

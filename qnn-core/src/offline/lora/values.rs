@@ -69,6 +69,14 @@ pub fn constant(matrix: &Matrix<'_>, data_type: DataType, scales: Option<&[f32]>
     })
 }
 
+/// `matrix` as `data_type` in the kernels' panels, with scales of its own.
+///
+/// # Errors
+/// As [`constant`], and [`LoraError::Pack`].
+pub fn pack(matrix: &Matrix<'_>, data_type: DataType) -> Result<Panels, LoraError> {
+    panels(&constant(matrix, data_type, None)?)
+}
+
 /// A constant in the kernels' panels.
 ///
 /// # Errors
