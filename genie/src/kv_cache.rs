@@ -141,7 +141,7 @@ mod tests {
         #[test]
         fn account_equals_one_maker_per_row(ops in prop::collection::vec((0_u8..3, 0_usize..8), 0..60)) {
             let mut engine = Scripted::hashed(10, 400);
-            let generation = engine.load_adapter("a", &AdapterSource::Sections(Vec::new())).unwrap().generation;
+            let generation = engine.load_adapter("a", &AdapterSource::Peft("a".into())).unwrap().generation;
             let mut cache = KvCache::new(Box::new(engine));
             let mut rows: Vec<usize> = Vec::new();
             let mut bound = 0;

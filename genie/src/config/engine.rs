@@ -242,11 +242,12 @@ fn parse_model(entry: &Entry<'_>, base_dir: &Path) -> Result<Model, ConfigError>
     if items.is_empty() || MAX_SPLITS < items.len() {
         return Err(bins.value(format!("1 to {MAX_SPLITS} paths")));
     }
-    let lora = binary.get("lora").map(|entry| lora::parse(&entry, base_dir, items.len())).transpose()?;
+    let ctx_bins = items.iter().map(|item| super::existing_file(item, base_dir)).collect::<Result<Vec<_>, _>>()?;
+    let lora = binary.get("lora").map(|entry| lora::parse(&entry, base_dir, ctx_bins.len())).transpose()?;
     Ok(Model {
-        lora: lora.unwrap_or_default(),
-        ctx_bins: items.iter().map(|item| super::existing_file(item, base_dir)).collect::<Result<_, _>>()?,
+        ctx_bins,
         positional_encoding: model.get("positional-encoding").map(|entry| parse_positions(&entry)).transpose()?,
+        lora: lora.unwrap_or_default(),
     })
 }
 

@@ -126,3 +126,6 @@ impl Dialog {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
+use super::{AdapterError, AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
 
 /// The scripted engine.
 pub struct Scripted {
@@ -17,8 +17,8 @@ pub struct Scripted {
     logits: Vec<f32>,
     script: Box<Script>,
     step_delay: Duration,
-    /// Names of the loaded adapters and the number of each load.
-    adapters: Vec<(String, u64)>,
+    /// Names of the loaded adapters and a number that tells name and source.
+    adapters: Vec<(String, u32)>,
     n_loads: u64,
     /// What the selected adapter and its strengths add to every token: as if it changed the cache row.
     mark: u32,
@@ -120,11 +120,16 @@ impl Engine for Scripted {
         Ok(&self.logits)
     }
 
-    /// Any name loads: the adapter is its name. It has two slots of one column each, `first` and `second`.
-    fn load_adapter(&mut self, name: &str, _source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
+    /// Anything loads but a source without any files: the adapter is its name and its source. It has two slots of one
+    /// column each, `first` and `second`.
+    fn load_adapter(&mut self, name: &str, source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
+        if *source == AdapterSource::Sections(Vec::new()) {
+            let why = AdapterError::SectionCount { have: 0, want: 1 };
+            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
+        }
         self.unload_adapter(name);
         self.n_loads += 1;
-        self.adapters.push((name.to_owned(), self.n_loads));
+        self.adapters.push((name.to_owned(), hash(7, format!("{name} {source:?}").bytes().map(u32::from))));
         let slot = |name: &str, at: usize| AdapterSlot { name: name.to_owned(), columns: at..at + 1, scaling: None };
         Ok(AdapterInfo {
             name: name.to_owned(),
@@ -148,18 +153,23 @@ impl Engine for Scripted {
             self.mark = 0;
             return Ok(());
         };
-        if !self.adapters.iter().any(|(known, _)| known == name) {
+        let Some((_, seed)) = self.adapters.iter().find(|(known, _)| known == name) else {
             let loaded = self.adapters.iter().map(|(name, _)| name.clone()).collect();
             return Err(EngineError::UnknownAdapter { name: name.to_owned(), loaded });
-        }
-        let base = strengths.iter().all(|strength| *strength == 0.0);
-        let bytes = name.bytes().map(u32::from).chain(strengths.iter().map(|strength| strength.to_bits()));
-        self.mark = if base { 0 } else { bytes.fold(7, |mark, b| (mark ^ b).wrapping_mul(0x0100_0193)) | 1 << 31 };
+        };
+        let is_base = strengths.iter().all(|strength| *strength == 0.0);
+        let mark = hash(*seed, strengths.iter().map(|strength| strength.to_bits()));
+        self.mark = if is_base { 0 } else { mark | 1 << 31 };
         Ok(())
     }
 }
 
-fn hashed_logits(history: &[u32], logits: &mut [f32]) {
+fn hash(seed: u32, words: impl Iterator<Item = u32>) -> u32 {
+    words.fold(seed, |hash, word| (hash ^ word).wrapping_mul(0x0100_0193).rotate_left(7))
+}
+
+/// The logits of [`Scripted::hashed`].
+pub(crate) fn hashed_logits(history: &[u32], logits: &mut [f32]) {
     let seed = history.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &id| {
         (hash ^ u64::from(id)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
     });
