@@ -67,7 +67,8 @@ pub struct Floats {
 impl Floats {
     /// Wraps `bytes` as floats of `data_type`, or `None` if that is no float type or the length is not whole.
     pub fn new(bytes: Bytes, data_type: DataType) -> Option<Floats> {
-        (data_type.is_float() && bytes.len().is_multiple_of(data_type.bits() / 8)).then_some(Floats { bytes, data_type })
+        (data_type.is_float() && bytes.len().is_multiple_of(data_type.bits() / 8))
+            .then_some(Floats { bytes, data_type })
     }
 
     /// Stores `values` as f32.
