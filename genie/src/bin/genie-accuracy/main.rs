@@ -6,9 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use genie::AdapterChoice;
 use genie::accuracy::{Windows, perplexity};
+use genie::adapters::{Adapters, Selection};
 use genie::config::DialogConfig;
-use genie::engine::qnn::QnnEngine;
+use genie::engine::{Engine, qnn::QnnEngine};
 use genie::tokenizer::{Specials, Tokenizer};
 
 /// Perplexity of a model on a text, as one line of JSON.
@@ -30,6 +32,9 @@ struct Arguments {
     /// Most windows to score.
     #[arg(long, default_value_t = 8)]
     windows: usize,
+    /// Adapter of the config to run with, and its strengths.
+    #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
+    lora: Option<AdapterChoice>,
     /// Also print the negative log-likelihood of every scored id.
     #[arg(long)]
     nll: bool,
@@ -51,6 +56,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::load(&config.tokenizer_path)?;
     let ids = tokenizer.encode(&text, Specials::AsText)?;
     let mut engine = QnnEngine::open(&config.engine)?;
+    if let Some(choice) = &arguments.lora {
+        let mut adapters = Adapters::new(&config.engine.lora, &config.engine.role);
+        let selection = adapters.resolve(&mut engine, choice)?;
+        engine.select_adapter(selection.as_ref().map(Selection::for_engine))?;
+    }
     let cut = Windows { window: arguments.window, windows: arguments.windows };
     let show_progress = std::io::stderr().is_terminal();
     let result = perplexity(&mut engine, &ids, cut, |done, all| {
@@ -66,6 +76,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         "windows": result.window_mean_nll.len(),
         "window_mean_nll": result.window_mean_nll,
     });
+    if let Some(AdapterChoice::Named { name, strengths }) = &arguments.lora {
+        line["lora"] = serde_json::json!({ "adapter": name, "strengths": strengths });
+    }
     if arguments.nll {
         line["nll"] = serde_json::json!(result.nll);
     }

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
+use genie::AdapterChoice;
 use genie::config::DialogConfig;
 
+mod lora;
 mod measure;
 mod report;
 
@@ -17,7 +19,10 @@ use report::Report;
 /// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
 ///
 /// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), `pp<N>` and `tg<n>_d<depth>` (tok/s),
-/// rss_after_first and peak_rss (MB). Each is the median of the rounds, with the least and the greatest.
+/// rss_after_first and peak_rss (MB). With --lora also the same rates with the adapter (pp<N>_lora1, tg<n>_d<depth>_lora1),
+/// switch (ms to go over to another loaded adapter; needs two in the config), alpha_change (ms to set another strength),
+/// adapter_load (ms, files cached by the system) and rss_per_adapter (MB of each adapter of the config, loaded and
+/// used). Each is the median of the rounds, with the least and the greatest.
 #[derive(Parser)]
 #[command(name = "genie-bench", version)]
 struct Arguments {
@@ -39,6 +44,9 @@ struct Arguments {
     /// Rounds of each measurement.
     #[arg(short, long, default_value_t = 5)]
     rounds: usize,
+    /// Adapter of the config to measure with, and its strengths.
+    #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
+    lora: Option<AdapterChoice>,
     /// JSON lines even on a terminal.
     #[arg(long)]
     json: bool,
@@ -74,16 +82,28 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     report.add(&format!("start_to_first_token_p{FIRST_PROMPT}"), "ms", start);
     let mut bench = Bench::open(&config)?;
     report.add(&format!("ttft_p{FIRST_PROMPT}"), "ms", bench.time_to_first_token(FIRST_PROMPT, arguments.rounds)?);
-    for prompt in &arguments.prompts {
-        report.add(&format!("pp{prompt}"), "tok/s", bench.prefill(*prompt, arguments.rounds)?);
-    }
-    for depth in &arguments.depths {
-        let rates = bench.decode(*depth, arguments.n_tokens, arguments.rounds)?;
-        report.add(&format!("tg{}_d{depth}", arguments.n_tokens), "tok/s", rates);
+    rates(arguments, &mut bench, &mut report, "")?;
+    if let Some(choice) = &arguments.lora {
+        let mut lora = lora::LoraBench::new(&mut bench, &config.engine, choice)?;
+        lora.apply()?;
+        rates(arguments, lora.bench(), &mut report, "_lora1")?;
+        lora.measure(arguments.rounds, &mut report)?;
     }
     report.add("rss_after_first", "MB", rss);
     report.add("peak_rss", "MB", vec![measure::memory_mb("VmHWM:")?]);
     report.finish();
+    Ok(())
+}
+
+/// Prefill and decode rates with what is bound to the engine.
+fn rates(arguments: &Arguments, bench: &mut Bench, report: &mut Report, suffix: &str) -> anyhow::Result<()> {
+    for prompt in &arguments.prompts {
+        report.add(&format!("pp{prompt}{suffix}"), "tok/s", bench.prefill(*prompt, arguments.rounds)?);
+    }
+    for depth in &arguments.depths {
+        let rates = bench.decode(*depth, arguments.n_tokens, arguments.rounds)?;
+        report.add(&format!("tg{}_d{depth}{suffix}", arguments.n_tokens), "tok/s", rates);
+    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use genie::tokenizer::Tokenizer;
 
 /// An open model.
 pub(crate) struct Bench {
-    engine: QnnEngine,
+    pub(crate) engine: QnnEngine,
     never: AtomicBool,
 }
 
@@ -67,7 +67,7 @@ impl Bench {
         (0..rounds).map(|_| one(self)).collect()
     }
 
-    fn first_token(&mut self, ids: &[u32]) -> anyhow::Result<u32> {
+    pub(crate) fn first_token(&mut self, ids: &[u32]) -> anyhow::Result<u32> {
         self.engine.rewind(0);
         Ok(argmax(self.engine.forward(ids, Logits::Last, &self.never)?))
     }
@@ -143,7 +143,7 @@ pub(crate) fn memory_mb(field: &str) -> anyhow::Result<f64> {
     Ok(kibibytes * 1024.0 / 1e6)
 }
 
-fn milliseconds(since: Instant) -> f64 {
+pub(crate) fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
 

@@ -17,9 +17,10 @@ impl Report {
         let (min, max) = (values[0], values[values.len() - 1]);
         let median = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
         if self.table {
-            let number = |v: f64| format!("{v:.1}");
+            // Times of microseconds are given in ms too.
+            let number = |v: f64| if v.abs() < 1.0 { format!("{v:.4}") } else { format!("{v:.1}") };
             self.rows.push([metric.to_owned(), number(median), number(min), number(max), unit.to_owned()]);
-            eprintln!("{metric}: {median:.1} {unit}");
+            eprintln!("{metric}: {} {unit}", number(median));
         } else {
             let line = serde_json::json!({"metric": metric, "unit": unit, "median": median, "min": min, "max": max});
             println!("{line}");

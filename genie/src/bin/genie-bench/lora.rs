@@ -1,0 +1,116 @@
+//! What adapters cost: rates with one, and the time and memory to have, change and adjust them.
+
+use std::time::Instant;
+
+use anyhow::Context;
+use genie::AdapterChoice;
+use genie::adapters::{Adapters, Selection};
+use genie::config::EngineConfig;
+use genie::engine::Engine;
+
+use crate::measure::{Bench, memory_mb, milliseconds};
+use crate::report::Report;
+
+/// An open model with the adapters of its config.
+pub(crate) struct LoraBench<'a> {
+    bench: &'a mut Bench,
+    config: &'a EngineConfig,
+    adapters: Adapters,
+    choice: &'a AdapterChoice,
+}
+
+impl<'a> LoraBench<'a> {
+    pub(crate) fn new(
+        bench: &'a mut Bench,
+        config: &'a EngineConfig,
+        choice: &'a AdapterChoice,
+    ) -> anyhow::Result<LoraBench<'a>> {
+        let adapters = Adapters::new(&config.lora, &config.role);
+        Ok(LoraBench { bench, config, adapters, choice })
+    }
+
+    pub(crate) fn bench(&mut self) -> &mut Bench {
+        self.bench
+    }
+
+    /// Binds the chosen adapter.
+    pub(crate) fn apply(&mut self) -> anyhow::Result<()> {
+        let chosen = self.selection(self.choice)?;
+        self.bind(&chosen)
+    }
+
+    /// Everything but the rates.
+    pub(crate) fn measure(&mut self, rounds: usize, report: &mut Report) -> anyhow::Result<()> {
+        let chosen = self.selection(self.choice)?;
+        let AdapterChoice::Named { name, .. } = self.choice else { return Ok(()) };
+        let other = self.config.lora.adapters.iter().find(|adapter| adapter.name != *name);
+        match other {
+            Some(other) => {
+                let other = self.selection(&AdapterChoice::named(&other.name))?;
+                report.add("switch", "ms", self.alternate(&other, &chosen, rounds)?);
+            }
+            None => eprintln!("switch is left out: it needs two adapters in the config, there is one"),
+        }
+        let half = AdapterChoice::named(name).at(&self.config.lora.alpha_tensor_name, 0.5);
+        let half = self.selection(&half)?;
+        report.add("alpha_change", "ms", self.alternate(&half, &chosen, rounds)?);
+        report.add("adapter_load", "ms", self.load(name, rounds)?);
+        let (before, n) = (memory_mb("VmRSS:")?, self.config.lora.adapters.len());
+        self.use_all()?;
+        report.add("rss_per_adapter", "MB", vec![(memory_mb("VmRSS:")? - before) / n as f64]);
+        Ok(())
+    }
+
+    fn selection(&mut self, choice: &AdapterChoice) -> anyhow::Result<Selection> {
+        self.adapters.resolve(&mut self.bench.engine, choice)?.context("a benchmark of adapters needs one")
+    }
+
+    fn bind(&mut self, selection: &Selection) -> anyhow::Result<()> {
+        Ok(self.bench.engine.select_adapter(Some(selection.for_engine()))?)
+    }
+
+    /// Milliseconds to go over to one of two selections and back, halved.
+    fn alternate(&mut self, one: &Selection, other: &Selection, rounds: usize) -> anyhow::Result<Vec<f64>> {
+        self.bind(one)?;
+        let mut round = || {
+            let start = Instant::now();
+            for _ in 0..SWITCHES_PER_ROUND {
+                self.bind(other)?;
+                self.bind(one)?;
+            }
+            Ok(milliseconds(start) / (2 * SWITCHES_PER_ROUND) as f64)
+        };
+        let times = (0..rounds).map(|_| round()).collect();
+        self.bind(other)?;
+        times
+    }
+
+    /// Milliseconds to read an adapter's files and check them against the model.
+    fn load(&mut self, name: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
+        let adapters = &self.config.lora.adapters;
+        let adapter = adapters.iter().find(|adapter| adapter.name == name).context("the adapter is in the config")?;
+        (0..rounds)
+            .map(|_| {
+                let start = Instant::now();
+                self.bench.engine.load_adapter("genie-bench", &adapter.source)?;
+                let time = milliseconds(start);
+                self.bench.engine.unload_adapter("genie-bench");
+                Ok(time)
+            })
+            .collect()
+    }
+
+    /// Loads each adapter of the config anew and runs a token with it, so that all its pages are there.
+    fn use_all(&mut self) -> anyhow::Result<()> {
+        for adapter in &self.config.lora.adapters {
+            let name = format!("genie-bench {}", adapter.name);
+            let info = self.bench.engine.load_adapter(&name, &adapter.source)?;
+            self.bench.engine.select_adapter(Some((&name, &vec![1.0; info.rank])))?;
+            self.bench.first_token(&[0])?;
+        }
+        Ok(())
+    }
+}
+
+/// Changes of one measured round: one alone is below the clock's grain.
+const SWITCHES_PER_ROUND: usize = 100;
