@@ -188,10 +188,10 @@ fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError>
             if layout.format().is_float() {
                 return Err(ShapeError::new("outputs of a float weight", layout.n(), Needed::Rule("rows of floats")));
             }
-            if let Some(block) = layout.format().block() {
-                if !rows.has_sums_over(block) {
-                    return Err(ShapeError::new("block of sums in x", rows.sum_block(), Needed::Exactly(block)));
-                }
+            if let Some(block) = layout.format().block()
+                && !rows.has_sums_over(block)
+            {
+                return Err(ShapeError::new("block of sums in x", rows.sum_block(), Needed::Exactly(block)));
             }
         }
     }
