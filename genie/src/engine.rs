@@ -115,7 +115,7 @@ pub enum EngineError {
     Threads(#[source] std::io::Error),
     /// A context binary could not be opened, prepared or run.
     #[error("model")]
-    Core(#[source] qnn_core::Error),
+    Core(#[source] Box<qnn_core::Error>),
     /// No adapter of this name is loaded.
     #[error("adapter {name:?} is not loaded; loaded are {loaded:?}")]
     UnknownAdapter {
@@ -133,7 +133,7 @@ pub enum EngineError {
         path: Option<std::path::PathBuf>,
         /// Why.
         #[source]
-        why: AdapterError,
+        why: Box<AdapterError>,
     },
     /// The model was made to run only with an adapter, and none is applied.
     #[error("no adapter is applied")]
@@ -148,6 +148,12 @@ pub enum EngineError {
         /// Value in the model.
         model: String,
     },
+}
+
+impl From<qnn_core::Error> for EngineError {
+    fn from(why: qnn_core::Error) -> EngineError {
+        EngineError::Core(Box::new(why))
+    }
 }
 
 /// Why an adapter cannot be loaded.

@@ -92,7 +92,7 @@ impl QnnEngine {
         let options = OpenOptions { use_mmap: config.use_mmap, ..OpenOptions::default() };
         let mut contexts = Vec::new();
         for path in &config.ctx_bins {
-            contexts.push(Context::open(path, &options).map_err(EngineError::Core)?);
+            contexts.push(Context::open(path, &options).map_err(EngineError::from)?);
         }
         let chosen = choose_graphs(&contexts, config)?;
         let ar: Vec<usize> = chosen[0].iter().map(|(name, _)| name.ar).collect();
@@ -223,7 +223,7 @@ impl Engine for QnnEngine {
     }
 
     fn unload_adapter(&mut self, name: &str) -> bool {
-        self.splits.iter_mut().fold(false, |found, split| split.adapters.remove(name).is_some() || found)
+        self.splits.iter_mut().filter_map(|split| split.adapters.remove(name)).count() > 0
     }
 
     fn select_adapter(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError> {
@@ -242,7 +242,7 @@ impl Engine for QnnEngine {
 impl QnnEngine {
     fn load_sections(&self, name: &str, paths: &[Option<PathBuf>]) -> Result<Vec<Option<Arc<Adapter>>>, EngineError> {
         if paths.len() != self.splits.len() {
-            let why = AdapterError::SectionCount { have: paths.len(), want: self.splits.len() };
+            let why = Box::new(AdapterError::SectionCount { have: paths.len(), want: self.splits.len() });
             return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
         }
         let load = |(split, path): (&Split, &Option<PathBuf>)| {
@@ -285,7 +285,7 @@ fn describe(name: &str, loaded: &[Option<Arc<Adapter>>], load_time: Duration, ge
 
 fn fail(name: &str, path: Option<&Path>) -> impl FnOnce(AdapterError) -> EngineError {
     let (name, path) = (name.to_owned(), path.map(Path::to_owned));
-    move |why| EngineError::Adapter { name, path, why }
+    move |why| EngineError::Adapter { name, path, why: Box::new(why) }
 }
 
 /// Plans the graphs of one context binary and makes their cache.
@@ -296,7 +296,7 @@ fn prepare(
     context_size: usize,
     path: &Path,
 ) -> Result<(Vec<Runner>, State), EngineError> {
-    let core = |why| EngineError::Core(qnn_core::Error::Prepare { path: path.to_owned(), why });
+    let core = |why| EngineError::from(qnn_core::Error::Prepare { path: path.to_owned(), why });
     let mut runners = Vec::new();
     for (i, (_, graph)) in graphs.iter().enumerate() {
         let executable = backend.prepare(graph).map_err(core)?;
@@ -445,7 +445,7 @@ impl From<ExecuteError> for EngineError {
     fn from(why: ExecuteError) -> EngineError {
         match why {
             ExecuteError::Cancelled => EngineError::Cancelled,
-            other => EngineError::Core(qnn_core::Error::Execute(other)),
+            other => EngineError::from(qnn_core::Error::Execute(other)),
         }
     }
 }

@@ -125,7 +125,7 @@ impl Engine for Scripted {
     fn load_adapter(&mut self, name: &str, source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
         if *source == AdapterSource::Sections(Vec::new()) {
             let why = AdapterError::SectionCount { have: 0, want: 1 };
-            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
+            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why: Box::new(why) });
         }
         self.unload_adapter(name);
         self.n_loads += 1;
