@@ -153,7 +153,8 @@ fn a_branch_equals_the_merged_weight() {
             logits(backend, &[(context.graph("model").unwrap(), Some(adapter.clone()))], strengths)
         };
         let plain = logits(backend, &[(&base, None)], &[]);
-        let cases: [(usize, [f32; 9], &[(&Path, f64)]); 5] = [
+        type Case<'a> = (usize, [f32; 9], &'a [(&'a Path, f64)]);
+        let cases: [Case<'_>; 5] = [
             (0, [1.0; 9], &[(&one, 1.0)]),
             (1, [1.0; 9], &[(&two, 1.0)]),
             (1, [0.5; 9], &[(&two, 0.5)]),
