@@ -29,6 +29,9 @@ use support::{Form, Rng, Tiny, VOCAB, chain, tiny};
 
 const ROWS: usize = 5;
 
+/// Adapters, each with its strength.
+type ByHand<'a> = &'a [(&'a Path, f64)];
+
 /// A PEFT directory with random values for the modules of `graph` whose names end with one of `targets`.
 fn random_peft(parent: &Path, name: &str, seed: u64, graph: &Graph, targets: &[&str], changes: Value) -> PathBuf {
     let rank = changes.get("r").and_then(Value::as_u64).unwrap_or(4) as usize;
@@ -94,7 +97,7 @@ fn logits(backend: &dyn Backend, parts: &[(&Graph, Option<Arc<Adapter>>)], stren
 }
 
 /// `graph` (f32) with `strength · scaling · B · A` added to its weights by hand.
-fn merged(graph: &Graph, adapters: &[(&Path, f64)]) -> Graph {
+fn merged(graph: &Graph, adapters: ByHand<'_>) -> Graph {
     let mut deltas: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (dir, strength) in adapters {
         for m in load_peft(dir).unwrap().modules {
@@ -153,8 +156,7 @@ fn a_branch_equals_the_merged_weight() {
             logits(backend, &[(context.graph("model").unwrap(), Some(adapter.clone()))], strengths)
         };
         let plain = logits(backend, &[(&base, None)], &[]);
-        type Case<'a> = (usize, [f32; 9], &'a [(&'a Path, f64)]);
-        let cases: [Case<'_>; 5] = [
+        let cases: [(usize, [f32; 9], ByHand<'_>); 5] = [
             (0, [1.0; 9], &[(&one, 1.0)]),
             (1, [1.0; 9], &[(&two, 1.0)]),
             (1, [0.5; 9], &[(&two, 0.5)]),

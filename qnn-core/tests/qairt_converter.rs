@@ -22,6 +22,11 @@ fn help_shows_the_flags() {
         "--kv_bitwidth",
         "--block_size",
         "--use_per_channel_quantization",
+        "--lora_weight_list",
+        "--lora_adapter",
+        "--lora_max_rank",
+        "--lora_weights_bitwidth",
+        "--quant_updatable_mode",
     ] {
         assert!(out.contains(flag), "{flag} is not in {out}");
     }
@@ -47,6 +52,14 @@ fn wrong_input_is_refused() {
     check(&["-i", &onnx], 1, &["model.onnx", "not supported", ".gguf"]);
     check(&["-i", &place("nowhere")], 1, &["nowhere"]);
     check(&["-i", &broken, "--block_size", "32"], 1, &["--block_size", "--weights_bitwidth"]);
+    check(&["-i", &broken, "--lora_max_rank", "8"], 1, &["--lora_max_rank", "--lora_adapter"]);
+    check(&["-i", &broken, "--lora_adapter", &place("adapter")], 1, &["adapter"]);
+    check(
+        &["-i", &broken, "--lora_weight_list", &broken, "--lora_max_rank", "8"],
+        1,
+        &["does not begin with base_model"],
+    );
+    check(&["-i", &broken, "--quant_updatable_mode", "some"], 2, &["none, adapter_only, all"]);
     check(&["-i", &broken, "--weights_bitwidth", "5"], 2, &["--weights_bitwidth", "4, 8, 16, 32"]);
     check(&["-i", &broken, "--quantization_overrides", "x"], 2, &["--quantization_overrides"]);
 }

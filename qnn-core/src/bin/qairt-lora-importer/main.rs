@@ -12,8 +12,8 @@ use qnn_core::offline::lora::{
 
 /// Turns PEFT adapters into weights and encodings that fit a converted model.
 ///
-/// For each use case of the YAML it writes <name>.safetensors and <name>.encodings, and a list of all of them,
-/// lora_output_files.yaml. Next step: qnn-context-binary-generator --adapter_weight_config lora_output_files.yaml.
+/// For each use case of the YAML it writes its weights (NAME.safetensors) and encodings (NAME.encodings), and a list of
+/// all of them, lora_output_files.yaml. Next step: qnn-context-binary-generator --adapter_weight_config lora_output_files.yaml.
 #[derive(Parser)]
 #[command(name = "qairt-lora-importer", version, rename_all = "snake_case", after_help = EXAMPLE)]
 struct Cli {

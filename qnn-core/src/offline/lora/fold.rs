@@ -78,7 +78,7 @@ impl FoldedModule {
 ///
 /// # Errors
 /// [`LoraError`] if there are no parts, two have one name, or two were trained on modules of different sizes.
-pub fn fold(name: &str, parts: &[(String, &PeftAdapter)]) -> Result<Folded, LoraError> {
+pub fn fold<'a>(name: &str, parts: &[(String, &'a PeftAdapter)]) -> Result<Folded, LoraError> {
     if parts.is_empty() {
         return Err(LoraError::Empty);
     }
@@ -101,16 +101,11 @@ pub fn fold(name: &str, parts: &[(String, &PeftAdapter)]) -> Result<Folded, Lora
     names.sort_by_cached_key(|name| natural(name));
     let mut modules = Vec::with_capacity(names.len());
     for module in names {
-        let of_part = |(slot, (_, peft)): (&Slot, &(String, &'_ PeftAdapter))| {
-            let found = peft.modules.iter().position(|m| m.name == module)?;
+        let own = |(slot, (_, peft)): (&Slot, &(String, &'a PeftAdapter))| {
+            let found = peft.modules.iter().find(|m| m.name == module)?;
             Some((slot.columns[0], found))
         };
-        let mut found: Vec<(usize, &PeftModule)> = Vec::new();
-        for (slot, part) in slots.iter().zip(parts) {
-            if let Some((begin, index)) = of_part((slot, part)) {
-                found.push((begin, &part.1.modules[index]));
-            }
-        }
+        let found: Vec<(usize, &PeftModule)> = slots.iter().zip(parts).filter_map(own).collect();
         modules.push(join(module, &found)?);
     }
     Ok(Folded { name: name.to_owned(), rank: slots.last().map_or(0, |slot| slot.columns[1]), slots, modules })

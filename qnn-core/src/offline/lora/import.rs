@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     AttachPoint, Folded, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold, load_peft,
@@ -192,7 +192,7 @@ fn overridden(
     for (name, encoding) in read.0 {
         let (module, is_b) = (&folded.modules[names[&name] / 2], names[&name] % 2 == 1);
         if encoding.data_type() != Some(data_type) {
-            let have = format!("{encoding:.0?}").chars().take(40).collect::<String>();
+            let have = encoding.data_type().map_or_else(|| "another width".to_owned(), |own| own.to_string());
             return Err(LoraError::Tensor { tensor: name, have, want: format!("{data_type}, as the graph has it") });
         }
         let WeightEncoding::Integer { bits, scales } = encoding else { continue };
@@ -237,28 +237,25 @@ impl Prepared {
     }
 }
 
-/// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata.
+/// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata. The same values
+/// always give the same bytes.
 fn safetensors_of(folded: &Folded) -> Result<Vec<u8>, LoraError> {
-    let halves: Vec<values::Matrix<'_>> = folded.modules.iter().flat_map(|module| [module.a(), module.b()]).collect();
-    let bytes: Vec<Vec<u8>> =
-        halves.iter().map(|half| half.values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
-    let view =
-        |(half, bytes): (&values::Matrix<'_>, &'_ Vec<u8>)| (half.name.clone(), vec![half.n, half.k], bytes.len());
-    let metadata = HashMap::from([
-        ("format".to_owned(), FORMAT.to_owned()),
-        ("version".to_owned(), VERSION.to_owned()),
-        ("use_case".to_owned(), folded.name.clone()),
-        ("rank".to_owned(), folded.rank.to_string()),
-        ("slots".to_owned(), serde_json::to_string(&folded.slots).map_err(LoraError::Json)?),
-    ]);
-    let mut tensors = Vec::with_capacity(halves.len());
-    for pair in halves.iter().zip(&bytes) {
-        let (name, shape, _) = view(pair);
-        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, pair.1);
-        tensors.push((name, view.map_err(|why| LoraError::config("safetensors", why.to_string(), "a valid tensor"))?));
+    let mut header = serde_json::Map::new();
+    let slots = serde_json::to_string(&folded.slots).map_err(LoraError::Json)?;
+    let metadata = json!({
+        "format": FORMAT, "version": VERSION, "use_case": folded.name, "rank": folded.rank.to_string(), "slots": slots,
+    });
+    header.insert("__metadata__".to_owned(), metadata);
+    let mut data: Vec<u8> = Vec::new();
+    for half in folded.modules.iter().flat_map(|module| [module.a(), module.b()]) {
+        let begin = data.len();
+        data.extend(half.values.iter().flat_map(|value| value.to_le_bytes()));
+        let entry = json!({"dtype": "F32", "shape": [half.n, half.k], "data_offsets": [begin, data.len()]});
+        header.insert(half.name, entry);
     }
-    safetensors::serialize(tensors, Some(metadata))
-        .map_err(|why| LoraError::config("safetensors", why.to_string(), "a valid file"))
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header, &data].concat())
 }
 
 /// `lora_output_files.yaml`. JSON strings are YAML strings.
