@@ -26,28 +26,42 @@ main() {
     local models="${GENIE_MODELS:-$root/models}"
     mkdir -p "$models"
     models=$(cd "$models" && pwd)
-    local gguf="$models/$gguf_name" out="$models/$name-q4_1"
+    local gguf="$models/$gguf_name" out="$models/$name-q4_1" adapters="$root/examples/adapters"
     mkdir -p "$out"
 
-    step "1/5 model: $gguf"
+    step "1/6 model: $gguf"
     fetch_model "$gguf"
-    step "2/5 build: cargo build --release"
+    step "2/6 build: cargo build --release"
     build_tools
-    step "3/5 convert: $out/$name.dlc"
-    make_if_old "$out/$name.dlc" "$gguf" "$bin/qairt-converter" -- \
-        "$bin/qairt-converter" --input_network "$gguf" --output_path "$out/$name.dlc"
-    step "4/5 context binary: $out/$name.bin"
-    make_if_old "$out/$name.bin" "$out/$name.dlc" "$bin/qnn-context-binary-generator" -- \
-        "$bin/qnn-context-binary-generator" --dlc_path "$out/$name.dlc" \
-        --output_dir "$out" --binary_file "$name" --ar 128,1 --cl "$context_length"
-    copy_config "$root/configs/$name.json" "$out/genie_config.json"
+    step "3/6 convert: $out/$name.dlc"
+    # Room for 24 rank columns: json (8) and pirate (16) at once.
+    make_if_old "$out/$name.dlc" "$gguf" "$bin/qairt-converter" "$adapters"/*/adapter_model.safetensors -- \
+        "$bin/qairt-converter" --input_network "$gguf" --output_path "$out/$name.dlc" --lora_max_rank 24 \
+        --lora_adapter "$adapters/json" --lora_adapter "$adapters/pirate" --lora_adapter "$adapters/sql"
+    step "4/6 adapters: $out/lora"
+    make_if_old "$out/lora/lora_output_files.yaml" "$out/$name.dlc" "$bin/qairt-lora-importer" \
+        "$adapters/use_cases.yaml" -- \
+        "$bin/qairt-lora-importer" --lora_config "$adapters/use_cases.yaml" --input_dlc "$out/$name.dlc" \
+        --output_dir "$out/lora"
+    step "5/6 context binary and a section for each adapter: $out/$name.bin"
+    make_if_old "$out/$name.bin" "$out/$name.dlc" "$out/lora/lora_output_files.yaml" \
+        "$bin/qnn-context-binary-generator" -- \
+        "$bin/qnn-context-binary-generator" --dlc_path "$out/$name.dlc" --output_dir "$out" --binary_file "$name" \
+        --ar 128,1 --cl "$context_length" --adapter_weight_config "$out/lora/lora_output_files.yaml"
+    copy_config "$root/configs/$name-lora.json" "$out/genie_config.json"
 
-    step "5/5 chat"
-    local chat=("$bin/genie-t2t-run" --config "$out/genie_config.json" --chat --prompt)
-    "${chat[@]}" "$question"
-    printf '\nTo ask it something else (each run is a new conversation):\n\n   '
+    step "6/6 chat: the base, each adapter, one at half strength"
+    local chat=("$bin/genie-t2t-run" --config "$out/genie_config.json" --chat)
+    local adapter
+    for adapter in json pirate sql pirate,pirate,0.5; do
+        printf '\n-- adapter %s\n' "$adapter"
+        "${chat[@]}" --lora "$adapter" --prompt "$question" | sed -n '/^\[BEGIN\]/,$p'
+    done
+    printf '\n-- base\n'
+    "${chat[@]}" --prompt "$question"
+    printf '\nTo ask it something else (each run is a new conversation; leave out --lora for the base):\n\n   '
     printf ' %q' "${chat[@]}"
-    printf ' "Why is the sky blue?"\n'
+    printf ' --lora pirate --prompt "Why is the sky blue?"\n'
 }
 
 step() { printf '\n== %s\n' "$*"; }
