@@ -59,7 +59,7 @@ fn tools_refuse_in_one_readable_line() {
     let (dlc, out) = (dlc(dir.path()), path(dir.path(), "out"));
     let base = ["--dlc_path", dlc, "--output_dir", out];
     let cases: [(&[&str], &str); 6] = [
-        (&["--adapter_weight_config", "no.yaml"], "no.yaml: cannot be read"),
+        (&["--ar", "8", "--adapter_weight_config", "no.yaml"], "no.yaml: cannot be read"),
         (&["--config_file", "x.json"], "--config_file is not supported yet"),
         (&["--enable_intermediate_outputs"], "--enable_intermediate_outputs is not supported yet"),
         (&["--backend", "gpu"], "possible values: htp"),
@@ -83,7 +83,9 @@ fn tools_refuse_in_one_readable_line() {
 #[test]
 fn help_lists_what_works() {
     let help = generator(&["--help"]);
-    for option in ["dlc_path", "binary_file", "output_dir", "ar", "cl", "num_splits", "backend"] {
+    for option in
+        ["dlc_path", "binary_file", "output_dir", "ar", "cl", "num_splits", "adapter_weight_config", "backend"]
+    {
         assert!(text(&help.stdout).contains(&format!("--{option} ")), "{option}");
     }
     assert!(!text(&help.stdout).contains("config_file"));

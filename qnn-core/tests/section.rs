@@ -340,3 +340,20 @@ fn contradictory_parts_are_refused() {
         let _ = context.load_section(damaged.into());
     }
 }
+
+// Broken if a section that an earlier release wrote cannot be read any more. The file is of format version 1 and is never
+// made again.
+#[test]
+fn a_version_1_section_still_reads() {
+    let section = SectionFile::parse(bytes(include_bytes!("corpus/section_v1.bin"))).unwrap();
+    let meta = section.meta();
+    assert_eq!((meta.name.as_str(), meta.rank, meta.targets, meta.slots[0].scaling), ("old", 2, 1, Some(2.0)));
+    assert_eq!(meta.io.iter().map(|io| io.graph.as_str()).collect::<Vec<_>>(), ["prompt", "token"]);
+    let names: Vec<_> =
+        section.tensors().iter().map(|(name, p)| (&name[42..], p.layout().n(), p.layout().k())).collect();
+    assert_eq!(names, [("v_proj.lora_A.weight", 2, 32), ("v_proj.lora_B.weight", 16, 2)]);
+    assert_eq!(
+        section.binary().identity().to_string(),
+        "17dc9373086fc5938d966f925912b23e38ca2864d226e1ba9d6b24c4e10945cb"
+    );
+}
