@@ -177,7 +177,4 @@ pub enum AdapterError {
         /// Context binaries of the model.
         want: usize,
     },
-    /// The engine cannot do this.
-    #[error("{0}")]
-    Unsupported(String),
 }

@@ -207,9 +207,7 @@ impl Engine for QnnEngine {
         let start = Instant::now();
         let loaded = match source {
             AdapterSource::Sections(paths) => self.load_sections(name, paths)?,
-            AdapterSource::Peft(folder) => {
-                vec![Some(self.load_peft(name, folder).map_err(fail(name, Some(folder)))?)]
-            }
+            AdapterSource::Peft(folder) => self.load_peft(name, folder).map_err(fail(name, Some(folder)))?,
         };
         self.n_loads += 1;
         let info = describe(name, &loaded, start.elapsed(), self.n_loads);
@@ -253,14 +251,9 @@ impl QnnEngine {
         self.splits.iter().zip(paths).map(load).collect()
     }
 
-    fn load_peft(&self, name: &str, folder: &Path) -> Result<Arc<Adapter>, AdapterError> {
-        match &self.splits[..] {
-            [split] => Ok(qnn_core::offline::lora::adapter_from_peft(&split.context, folder, name)?),
-            splits => Err(AdapterError::Unsupported(format!(
-                "a PEFT directory for a model in {} context binaries, need one; make section files instead",
-                splits.len()
-            ))),
-        }
+    fn load_peft(&self, name: &str, folder: &Path) -> Result<Vec<Option<Arc<Adapter>>>, AdapterError> {
+        let contexts: Vec<&Context> = self.splits.iter().map(|split| &split.context).collect();
+        Ok(qnn_core::offline::lora::adapters_from_peft(&contexts, folder, name)?.into_iter().map(Some).collect())
     }
 }
 
