@@ -77,14 +77,26 @@ impl Dialog {
     /// # Errors
     /// [`Error`] with what cannot be opened and why.
     pub fn new(config: DialogConfig) -> Result<Self, Error> {
-        let tokenizer = Arc::new(Tokenizer::load(&config.tokenizer_path)?);
+        let (tokenizer, engine) = Self::open(&config)?;
         let template = ChatTemplate::beside(&config.tokenizer_path)?;
         let role = config.engine.role.clone();
-        let engine = QnnEngine::open(&config.engine).map_err(|why| Error::engine(&role, why))?;
-        let mut dialog = Self::with_engine(config.settings, Box::new(engine), tokenizer, template)?;
+        let mut dialog = Self::with_engine(config.settings, Box::new(engine), Arc::new(tokenizer), template)?;
         dialog.set_lora(&config.engine.lora, role);
         dialog.template_path = ChatTemplate::config_path(&config.tokenizer_path);
         Ok(dialog)
+    }
+
+    /// Opens what a dialog consists of: the tokenizer beside the model, each on a core of its own.
+    ///
+    /// # Errors
+    /// [`Error`] with what cannot be opened and why.
+    pub fn open(config: &DialogConfig) -> Result<(Tokenizer, QnnEngine), Error> {
+        let (tokenizer, engine) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| Tokenizer::load(&config.tokenizer_path));
+            let engine = QnnEngine::open(&config.engine);
+            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
+        });
+        Ok((tokenizer?, engine.map_err(|why| Error::engine(&config.engine.role, why))?))
     }
 
     /// A dialog over an engine that is open already, without adapters: see [`Dialog::add_adapter`].

@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use genie::Dialog;
 use genie::config::DialogConfig;
 use genie::engine::{Engine, Logits, qnn::QnnEngine};
-use genie::tokenizer::Tokenizer;
 
 /// An open model.
 pub(crate) struct Bench {
@@ -86,8 +86,7 @@ impl Bench {
 pub(crate) fn load(config: &DialogConfig, rounds: usize) -> anyhow::Result<Vec<f64>> {
     let one = || -> anyhow::Result<f64> {
         let start = Instant::now();
-        QnnEngine::open(&config.engine)?;
-        Tokenizer::load(&config.tokenizer_path)?;
+        Dialog::open(config)?;
         Ok(milliseconds(start))
     };
     (0..rounds).map(|_| one()).collect()
@@ -126,8 +125,8 @@ impl Child<'_> {
 
 /// The other side of [`Child`]: everything a chat does up to its first token.
 pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::load(&config.tokenizer_path)?;
-    let mut bench = Bench::open(config)?;
+    let (tokenizer, engine) = Dialog::open(config)?;
+    let mut bench = Bench { engine, never: AtomicBool::new(false) };
     let ids = bench.ids(prompt);
     bench.first_token(&ids)?;
     println!("{}", memory_mb("VmRSS:")?);
