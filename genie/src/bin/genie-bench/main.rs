@@ -19,7 +19,7 @@ use report::Report;
 /// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
 ///
 /// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), `pp<N>` and `tg<n>_d<depth>` (tok/s),
-/// rss_after_first and peak_rss (MB). With --lora also the same rates with the adapter (pp<N>_lora1, tg<n>_d<depth>_lora1),
+/// rss_after_first and peak_rss (MB). With --lora also the rates with the adapter (`pp<N>_lora1`, `tg<n>_d<depth>_lora1`),
 /// switch (ms to go over to another loaded adapter; needs two in the config), alpha_change (ms to set another strength),
 /// adapter_load (ms, files cached by the system) and rss_per_adapter (MB of each adapter of the config, loaded and
 /// used). Each is the median of the rounds, with the least and the greatest.
