@@ -1,14 +1,11 @@
 //! Guards the promise that a real model gives the reference's numbers: goldens of transformers in float32.
 
-use std::sync::atomic::AtomicBool;
-
 use anyhow::{Result, ensure};
 use genie::accuracy::{Windows, perplexity};
-use genie::engine::{Engine, Logits, qnn::QnnEngine};
 use genie_workspace::converted::Converted;
+use genie_workspace::golden::{Golden, generations, integers, perplexities};
 use qnn_core::offline::arch::{ActivationBits, Grouping, Precision, WeightType};
 use qnn_core::offline::quantize_weights::Bits;
-use serde_json::Value;
 
 const HF: &str = "smollm2-135m-instruct";
 const GGUF: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -19,8 +16,8 @@ const GGUF: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 fn float_graph_gives_the_golden_continuations() -> Result<()> {
     let model = Converted::real(HF, precision(WeightType::F32))?;
     let mut engine = model.engine()?;
-    for prompt in golden()["prompts"].as_array().expect("prompts") {
-        let run = Golden::new(prompt, "base");
+    for prompt in generations()["prompts"].as_array().expect("prompts") {
+        let run = Golden::new(prompt, "base")?;
         let found = run.continue_greedily(&mut engine)?;
         ensure!(found.ids == run.ids, "{}: {:?}, golden {:?}", run.name, found.ids, run.ids);
         ensure!(found.top_error < 1e-2, "{}: a top-10 logit is off by {}", run.name, found.top_error);
@@ -39,7 +36,7 @@ fn quantized_graphs_keep_the_perplexity() -> Result<()> {
         ("the GGUF's own grid", GGUF, WeightType::Keep),
     ] {
         let model = Converted::real(input, precision(weights))?;
-        let golden: Value = serde_json::from_str(include_str!("golden/ppl.json"))?;
+        let golden = perplexities();
         let ids = integers(&golden["ids"]);
         let measured = perplexity(&mut model.engine()?, &ids, Windows { window: 512, windows: 8 }, |_, _| {})?;
         let ratio = measured.perplexity / golden["runs"]["base"]["ppl"].as_f64().expect("ppl");
@@ -57,8 +54,8 @@ fn quantized_graph_follows_the_golden_margins() -> Result<()> {
     let model = Converted::real(GGUF, precision(WeightType::Keep))?;
     let mut engine = model.engine()?;
     let (mut same, mut all) = (0, 0);
-    for prompt in golden()["prompts"].as_array().expect("prompts") {
-        let run = Golden::new(prompt, "base");
+    for prompt in generations()["prompts"].as_array().expect("prompts") {
+        let run = Golden::new(prompt, "base")?;
         let found = run.continue_greedily(&mut engine)?;
         let first = found.ids.iter().zip(&run.ids).position(|(a, b)| a != b);
         all += 1;
@@ -73,62 +70,6 @@ fn quantized_graph_follows_the_golden_margins() -> Result<()> {
     Ok(())
 }
 
-/// One golden run.
-struct Golden<'a> {
-    name: &'a str,
-    prompt: Vec<u32>,
-    ids: Vec<u32>,
-    margins: Vec<f64>,
-    top: &'a Value,
-}
-
-/// A continuation and the largest error of the top ten logits at its first positions.
-struct Continuation {
-    ids: Vec<u32>,
-    top_error: f64,
-}
-
-impl<'a> Golden<'a> {
-    fn new(prompt: &'a Value, config: &str) -> Golden<'a> {
-        let run = &prompt["runs"][config];
-        Golden {
-            name: prompt["name"].as_str().expect("name"),
-            prompt: integers(&prompt["prompt_ids"]),
-            ids: integers(&run["ids"]),
-            margins: run["margin"].as_array().expect("margin").iter().filter_map(Value::as_f64).collect(),
-            top: &run["top"],
-        }
-    }
-
-    /// Decodes as many ids as the golden run has, always feeding its own choice.
-    fn continue_greedily(&self, engine: &mut QnnEngine) -> Result<Continuation> {
-        engine.rewind(0);
-        let (mut fed, mut ids, mut top_error) = (self.prompt.clone(), Vec::new(), 0.0f64);
-        for step in 0..self.ids.len() {
-            let logits = engine.forward(&fed, Logits::Last, &AtomicBool::new(false))?;
-            if self.ids[..step] == ids[..] && step < self.top.as_array().map_or(0, Vec::len) {
-                let golden = self.top[step]["logits"].as_array().expect("logits");
-                for (id, golden) in integers(&self.top[step]["ids"]).iter().zip(golden) {
-                    let error = f64::from(logits[*id as usize]) - golden.as_f64().expect("a logit");
-                    top_error = top_error.max(error.abs());
-                }
-            }
-            let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap_or(0) as u32;
-            ids.push(best);
-            fed = vec![best];
-        }
-        Ok(Continuation { ids, top_error })
-    }
-}
-
 fn precision(weights: WeightType) -> Precision {
     Precision { weights, activations: ActivationBits::Sixteen, cache: None }
-}
-
-fn golden() -> Value {
-    serde_json::from_str(include_str!("golden/generate.json")).expect("the golden file is JSON")
-}
-
-fn integers(value: &Value) -> Vec<u32> {
-    value.as_array().expect("a list").iter().map(|v| v.as_u64().expect("an id") as u32).collect()
 }

@@ -7,8 +7,12 @@ use anyhow::{Context, Result};
 use genie::{config::DialogConfig, engine::qnn::QnnEngine};
 use qnn_core::offline::{
     arch::Precision,
-    convert::{ConvertOptions, convert},
+    convert::{ConvertOptions, convert_with_lora},
     generate::{GenerateOptions, generate},
+    lora::{
+        LoraOptions, UpdatableMode,
+        import::{ImportOptions, import},
+    },
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -20,13 +24,27 @@ pub struct Converted {
     folder: TempDir,
     context_size: usize,
     n_vocab: usize,
+    /// Use cases: a name and the example adapters that it is made of.
+    use_cases: Vec<(&'static str, Vec<&'static str>)>,
 }
 
 impl Converted {
     /// Converts the real model `input`, a folder or file below `$GENIE_MODELS` (or `models/`).
     pub fn real(input: &str, precision: Precision) -> Result<Converted> {
         let input = models_folder().join(input);
-        let converted = Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152 };
+        let converted =
+            Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, use_cases: Vec::new() };
+        converted.make(&input, precision).with_context(|| format!("{} (see tests/golden)", input.display()))?;
+        Ok(converted)
+    }
+
+    /// Converts the real model with branches for the adapters of `examples/adapters`, and these: `json`, `pirate`, `sql`
+    /// and `json+pirate` of both.
+    pub fn real_with_adapters(input: &str, precision: Precision) -> Result<Converted> {
+        let input = models_folder().join(input);
+        let alone = ["json", "pirate", "sql"].map(|name| (name, vec![name]));
+        let use_cases = alone.into_iter().chain([("json+pirate", vec!["json", "pirate"])]).collect();
+        let converted = Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, use_cases };
         converted.make(&input, precision).with_context(|| format!("{} (see tests/golden)", input.display()))?;
         Ok(converted)
     }
@@ -34,7 +52,8 @@ impl Converted {
     /// Converts a tiny model.
     pub fn tiny(model: &TinyModel, precision: Precision) -> Result<Converted> {
         let context_size = model.max_positions;
-        let converted = Converted { folder: TempDir::new()?, context_size, n_vocab: model.vocab };
+        let converted =
+            Converted { folder: TempDir::new()?, context_size, n_vocab: model.vocab, use_cases: Vec::new() };
         let source = converted.path().join("source");
         model.write_hf(&source)?;
         converted.make(&source, precision)?;
@@ -44,7 +63,20 @@ impl Converted {
     fn make(&self, input: &Path, precision: Precision) -> Result<()> {
         let dlc = self.path().join("model.dlc");
         let options = ConvertOptions { input: input.to_owned(), output: dlc.clone(), precision, threads: 2 };
-        convert(&options, &mut |_| {})?;
+        let lora = LoraOptions {
+            weight_list: None,
+            adapters: self
+                .use_cases
+                .iter()
+                .flat_map(|(_, parts)| parts.iter().map(|part| adapter_folder(part)))
+                .collect(),
+            max_rank: Some(24),
+            bits: None,
+            mode: UpdatableMode::AdapterOnly,
+        };
+        let has_adapters = !self.use_cases.is_empty();
+        convert_with_lora(&options, has_adapters.then_some(&lora), &mut |_| {})?;
+        let adapter_weight_config = if has_adapters { Some(self.import_adapters(&dlc)?) } else { None };
         let options = GenerateOptions {
             dlc_path: dlc.clone(),
             output_dir: self.path().to_owned(),
@@ -52,10 +84,24 @@ impl Converted {
             ar: vec![128, 1],
             cl: vec![self.context_size],
             num_splits: 1,
-            adapter_weight_config: None,
+            adapter_weight_config,
         };
         generate(&options, &mut |_| {})?;
         Ok(std::fs::remove_file(dlc)?)
+    }
+
+    fn import_adapters(&self, dlc: &Path) -> Result<PathBuf> {
+        let use_case = |(name, parts): &(&str, Vec<&str>)| {
+            let parts: Vec<PathBuf> = parts.iter().map(|part| adapter_folder(part)).collect();
+            json!({ "name": name, "model_name": "model", "lora_weights": parts })
+        };
+        let use_cases: Vec<_> = self.use_cases.iter().map(use_case).collect();
+        let lora_config = self.path().join("use_cases.yaml");
+        // JSON is YAML.
+        std::fs::write(&lora_config, json!({ "use_case": use_cases }).to_string())?;
+        let options =
+            ImportOptions { lora_config, input_dlc: dlc.to_owned(), output_dir: self.path().join("adapters") };
+        Ok(import(&options)?.list)
     }
 
     /// The dialog config of the model: greedy, two threads.
@@ -67,6 +113,13 @@ impl Converted {
         dialog["context"]["n-vocab"] = json!(self.n_vocab);
         dialog["engine"]["n-threads"] = json!(2);
         dialog["engine"]["model"]["binary"]["ctx-bins"] = json!(["model.bin"]);
+        if !self.use_cases.is_empty() {
+            let adapter =
+                |name: &str| json!({"version": 1, "name": name, "bin-sections": [format!("model_{name}.bin")]});
+            let names = self.use_cases.iter().map(|(name, _)| *name).chain(["default_adapter"]);
+            let adapters: Vec<_> = names.map(adapter).collect();
+            dialog["engine"]["model"]["binary"]["lora"] = json!({"version": 1, "adapters": adapters});
+        }
         Ok(DialogConfig::from_json(&config.to_string(), self.path())?)
     }
 
@@ -79,6 +132,11 @@ impl Converted {
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
+}
+
+/// An adapter of `examples/adapters`.
+pub fn adapter_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/adapters").join(name)
 }
 
 /// Where the models of the slow tests are.
