@@ -129,6 +129,8 @@ fn micros(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     // Guards: events and KPIs have the names, units and nesting that readers of Genie's profiles look for; and a file
@@ -144,6 +146,19 @@ mod tests {
         report.timings.token_generation = Duration::from_millis(400);
         report.timings.total = Duration::from_millis(600);
         profile.add_query(&report);
+        let info = crate::engine::AdapterInfo {
+            name: "a".to_owned(),
+            targets: 1,
+            rank: 1,
+            slots: Vec::new(),
+            size_bytes: 1,
+            load_time: Duration::ZERO,
+            generation: 1,
+        };
+        let time = Duration::from_micros(70);
+        profile.add_apply_lora(&AppliedLora { info, strengths: Vec::new(), was_loaded: true, started, time });
+        (report.n_foreign_rows, report.n_recomputed_tokens) = (7, 8);
+        profile.add_query(&report);
         profile.add_free(started, Duration::ZERO);
 
         let folder = tempfile::tempdir().unwrap();
@@ -156,7 +171,14 @@ mod tests {
         assert_eq!(component["type"], "dialog");
         let events = component["events"].as_array().unwrap();
         let kinds: Vec<&str> = events.iter().filter_map(|event| event["type"].as_str()).collect();
-        assert_eq!(kinds, ["GenieDialog_create", "GenieDialog_query", "GenieDialog_free"]);
+        let want = ["create", "query", "applyLora", "query", "free"].map(|kind| format!("GenieDialog_{kind}"));
+        assert_eq!(kinds, want);
+        assert_eq!(events[2]["lora-adapter-switching-time"], serde_json::json!({"value": 70, "unit": "us"}));
+        assert_eq!((&events[1]["kv-foreign-rows"], &events[1]["kv-recomputed-tokens"]), (&json!(null), &json!(null)));
+        assert_eq!(
+            (&events[3]["kv-foreign-rows"]["value"], &events[3]["kv-recomputed-tokens"]["value"]),
+            (&json!(7), &json!(8))
+        );
         assert_eq!(events[0]["init-time"], serde_json::json!({"value": 1500, "unit": "us"}));
         let query = &events[1];
         assert_eq!(query["stop"].as_u64().unwrap() - query["start"].as_u64().unwrap(), 600_000);

@@ -335,6 +335,8 @@ fn bytes_of(text: &str) -> Vec<u32> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
     // Guards: no mix-up. Whatever was applied, set, asked, aborted, forgotten, added or removed before, over two
     // dialogs in turn: an answer is that of a fresh dialog whose rows were made by whom the policy says.
     #[test]
