@@ -1,12 +1,13 @@
 //! What adapters cost: rates with one, and the time and memory to have, change and adjust them.
 
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use genie::AdapterChoice;
 use genie::adapters::{Adapters, Selection};
 use genie::config::EngineConfig;
-use genie::engine::Engine;
+use genie::engine::{Engine, EngineError, Logits};
 
 use crate::measure::{Bench, memory_mb, milliseconds};
 use crate::report::Report;
@@ -69,20 +70,33 @@ impl<'a> LoraBench<'a> {
         Ok(self.bench.engine.select_adapter(Some(selection.for_engine()))?)
     }
 
-    /// Milliseconds to go over to one of two selections and back, halved.
+    /// Milliseconds to go over to one of two selections and back, halved. All that a change costs counts, up to the first
+    /// kernel of the next step.
     fn alternate(&mut self, one: &Selection, other: &Selection, rounds: usize) -> anyhow::Result<Vec<f64>> {
         self.bind(one)?;
+        self.bench.engine.rewind(0);
         let mut round = || {
             let start = Instant::now();
             for _ in 0..SWITCHES_PER_ROUND {
-                self.bind(other)?;
-                self.bind(one)?;
+                for selection in [other, one] {
+                    self.bind(selection)?;
+                    self.start_step()?;
+                }
             }
             Ok(milliseconds(start) / (2 * SWITCHES_PER_ROUND) as f64)
         };
         let times = (0..rounds).map(|_| round()).collect();
         self.bind(other)?;
         times
+    }
+
+    /// Begins a step that is cancelled before its first kernel.
+    fn start_step(&mut self) -> anyhow::Result<()> {
+        match self.bench.engine.forward(&[0], Logits::Last, &AtomicBool::new(true)) {
+            Err(EngineError::Cancelled) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(_) => bail!("a cancelled step was run"),
+        }
     }
 
     /// Milliseconds to read an adapter's files and check them against the model.
