@@ -427,6 +427,8 @@ fn strengths_belong_to_adapters() {
     assert_eq!(at(&mut dialog, "a"), "x 0.5, y 2");
     dialog.set_lora_strength("target", "all", 1.0).unwrap();
     assert_eq!(at(&mut dialog, "a"), "x 1, y 1");
+    dialog.set_lora_strength("target", "x", -0.0).unwrap();
+    assert_eq!(at(&mut dialog, "a"), "x 0, y 1", "minus zero would be another maker of rows");
 
     for alphas in [&["x"][..], &["first", "x"], &["x", "y", "z"]] {
         let lora = LoraConfig { adapters: vec![config("a", alphas)], ..lora.clone() };
