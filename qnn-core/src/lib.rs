@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+mod atomic_file;
 pub mod backend;
 pub mod binary;
 pub mod context;

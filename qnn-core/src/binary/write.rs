@@ -6,6 +6,8 @@ use std::path::Path;
 
 use zerocopy::IntoBytes;
 
+use crate::atomic_file::{AtomicFile, BUFFER_BYTES};
+
 use super::{
     BinaryError, FileKind, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
     layout::{ALIGN_BYTES, Entry, FORMAT_VERSION, HEADER_BYTES, Header, MAGIC},
@@ -180,26 +182,13 @@ fn write_kind(
     base: Identity,
     fill: impl FnOnce(&mut FileWriter<'_>) -> Result<(), crate::Error>,
 ) -> Result<Written, crate::Error> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".context-").suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let file = builder.tempfile_in(dir).map_err(crate::Error::io(path))?;
+    let new = AtomicFile::create(path).map_err(crate::Error::io(path))?;
     let written = {
-        let out = BufWriter::with_capacity(BUFFER_BYTES, file.as_file());
+        let out = BufWriter::with_capacity(BUFFER_BYTES, new.file());
         let mut writer = BinaryWriter::start(out, kind, base).map_err(crate::Error::io(path))?;
         fill(&mut writer)?;
         writer.finish().map_err(crate::Error::io(path))?.1
     };
-    file.as_file().sync_all().map_err(crate::Error::io(path))?;
-    file.persist(path).map_err(|error| crate::Error::io(path)(error.error))?;
-    // The new name is durable once the folder is; systems without such a call keep it durable themselves.
-    if let Ok(dir) = File::open(dir) {
-        let _ = dir.sync_all();
-    }
+    new.commit().map_err(crate::Error::io(path))?;
     Ok(written)
 }
-
-/// Small writes (padding, table) are gathered; sections are larger than this and go straight through.
-const BUFFER_BYTES: usize = 64 << 10;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use htp_sim::Workers;
 
 use crate::{
+    atomic_file,
     error::Error,
     graph::Graph,
     offline::{
@@ -139,7 +140,7 @@ fn add_branches(
 fn write_sidecars(source: &Source, dlc: &Path) -> Result<Vec<PathBuf>, Error> {
     let write = |(name, bytes): &(&str, Vec<u8>)| {
         let path = dlc.with_file_name(name);
-        dlc::write_atomically(&path, |file| file.write_all(bytes)).map_err(Error::io(&path))?;
+        atomic_file::write(&path, |file| file.write_all(bytes)).map_err(Error::io(&path))?;
         Ok(path)
     };
     source.sidecars.iter().map(write).collect()

@@ -5,13 +5,13 @@
 //! first tensor starts at a multiple of 64 bytes.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use crate::{
+    atomic_file,
     error::Error,
     graph::Graph,
     map::Bytes,
@@ -51,29 +51,12 @@ pub enum DlcError {
 /// [`Error::Io`]; [`Error::Dlc`] if a constant is in panels or the graph's JSON is too large. `path` is then unchanged.
 pub fn write_dlc(path: &Path, graph: &Graph) -> Result<(), Error> {
     let (header, blobs) = layout(graph).map_err(Error::dlc(path))?;
-    write_atomically(path, |file| {
+    atomic_file::write(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         blobs.iter().try_for_each(|blob| file.write_all(blob))
     })
     .map_err(Error::io(path))
-}
-
-/// Lets `fill` write a temporary file beside `path`, which takes its name when it is complete and on disk.
-pub(super) fn write_atomically(
-    path: &Path,
-    fill: impl FnOnce(&mut BufWriter<&File>) -> std::io::Result<()>,
-) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temp = tempfile::Builder::new().prefix(".genie-").tempfile_in(folder)?;
-    let mut file = BufWriter::with_capacity(1 << 20, temp.as_file());
-    fill(&mut file)?;
-    file.flush()?;
-    drop(file);
-    set_readable(temp.as_file())?;
-    temp.as_file().sync_all()?;
-    temp.persist(path).map_err(|e| e.error)?;
-    Ok(())
 }
 
 /// Reads the graph in the file at `path`. Constants are parts of the mapped file: nothing is copied.
@@ -230,17 +213,6 @@ fn dtype_size(name: &str) -> usize {
 }
 
 /// Temporary files are private to their owner; a DLC is an ordinary file.
-#[cfg(unix)]
-fn set_readable(file: &File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn set_readable(_file: &File) -> std::io::Result<()> {
-    Ok(())
-}
-
 /// Value of "format" in the metadata.
 pub const FORMAT: &str = "genie-dlc";
 /// Value of "version" in the metadata.

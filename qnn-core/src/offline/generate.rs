@@ -13,14 +13,12 @@ use std::sync::Mutex;
 use htp_sim::{ShapeError, WeightFormat, Workers};
 
 use crate::{
+    atomic_file,
     binary::{BinaryError, BinaryWriter, Identity, MAX_GRAPHS, Meta, SectionKind, write_file},
     context::{kind_of, write_records},
     error::Error,
     graph::{Graph, GraphError},
-    offline::{
-        dlc::{read_dlc, write_atomically},
-        specialize,
-    },
+    offline::{dlc::read_dlc, specialize},
     op::OpKind,
     record::{self, GraphRecord},
     tensor::{Tensor, TensorId},
@@ -190,7 +188,7 @@ pub fn copy_sidecars(dlc_path: &Path, output_dir: &Path) -> Result<Vec<PathBuf>,
         let same = to.exists() && from.canonicalize().ok() == to.canonicalize().ok();
         if !same {
             let mut from_file = File::open(&from).map_err(Error::io(&from))?;
-            write_atomically(&to, |file| std::io::copy(&mut from_file, file).map(|_| ())).map_err(Error::io(&to))?;
+            atomic_file::write(&to, |file| std::io::copy(&mut from_file, file).map(|_| ())).map_err(Error::io(&to))?;
         }
         copies.push(to);
     }

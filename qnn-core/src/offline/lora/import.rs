@@ -11,6 +11,7 @@ use super::{
     values, yaml,
 };
 use crate::{
+    atomic_file,
     error::Error,
     graph::Graph,
     offline::{dlc, safetensors::read_text},
@@ -89,7 +90,7 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
     let list = options.output_dir.join(LIST_FILE);
     let text = list_of(&use_cases, &options.output_dir).map_err(Error::io(&list))?;
-    dlc::write_atomically(&list, |file| file.write_all(text.as_bytes())).map_err(Error::io(&list))?;
+    atomic_file::write(&list, |file| file.write_all(text.as_bytes())).map_err(Error::io(&list))?;
     Ok(ImportReport { use_cases, list })
 }
 
@@ -218,10 +219,10 @@ impl Prepared {
         let folded = &self.folded;
         let weights = folder.join(format!("{}.safetensors", folded.name));
         let bytes = safetensors_of(folded).map_err(Error::lora(&weights))?;
-        dlc::write_atomically(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
+        atomic_file::write(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
         let encodings = folder.join(format!("{}.encodings", folded.name));
         let json = format!("{}\n", self.encodings.to_json());
-        dlc::write_atomically(&encodings, |file| file.write_all(json.as_bytes())).map_err(Error::io(&encodings))?;
+        atomic_file::write(&encodings, |file| file.write_all(json.as_bytes())).map_err(Error::io(&encodings))?;
         Ok(UseCaseReport {
             name: folded.name.clone(),
             targets: folded.modules.len(),
