@@ -7,7 +7,7 @@ use crate::{
     binary::{BinaryError, BinaryFault},
     context::SectionError,
     graph::GraphError,
-    offline::{ImportError, dlc::DlcError, generate::GenerateError, lora::LoraError},
+    offline::{ImportError, calibrate::CalibrateError, dlc::DlcError, generate::GenerateError, lora::LoraError},
 };
 
 /// Anything this crate can fail with.
@@ -91,6 +91,9 @@ pub enum Error {
         #[source]
         why: Box<LoraError>,
     },
+    /// A graph cannot be run over calibration text.
+    #[error("calibrate")]
+    Calibrate(#[from] CalibrateError),
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),

@@ -1,9 +1,10 @@
 //! From a model's files to graphs: importers, weight quantization, the DLC file, and what a context binary is made of.
 //!
 //! Start at [`convert`], which is `qairt-converter` as a function: [`source`] opens a Hugging Face directory or a GGUF
-//! file, [`arch`] builds the graph, [`dlc`] writes it.
+//! file, [`arch`] builds the graph, [`dlc`] writes it. [`calibrate`] runs a graph over text and looks at its tensors.
 
 pub mod arch;
+pub mod calibrate;
 pub mod config;
 pub mod convert;
 pub mod dlc;

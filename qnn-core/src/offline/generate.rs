@@ -32,6 +32,7 @@ pub use adapters::{AdapterError, SectionReport};
 
 use adapters::Adapters;
 pub(crate) use pack::Packing;
+pub(crate) use split::between;
 
 /// What to make of a DLC.
 #[derive(Debug, Clone, PartialEq, Eq)]

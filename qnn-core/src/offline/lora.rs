@@ -17,9 +17,10 @@ use crate::{
     backend::PrepareError,
     context::Context,
     error::Error,
-    graph::GraphError,
+    graph::{Graph, GraphError},
     offline::{error::ImportError, safetensors::LayoutError},
     tensor::Panels,
+    types::{DataType, TensorType},
 };
 
 mod branches;
@@ -156,20 +157,39 @@ pub fn adapters(contexts: &[&Context], folded: &Folded) -> Result<Vec<Arc<Adapte
     let points: Vec<Vec<AttachPoint>> = contexts.iter().map(|context| points_of(context)).collect();
     let graph = contexts.first().and_then(|context| context.graphs().next()).unwrap_or_default();
     folded.land(graph, &points.concat())?;
-    contexts.iter().zip(&points).map(|(context, points)| adapter(context, points, folded)).collect()
+    contexts.iter().zip(&points).map(|(context, points)| adapter(context.updatable(), points, folded, None)).collect()
 }
 
-/// The part of `folded` that `context` has branches for.
-fn adapter(context: &Context, points: &[AttachPoint], folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
+/// The values of `folded` in f32 as an adapter for `graph` alone, as a converter made it: what calibration runs with.
+///
+/// # Errors
+/// [`LoraError`] naming the tensor that does not land in `graph` or does not fit.
+pub fn adapter_for_graph(graph: &Graph, folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
+    let points = attach_points(graph);
+    folded.land(graph.name(), &points)?;
+    let updatable = graph.tensors().iter().filter(|t| t.tensor_type == TensorType::UpdateableStatic);
+    let mut names: Vec<String> = updatable.map(|tensor| tensor.name.clone()).collect();
+    names.sort_unstable();
+    adapter(&names.into(), &points, folded, Some(DataType::Float32))
+}
+
+/// The part of `folded` that is among `names`, the updatable tensors of a context or graph with these attach points, in
+/// `data_type` or the type of each branch.
+fn adapter(
+    names: &Arc<[String]>,
+    points: &[AttachPoint],
+    folded: &Folded,
+    data_type: Option<DataType>,
+) -> Result<Arc<Adapter>, LoraError> {
     let mut tensors: Vec<(String, Panels)> = Vec::new();
     for module in &folded.modules {
         let point = points.iter().find(|point| point.module == module.module);
         let Some(branch) = point.and_then(|point| point.branch) else { continue };
         for half in [module.a(), module.b()] {
-            tensors.push((half.name.clone(), values::pack(&half, branch.data_type)?));
+            tensors.push((half.name.clone(), values::pack(&half, data_type.unwrap_or(branch.data_type))?));
         }
     }
-    let adapter = Adapter::new(folded.name.clone(), Arc::clone(context.updatable()), tensors);
+    let adapter = Adapter::new(folded.name.clone(), Arc::clone(names), tensors);
     let adapter = adapter.map_err(|tensor| LoraError::NoPoint { tensor, why: "no graph has it".to_owned() })?;
     Ok(Arc::new(adapter.described(folded.description())))
 }

@@ -47,9 +47,19 @@ pub(crate) fn split(graph: &Graph, n: usize) -> Result<Vec<Graph>, GenerateError
                 });
             }
         }
-        parts.push(part(graph, &needed, begin, cuts.get(i).copied())?);
+        parts.push(part(graph, &needed, begin, cuts.get(i..=i).unwrap_or_default())?);
     }
     Ok(parts)
+}
+
+/// The part of `graph` that gives the computed tensors `ends`, which become outputs, from its inputs and, if there is one,
+/// the tensor `begin`, which becomes an input.
+///
+/// # Errors
+/// [`GenerateError::Cut`] if an extent is set by an input that the part does not have.
+pub(crate) fn between(graph: &Graph, begin: Option<TensorId>, ends: &[TensorId]) -> Result<Graph, GenerateError> {
+    let needed = reach(graph, &producers(graph), ends, begin);
+    part(graph, &needed, begin, ends)
 }
 
 /// The tensors after which parts 1, 2 … begin.
@@ -105,13 +115,8 @@ fn reach(graph: &Graph, producers: &[Option<usize>], roots: &[TensorId], begin: 
     needed
 }
 
-/// Builds one part: the needed tensors and nodes, `begin` as an input and `end` as an output.
-fn part(
-    graph: &Graph,
-    needed: &Needed,
-    begin: Option<TensorId>,
-    end: Option<TensorId>,
-) -> Result<Graph, GenerateError> {
+/// Builds one part: the needed tensors and nodes, `begin` as an input and `ends` as outputs.
+fn part(graph: &Graph, needed: &Needed, begin: Option<TensorId>, ends: &[TensorId]) -> Result<Graph, GenerateError> {
     let mut result = Graph::new(graph.name());
     for (key, value) in graph.metadata() {
         result.set_metadata(key, value);
@@ -130,7 +135,7 @@ fn part(
         let own = graph.tensor(id).tensor_type;
         let tensor_type = match own {
             _ if Some(id) == begin => TensorType::AppWrite,
-            _ if Some(id) == end => TensorType::AppRead,
+            _ if ends.contains(&id) => TensorType::AppRead,
             _ => own,
         };
         if !(Some(id) == begin && ids.contains_key(&id)) {

@@ -1,0 +1,39 @@
+//! Which parts of a calibration text are used.
+
+use super::CalibrateError;
+
+/// At most `max` windows of `window` ids, spread evenly over `ids`. Windows do not overlap; what does not fill a window at
+/// the end is left out, except where the text is shorter than one window: then all of it is the only window.
+///
+/// # Errors
+/// [`CalibrateError::Empty`] if there is nothing to cut.
+pub fn spread_windows(ids: &[u32], window: usize, max: usize) -> Result<Vec<&[u32]>, CalibrateError> {
+    if ids.is_empty() || window == 0 || max == 0 {
+        return Err(CalibrateError::Empty { have: ids.len(), window });
+    }
+    let all: Vec<&[u32]> = ids.chunks_exact(window).collect();
+    if all.is_empty() {
+        return Ok(vec![ids]);
+    }
+    let n = all.len().min(max);
+    Ok((0..n).map(|i| all[i * all.len() / n]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: windows come from the whole text, in order, without overlap; an empty set is refused.
+    #[test]
+    fn windows_are_spread_over_the_text() {
+        let ids: Vec<u32> = (0..100).collect();
+        let starts = |window, max| -> Vec<u32> {
+            spread_windows(&ids, window, max).expect("a text").iter().map(|w| w[0]).collect()
+        };
+        assert_eq!(starts(10, 3), [0, 30, 60]);
+        assert_eq!(starts(30, 10), [0, 30, 60]);
+        assert_eq!(spread_windows(&ids, 200, 4).expect("a short text"), [&ids[..]]);
+        assert!(matches!(spread_windows(&[], 10, 3), Err(CalibrateError::Empty { have: 0, window: 10 })));
+        assert!(matches!(spread_windows(&ids, 10, 0), Err(CalibrateError::Empty { .. })));
+    }
+}
