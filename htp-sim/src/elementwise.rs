@@ -102,6 +102,23 @@ pub fn gelu_erf(cx: &Cx<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeErro
     unary(cx, Unary::GeluErf, x, out)
 }
 
+/// `out = cap · tanh(x / cap)`.
+///
+/// # Errors
+/// [`ShapeError`] if the lengths differ, or `cap` is not above 0.
+pub fn soft_cap(cx: &Cx<'_>, x: &[f32], cap: f32, out: &mut [f32]) -> Result<(), ShapeError> {
+    expect_len("length of out", out.len(), x.len())?;
+    if cap.is_nan() || cap <= 0.0 {
+        return Err(ShapeError::new("soft caps at or below zero", 1, Needed::Exactly(0)));
+    }
+    in_parts(cx, out, |part, out| {
+        out.copy_from_slice(&x[part]);
+        // SAFETY: the table exists only on a CPU that has its instruction set.
+        unsafe { (cx.kernels.soft_cap)(out, cap) }
+    });
+    Ok(())
+}
+
 /// Softmax of each row of `x`, `[m, k]`, in place.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Operations: kinds, attributes and the rule that gives each output its shape.
 //!
-//! Names are QNN's (package `qti.aisw`). `Attention`, `RotaryTable` and `RotaryEmbedding` are ours: what an LLM needs
-//! as one operation, as ONNX opset 23 has it.
+//! Names are QNN's (package `qti.aisw`). `Attention`, `RotaryTable`, `RotaryEmbedding` and `SoftCap` are ours: what an
+//! LLM needs as one operation, as ONNX opset 23 has it.
 
 use crate::{
     graph::GraphError,
@@ -16,7 +16,8 @@ pub enum OpKind {
     FullyConnected,
     /// `data [n, …]`, `indices [rows]` (i32) -> `[rows, …]`: rows of `data` picked by index.
     Gather,
-    /// `x [rows, k]`, `weight [k]` -> `x / sqrt(mean(x²) + epsilon) · weight`, over the last axis.
+    /// `x [rows, n]`, `weight [k]` -> `x / sqrt(mean(x²) + epsilon) · weight`, over each run of `k` values: the whole
+    /// row if `k` is `n`, each head of it if `k` is the size of a head.
     RmsNorm {
         /// Added to the mean square.
         epsilon: f32,
@@ -29,6 +30,11 @@ pub enum OpKind {
     Sigmoid,
     /// `x` -> the Gaussian error linear unit, in its tanh form.
     Gelu,
+    /// `x` -> `cap · tanh(x / cap)`.
+    SoftCap {
+        /// Bound of the result; above 0.
+        cap: f32,
+    },
     /// `positions [rows]` (i32), `inv_freq [half]` -> `cos [rows, half]`, `sin [rows, half]` of
     /// `positions · inv_freq`, both times `scale`.
     RotaryTable {
@@ -77,6 +83,7 @@ impl OpKind {
             OpKind::ElementWiseMultiply => "ElementWiseMultiply",
             OpKind::Sigmoid => "Sigmoid",
             OpKind::Gelu => "Gelu",
+            OpKind::SoftCap { .. } => "SoftCap",
             OpKind::RotaryTable { .. } => "RotaryTable",
             OpKind::RotaryEmbedding { .. } => "RotaryEmbedding",
             OpKind::Attention(_) => "Attention",
@@ -96,6 +103,7 @@ impl OpKind {
             OpKind::ElementWiseAdd => rule.same_shape(),
             OpKind::ElementWiseMultiply => rule.multiply(),
             OpKind::Sigmoid | OpKind::Gelu => rule.count(1..=1).map(|()| vec![inputs[0].shape.clone()]),
+            OpKind::SoftCap { cap } => rule.soft_cap(*cap),
             OpKind::RotaryTable { .. } => rule.rotary_table(),
             OpKind::RotaryEmbedding { head_dim } => rule.rotary_embedding(*head_dim),
             OpKind::Attention(attrs) => rule.attention(attrs),
@@ -136,8 +144,10 @@ impl Rule<'_> {
     fn rms_norm(&self) -> Result<Vec<Shape>, GraphError> {
         self.count(2..=2)?;
         self.rank(0, 2)?;
-        let k = self.inputs[0].shape.last();
-        self.expect(1, self.inputs[1].shape == Shape::fixed(&[k]), || format!("shape [{k}]"))?;
+        self.rank(1, 1)?;
+        let (n, k) = (self.inputs[0].shape.last(), self.inputs[1].shape.last());
+        let whole = k > 0 && n.is_multiple_of(k) && self.inputs[1].shape == Shape::fixed(&[k]);
+        self.expect(1, whole, || format!("shape [{n}], or that of heads which divide it"))?;
         Ok(vec![self.inputs[0].shape.clone()])
     }
 
@@ -154,6 +164,12 @@ impl Rule<'_> {
         let fits = a == b || *b == Shape::fixed(&[1]) || *b == Shape::fixed(&[a.last()]);
         self.expect(1, fits, || format!("shape {a}, [1] or [{}]", a.last()))?;
         Ok(vec![a.clone()])
+    }
+
+    fn soft_cap(&self, cap: f32) -> Result<Vec<Shape>, GraphError> {
+        self.count(1..=1)?;
+        self.expect(0, cap > 0.0, || format!("a cap above 0, not {cap}"))?;
+        Ok(vec![self.inputs[0].shape.clone()])
     }
 
     fn rotary_table(&self) -> Result<Vec<Shape>, GraphError> {

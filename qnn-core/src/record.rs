@@ -191,6 +191,9 @@ pub enum OpRecord {
     ElementWiseMultiply,
     Sigmoid,
     Gelu,
+    SoftCap {
+        cap: f32,
+    },
     RotaryTable {
         scale: f32,
     },

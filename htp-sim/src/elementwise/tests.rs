@@ -26,8 +26,13 @@ fn activations_are_their_formulas() {
     let logistic = |x: f64| 1.0 / (1.0 + (-x).exp());
     let gelu = |x: f64| x * logistic(2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x));
     let exact_gelu = |x: f64| x / 2.0 * (1.0 + if x.abs() < 6.0 { erf(x / 2f64.sqrt()) } else { x.signum() });
-    let table: [(Function, &dyn Fn(f64) -> f64); 4] =
-        [(sigmoid, &logistic), (silu, &|x| x * logistic(x)), (gelu_tanh, &gelu), (gelu_erf, &exact_gelu)];
+    let table: [(Function, &dyn Fn(f64) -> f64); 5] = [
+        (sigmoid, &logistic),
+        (silu, &|x| x * logistic(x)),
+        (gelu_tanh, &gelu),
+        (gelu_erf, &exact_gelu),
+        (|cx, x, out| soft_cap(cx, x, 3.0, out), &|x| 3.0 * (x / 3.0).tanh()),
+    ];
     let workers = team(2);
     let x = values(12.0);
     for (i, (function, formula)) in table.into_iter().enumerate() {

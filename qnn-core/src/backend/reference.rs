@@ -101,6 +101,7 @@ impl Reference {
             }
             OpKind::Sigmoid => vec![x.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect()],
             OpKind::Gelu => vec![x.iter().map(|v| gelu(*v)).collect()],
+            OpKind::SoftCap { cap } => vec![x.iter().map(|v| soft_cap(*v, *cap)).collect()],
             OpKind::RotaryTable { scale } => {
                 let angles: Vec<f64> = x.iter().flat_map(|p| self.value(node, 1).iter().map(move |f| p * f)).collect();
                 let scaled = |f: fn(f64) -> f64| angles.iter().map(|a| f(*a) * f64::from(*scale)).collect();
@@ -215,7 +216,7 @@ fn attend<'c>(
 ) -> Vec<f64> {
     let score = |p: usize| {
         let s = f64::from(a.scale) * query.iter().zip(row(p).0).map(|(x, y)| x * y).sum::<f64>();
-        a.softcap.map_or(s, |cap| f64::from(cap) * (s / f64::from(cap)).tanh())
+        a.softcap.map_or(s, |cap| soft_cap(s, cap))
     };
     let scores: Vec<f64> = seen.clone().map(score).collect();
     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -263,6 +264,10 @@ fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
 
 fn zip(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| f(*a, *b)).collect()
+}
+
+fn soft_cap(x: f64, cap: f32) -> f64 {
+    f64::from(cap) * (x / f64::from(cap)).tanh()
 }
 
 fn gelu(x: f64) -> f64 {

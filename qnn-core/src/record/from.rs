@@ -86,6 +86,7 @@ impl From<OpKind> for OpRecord {
             OpKind::ElementWiseMultiply => OpRecord::ElementWiseMultiply,
             OpKind::Sigmoid => OpRecord::Sigmoid,
             OpKind::Gelu => OpRecord::Gelu,
+            OpKind::SoftCap { cap } => OpRecord::SoftCap { cap },
             OpKind::RotaryTable { scale } => OpRecord::RotaryTable { scale },
             OpKind::RotaryEmbedding { head_dim } => OpRecord::RotaryEmbedding { head_dim },
             OpKind::Attention(AttentionAttrs { heads, kv_heads, head_dim, scale, window, softcap }) => {
@@ -105,6 +106,7 @@ impl From<OpRecord> for OpKind {
             OpRecord::ElementWiseMultiply => OpKind::ElementWiseMultiply,
             OpRecord::Sigmoid => OpKind::Sigmoid,
             OpRecord::Gelu => OpKind::Gelu,
+            OpRecord::SoftCap { cap } => OpKind::SoftCap { cap },
             OpRecord::RotaryTable { scale } => OpKind::RotaryTable { scale },
             OpRecord::RotaryEmbedding { head_dim } => OpKind::RotaryEmbedding { head_dim },
             OpRecord::Attention { heads, kv_heads, head_dim, scale, window, softcap } => {

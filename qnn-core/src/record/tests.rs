@@ -54,6 +54,7 @@ fn everything() -> Graph {
     let b = op("b", OpKind::FullyConnected, &[norm_out, w3])[0];
     let a = op("sigmoid", OpKind::Sigmoid, &[a])[0];
     let b = op("gelu", OpKind::Gelu, &[b])[0];
+    let b = op("cap", OpKind::SoftCap { cap: 30.0 }, &[b])[0];
     let ab = op("ab", OpKind::ElementWiseMultiply, &[a, b])[0];
     let sum = op("sum", OpKind::ElementWiseAdd, &[ab, x])[0];
     let last = Node { name: "last".to_owned(), op: OpKind::FullyConnected, inputs: vec![sum, w4], outputs: vec![out] };

@@ -6,8 +6,8 @@ use crate::{
     backend::PrepareError,
     graph::{Graph, Node},
     op::{AttentionAttrs, OpKind},
-    tensor::{Dim, Panels, Tensor, TensorId},
-    types::DataType,
+    tensor::{Dim, Panels, Shape, Tensor, TensorId},
+    types::{DataType, TensorType},
 };
 
 use super::{
@@ -137,9 +137,13 @@ impl<'g> Lowering<'g> {
             OpKind::Gather => self.gather(node),
             OpKind::RmsNorm { epsilon } => self.rms_norm(node, *epsilon),
             OpKind::ElementWiseAdd => self.binary(node, Binary::Add),
-            OpKind::ElementWiseMultiply => self.binary(node, Binary::Multiply),
+            OpKind::ElementWiseMultiply => match self.constant_factor(node) {
+                Some(factor) => self.unary(node, Unary::Scale { factor }),
+                None => self.binary(node, Binary::Multiply),
+            },
             OpKind::Sigmoid => self.unary(node, Unary::Sigmoid),
             OpKind::Gelu => self.unary(node, Unary::Gelu),
+            OpKind::SoftCap { cap } => self.unary(node, Unary::SoftCap { cap: *cap }),
             OpKind::RotaryTable { scale } => self.rotary_table(node, *scale),
             OpKind::RotaryEmbedding { head_dim } => self.rotate(at, node, *head_dim),
             OpKind::Attention(attrs) => self.attention(node, attrs),
@@ -163,7 +167,9 @@ impl<'g> Lowering<'g> {
         let x = self.float(node.inputs[0])?;
         let weight = floats_of(self.graph.tensor(node.inputs[1]))?;
         let output = node.outputs[0];
-        let out = match self.quantized_spec(output)? {
+        let width = self.graph.tensor(output).shape.last();
+        let whole_rows = weight.len() == width;
+        let out = match self.quantized_spec(output)?.filter(|_| whole_rows) {
             Some(spec) => {
                 let quantized = self.new_quantized(spec);
                 self.places[output.index()].quantized = Some(quantized);
@@ -171,8 +177,8 @@ impl<'g> Lowering<'g> {
             }
             None => NormOut::Float(self.output(node, 0)),
         };
-        self.push(&node.name, self.rows(node), Work::RmsNorm { x, weight, epsilon, out });
-        Ok(())
+        self.push(&node.name, self.rows(node), Work::RmsNorm { x, width, weight, epsilon, out });
+        if whole_rows { Ok(()) } else { self.requantize(output) }
     }
 
     fn binary(&mut self, node: &Node, op: Binary) -> Result<(), PrepareError> {
@@ -180,6 +186,13 @@ impl<'g> Lowering<'g> {
         let out = self.output(node, 0);
         self.push(&node.name, self.rows(node), Work::Binary { op, a, b, out });
         self.requantize(node.outputs[0])
+    }
+
+    /// The number that a multiplication by a constant of one element multiplies by.
+    fn constant_factor(&self, node: &Node) -> Option<f32> {
+        let factor = self.graph.tensor(node.inputs[1]);
+        let one = factor.tensor_type == TensorType::Static && factor.shape == Shape::fixed(&[1]);
+        one.then(|| floats_of(factor).ok()?.first().copied()).flatten()
     }
 
     fn unary(&mut self, node: &Node, op: Unary) -> Result<(), PrepareError> {

@@ -62,12 +62,12 @@ impl Run<'_> {
     fn elementwise(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
         let (cx, rows) = (self.cx, self.rows);
         match &self.step.work {
-            Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out) } => {
+            Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out), .. } => {
                 let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
                 self.check(htp_sim::rms_norm_quantize(cx, &x[..rows * weight.len()], weight, *epsilon, out))
             }
-            Work::RmsNorm { x, weight, epsilon, out: NormOut::Float(out) } => {
-                self.with_out(memory, *out, weight.len(), |memory, out| {
+            Work::RmsNorm { x, width, weight, epsilon, out: NormOut::Float(out) } => {
+                self.with_out(memory, *out, *width, |memory, out| {
                     htp_sim::rms_norm(cx, &memory.floats[*x], weight, *epsilon, out)
                 })
             }
@@ -115,6 +115,8 @@ impl Run<'_> {
                 self.with_out(memory, *out, width, |memory, out| match op {
                     Unary::Sigmoid => elementwise::sigmoid(cx, &memory.floats[*x], out),
                     Unary::Gelu => elementwise::gelu_tanh(cx, &memory.floats[*x], out),
+                    Unary::SoftCap { cap } => elementwise::soft_cap(cx, &memory.floats[*x], *cap, out),
+                    Unary::Scale { factor } => elementwise::scale(cx, &memory.floats[*x], *factor, out),
                 })
             }
             Work::Copy { x, out } => {

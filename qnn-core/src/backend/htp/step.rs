@@ -33,8 +33,9 @@ pub(super) enum Work {
     Lookup { table: Panels, indices: usize, out: Float },
     /// Rows of a computed tensor.
     Select { x: Float, width: usize, indices: usize, out: Float },
-    /// RMS norm; the result is quantized at once if `out` says so.
-    RmsNorm { x: Float, weight: Vec<f32>, epsilon: f32, out: NormOut },
+    /// RMS norm of each run of `weight.len()` values in rows of `width`; the result is quantized at once if `out` says so,
+    /// which takes one run a row.
+    RmsNorm { x: Float, width: usize, weight: Vec<f32>, epsilon: f32, out: NormOut },
     /// Float rows to quantized rows.
     Quantize { x: Float, out: Quantized },
     /// Quantized rows back to floats, for a consumer that takes no codes.
@@ -128,6 +129,8 @@ pub(super) enum Binary {
 pub(super) enum Unary {
     Sigmoid,
     Gelu,
+    SoftCap { cap: f32 },
+    Scale { factor: f32 },
 }
 
 /// Extents of a buffer of quantized rows.
