@@ -194,8 +194,13 @@ fn unsupported_models_are_refused_by_name() {
     };
     check("model_type", "gpt_neox".into(), &["gpt_neox", "llama, smollm, mistral, qwen2"]);
     check("hidden_act", "gelu".into(), &["hidden_act \"gelu\"", "silu"]);
-    check("rope_scaling", serde_json::json!({ "rope_type": "llama3", "factor": 8.0 }), &["rope_scaling", "llama3"]);
-    check("rope_scaling", serde_json::json!({ "factor": 8.0 }), &["rope_scaling"]);
+    let scaling = |rope_type: &str| serde_json::json!({ "rope_type": rope_type, "factor": 8.0 });
+    check("rope_scaling", scaling("dynamic"), &["rope_scaling", "\"dynamic\"", "longrope"]);
+    check("rope_scaling", scaling("llama3"), &["rope_scaling/low_freq_factor is missing"]);
+    check("rope_scaling", scaling("longrope"), &["rope_scaling/short_factor", "8, one for each rotated pair"]);
+    check("rope_scaling", serde_json::json!({ "factor": 8.0 }), &["rope_scaling/rope_type"]);
+    check("rope_scaling", serde_json::json!({ "type": "linear", "factor": -1 }), &["rope_scaling/factor is -1"]);
+    check("partial_rotary_factor", 0.5.into(), &["partial_rotary_factor 0.5"]);
     check("quantization_config", serde_json::json!({ "quant_method": "gptq" }), &["gptq"]);
     check("num_key_value_heads", 2.into(), &["num_key_value_heads is 2", "divisor"]);
     check("num_hidden_layers", 1.into(), &["model.layers.1.", "used by nothing"]);

@@ -9,6 +9,7 @@ pub mod config;
 pub mod convert;
 pub mod dlc;
 pub mod error;
+pub(crate) mod fused;
 pub mod generate;
 pub mod gguf;
 pub mod lora;

@@ -5,15 +5,19 @@ use htp_sim::Workers;
 use crate::{
     graph::Graph,
     offline::{
-        config::{HfChoices, ModelConfig},
+        config::{HfConfig, HfDefaults, ModelConfig},
         error::ImportError,
         source::Source,
     },
 };
 
 mod blocks;
+mod gemma;
+mod granite;
 mod llama;
-mod qwen2;
+mod phi3;
+mod qwen;
+mod smollm3;
 mod weights;
 
 use blocks::Builder;
@@ -29,8 +33,12 @@ pub struct Architecture {
     pub gguf_names: &'static [&'static str],
     /// True if the GGUF converter interleaves the rows of q and k (llama does, for the sake of another rotation).
     pub gguf_interleaves_qk: bool,
+    /// True if a head may be rotated in part.
+    pub partial_rotary: bool,
+    /// What absent keys of `config.json` mean.
+    pub defaults: HfDefaults,
     /// Applies keys of `config.json` whose meaning differs between families.
-    pub apply_hf: fn(&mut ModelConfig, &HfChoices) -> Result<(), ImportError>,
+    pub apply_hf: fn(&mut ModelConfig, &HfConfig) -> Result<(), ImportError>,
     /// Adds the nodes from the input ids to the logits.
     build: fn(&mut Builder<'_>) -> Result<(), ImportError>,
 }
@@ -52,7 +60,17 @@ pub fn build(
 }
 
 /// Every architecture that can be imported.
-pub const SUPPORTED: &[Architecture] = &[llama::LLAMA, llama::MISTRAL, qwen2::QWEN2];
+pub const SUPPORTED: &[Architecture] = &[
+    llama::LLAMA,
+    llama::MISTRAL,
+    qwen::QWEN2,
+    qwen::QWEN3,
+    gemma::GEMMA2,
+    gemma::GEMMA3,
+    phi3::PHI3,
+    smollm3::SMOLLM3,
+    granite::GRANITE,
+];
 
 /// The architecture with `model_type`.
 ///

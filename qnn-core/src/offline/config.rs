@@ -1,9 +1,12 @@
 //! What an architecture needs to know about a model, from `config.json` or GGUF metadata.
 
-use serde::Deserialize;
-use serde_json::Value;
+use crate::offline::error::ImportError;
 
-use crate::offline::{arch, error::ImportError};
+mod hf;
+mod rope;
+
+pub use hf::{HfConfig, HfDefaults, from_hf};
+pub use rope::{Rope, RopeBase};
 
 /// Sizes and choices of a decoder-only language model. All sizes have been checked against the limits below.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,8 +17,6 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Width inside the MLP.
     pub intermediate_size: usize,
-    /// Decoder layers.
-    pub n_layers: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
@@ -28,18 +29,56 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_epsilon: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Added to every weight of a norm: 1 where files store the difference to 1, as Gemma's do.
+    pub norm_offset: f32,
+    /// True if each head of queries and keys is normed before it is rotated.
+    pub qk_norm: bool,
+    /// Rotary embeddings; a layer picks one.
+    pub ropes: Vec<Rope>,
+    /// The decoder layers.
+    pub layers: Vec<LayerConfig>,
+    /// Factor on attention scores; `1 / sqrt(head_dim)` if `None`.
+    pub attention_scale: Option<f32>,
+    /// Soft cap of attention scores.
+    pub attention_soft_cap: Option<f32>,
+    /// What the gate of the MLP goes through.
+    pub activation: GatedActivation,
     /// Which matrices have a bias.
     pub bias: Biases,
     /// True if the head is the embedding.
     pub tied_head: bool,
-    /// Sliding window of every layer.
-    pub window: Option<usize>,
+    /// Factor on embeddings.
+    pub embedding_multiplier: f32,
+    /// Factor on what a layer's attention and MLP add to the residual stream.
+    pub residual_multiplier: f32,
+    /// Factor on logits, before their cap.
+    pub logit_multiplier: f32,
+    /// Soft cap of logits.
+    pub logit_soft_cap: Option<f32>,
     /// Id of the token that opens a text, if the model has one.
     pub bos_token_id: Option<u32>,
     /// Ids of the tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// What a user should know before relying on the graph.
+    pub warnings: Vec<String>,
+}
+
+/// What differs between the layers of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// Positions that a row sees, its own included; all of them if `None`.
+    pub window: Option<usize>,
+    /// Index in [`ModelConfig::ropes`]; `None` for a layer whose queries and keys are not rotated.
+    pub rope: Option<usize>,
+}
+
+/// Activation of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GatedActivation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// The Gaussian error linear unit in its tanh form.
+    GeluTanh,
 }
 
 /// Which matrices of a layer have a bias.
@@ -54,6 +93,43 @@ pub struct Biases {
 }
 
 impl ModelConfig {
+    /// A model of `n_layers` layers with full attention and nothing out of the ordinary. Its sizes are 0 and have to be
+    /// set, and so has its rotary embedding.
+    pub fn plain(model_type: &str, n_layers: usize) -> ModelConfig {
+        ModelConfig {
+            model_type: model_type.to_owned(),
+            hidden_size: 0,
+            intermediate_size: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            vocab_size: 0,
+            max_position_embeddings: 0,
+            rms_norm_epsilon: 0.0,
+            norm_offset: 0.0,
+            qk_norm: false,
+            ropes: Vec::new(),
+            layers: vec![LayerConfig { window: None, rope: Some(0) }; n_layers.min(MAX_LAYERS + 1)],
+            attention_scale: None,
+            attention_soft_cap: None,
+            activation: GatedActivation::Silu,
+            bias: Biases::default(),
+            tied_head: false,
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            logit_multiplier: 1.0,
+            logit_soft_cap: None,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Gives every layer the sliding window `window`.
+    pub fn set_window(&mut self, window: Option<usize>) {
+        self.layers.iter_mut().for_each(|layer| layer.window = window);
+    }
+
     /// Checks every size against its limit and against the others.
     ///
     /// # Errors
@@ -62,7 +138,7 @@ impl ModelConfig {
         let sizes = [
             ("hidden_size", self.hidden_size, MAX_WIDTH),
             ("intermediate_size", self.intermediate_size, MAX_WIDTH),
-            ("num_hidden_layers", self.n_layers, MAX_LAYERS),
+            ("num_hidden_layers", self.layers.len(), MAX_LAYERS),
             ("num_attention_heads", self.heads, MAX_HEADS),
             ("num_key_value_heads", self.kv_heads, MAX_HEADS),
             ("head_dim", self.head_dim, MAX_HEAD_DIM),
@@ -84,176 +160,40 @@ impl ModelConfig {
         if !(self.rms_norm_epsilon > 0.0 && self.rms_norm_epsilon < 1.0) {
             return Err(config_error("rms_norm_eps", self.rms_norm_epsilon, "a number between 0 and 1".to_owned()));
         }
-        if !(self.rope_theta >= 1.0 && self.rope_theta.is_finite()) {
-            return Err(config_error("rope_theta", self.rope_theta, "a number from 1".to_owned()));
-        }
-        if self.window == Some(0) {
+        if self.layers.iter().any(|layer| layer.window == Some(0)) {
             return Err(config_error("sliding_window", 0, "at least 1, or null".to_owned()));
         }
+        self.check_numbers()?;
         Ok(self)
     }
-}
 
-/// The keys of `config.json` that matter here.
-#[derive(Deserialize)]
-struct HfConfig {
-    model_type: String,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    rms_norm_eps: f32,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Value>,
-    rope_parameters: Option<Value>,
-    partial_rotary_factor: Option<f64>,
-    rope_interleaved: Option<bool>,
-    hidden_act: Option<String>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    tie_word_embeddings: Option<bool>,
-    /// Present and null is another thing than absent, for which each family has its own default.
-    #[serde(default, deserialize_with = "present")]
-    sliding_window: Option<Option<usize>>,
-    use_sliding_window: Option<bool>,
-    quantization_config: Option<Value>,
-    bos_token_id: Option<Value>,
-    eos_token_id: Option<Value>,
-}
-
-/// The keys of `generation_config.json` that matter here.
-#[derive(Deserialize, Default)]
-struct HfGeneration {
-    bos_token_id: Option<Value>,
-    eos_token_id: Option<Value>,
-}
-
-fn present<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<usize>>, D::Error> {
-    Option::deserialize(from).map(Some)
-}
-
-/// Reads `config.json`, and the token ids of `generation_config.json`, which win.
-///
-/// # Errors
-/// [`ImportError`] naming the key that is missing, wrong or not supported.
-pub fn from_hf(config: &[u8], generation: Option<&[u8]>) -> Result<ModelConfig, ImportError> {
-    // The family first: another one may lack keys that these families need, which would only mislead.
-    #[derive(Deserialize)]
-    struct Family {
-        model_type: String,
-    }
-    let family: Family = serde_json::from_slice(config)?;
-    arch::find(&family.model_type)?;
-    let hf: HfConfig = serde_json::from_slice(config)?;
-    let generation: HfGeneration = generation.map(serde_json::from_slice).transpose()?.unwrap_or_default();
-    refuse_unsupported(&hf)?;
-    let heads = hf.num_attention_heads;
-    let head_dim = match hf.head_dim {
-        Some(head_dim) => head_dim,
-        None if heads > 0 && hf.hidden_size.is_multiple_of(heads) => hf.hidden_size / heads,
-        None => {
-            return Err(config_error(
-                "num_attention_heads",
-                heads,
-                format!("a divisor of hidden_size ({})", hf.hidden_size),
-            ));
+    /// Factors and caps that would make every result useless, or not a number.
+    fn check_numbers(&self) -> Result<(), ImportError> {
+        let factors = [
+            ("query_pre_attn_scalar or attention_multiplier", self.attention_scale),
+            ("attn_logit_softcapping", self.attention_soft_cap),
+            ("final_logit_softcapping", self.logit_soft_cap),
+            ("embedding_multiplier", Some(self.embedding_multiplier)),
+            ("residual_multiplier", Some(self.residual_multiplier)),
+            ("logits_scaling", Some(self.logit_multiplier)),
+        ];
+        for (key, factor) in factors {
+            if factor.is_some_and(|factor| !(factor > 0.0 && factor.is_finite())) {
+                let have = factor.map_or(String::new(), |factor| format!("a factor of {factor}"));
+                return Err(config_error(key, have, "one above 0".to_owned()));
+            }
         }
-    };
-    let bos = generation.bos_token_id.or(hf.bos_token_id.clone()).unwrap_or(Value::Null);
-    let eos = generation.eos_token_id.or(hf.eos_token_id.clone()).unwrap_or(Value::Null);
-    let mut config = ModelConfig {
-        hidden_size: hf.hidden_size,
-        intermediate_size: hf.intermediate_size,
-        n_layers: hf.num_hidden_layers,
-        heads,
-        kv_heads: hf.num_key_value_heads.unwrap_or(heads),
-        head_dim,
-        vocab_size: hf.vocab_size,
-        max_position_embeddings: hf.max_position_embeddings,
-        rms_norm_epsilon: hf.rms_norm_eps,
-        rope_theta: rope_theta(&hf)?,
-        bias: Biases::default(),
-        tied_head: hf.tie_word_embeddings.unwrap_or(false),
-        window: None,
-        bos_token_id: token_ids("bos_token_id", &bos)?.first().copied(),
-        eos_token_ids: token_ids("eos_token_id", &eos)?,
-        model_type: hf.model_type.clone(),
-    };
-    let choices = HfChoices {
-        attention_bias: hf.attention_bias.unwrap_or(false),
-        mlp_bias: hf.mlp_bias.unwrap_or(false),
-        sliding_window: hf.sliding_window,
-        use_sliding_window: hf.use_sliding_window.unwrap_or(false),
-    };
-    (arch::find(&hf.model_type)?.apply_hf)(&mut config, &choices)?;
-    config.check()
-}
-
-/// Keys of `config.json` whose meaning differs between families.
-#[derive(Debug, Clone, Copy)]
-pub struct HfChoices {
-    /// `attention_bias`.
-    pub attention_bias: bool,
-    /// `mlp_bias`.
-    pub mlp_bias: bool,
-    /// `sliding_window`: absent, null, or a number.
-    pub sliding_window: Option<Option<usize>>,
-    /// `use_sliding_window`.
-    pub use_sliding_window: bool,
-}
-
-/// Refuses what would change the result and is not built here.
-fn refuse_unsupported(hf: &HfConfig) -> Result<(), ImportError> {
-    let refuse =
-        |what: String, supported: &str| Err(ImportError::Unsupported { what, supported: supported.to_owned() });
-    if let Some(act) = hf.hidden_act.as_deref().filter(|act| *act != "silu") {
-        return refuse(format!("hidden_act {act:?}"), "\"silu\"");
-    }
-    if let Some(quantization) = &hf.quantization_config {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return refuse(
-            format!("quantization_config of method {method:?}"),
-            "unquantized weights (F32, F16, BF16), GGUF",
-        );
-    }
-    if let Some(factor) = hf.partial_rotary_factor.filter(|factor| *factor != 1.0) {
-        return refuse(format!("partial_rotary_factor {factor}"), "1");
-    }
-    if hf.rope_interleaved == Some(true) {
-        return refuse("rope_interleaved true".to_owned(), "false");
-    }
-    for (key, scaling) in [("rope_scaling", &hf.rope_scaling), ("rope_parameters", &hf.rope_parameters)] {
-        let Some(scaling) = scaling else { continue };
-        let rope_type = ["rope_type", "type"].iter().find_map(|key| scaling.get(key)).and_then(Value::as_str);
-        if !matches!(rope_type, Some("default") | None) || (rope_type.is_none() && scaling.get("factor").is_some()) {
-            return refuse(format!("{key} of type {:?}", rope_type.unwrap_or("unknown")), "\"default\"");
+        for rope in &self.ropes {
+            let useless = rope.inv_freq.is_empty() || rope.inv_freq.len() * 2 > self.head_dim;
+            if useless || !rope.scale.is_finite() || rope.inv_freq.iter().any(|f| !f.is_finite()) {
+                let have = format!("{} frequencies", rope.inv_freq.len());
+                return Err(config_error("rope", have, format!("1 to {}, all finite", self.head_dim / 2)));
+            }
         }
-    }
-    Ok(())
-}
-
-fn rope_theta(hf: &HfConfig) -> Result<f64, ImportError> {
-    let in_parameters = hf.rope_parameters.as_ref().and_then(|p| p.get("rope_theta"));
-    match in_parameters {
-        None => Ok(hf.rope_theta.unwrap_or(DEFAULT_ROPE_THETA)),
-        Some(theta) => {
-            theta.as_f64().ok_or_else(|| config_error("rope_parameters/rope_theta", theta, "a number".to_owned()))
+        match self.layers.iter().find(|layer| layer.rope.is_some_and(|rope| rope >= self.ropes.len())) {
+            Some(_) => Err(config_error("rope", self.ropes.len(), "one for each layer that rotates".to_owned())),
+            None => Ok(()),
         }
-    }
-}
-
-/// One id, a list of ids, or null.
-fn token_ids(key: &str, value: &Value) -> Result<Vec<u32>, ImportError> {
-    let wrong = || config_error(key, value, "a token id or a list of them".to_owned());
-    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong);
-    match value {
-        Value::Null => Ok(Vec::new()),
-        Value::Array(ids) if ids.len() <= MAX_EOS_IDS => ids.iter().map(one).collect(),
-        other => Ok(vec![one(other)?]),
     }
 }
 
@@ -267,7 +207,7 @@ pub const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_LAYERS: usize = 1024;
 const MAX_HEADS: usize = 4096;
-const MAX_HEAD_DIM: usize = 4096;
+/// Most elements of a head.
+pub const MAX_HEAD_DIM: usize = 4096;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
-const MAX_EOS_IDS: usize = 1024;

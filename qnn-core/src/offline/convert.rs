@@ -98,8 +98,8 @@ pub fn convert_with_lora(
             .map_err(import_error)?;
     let lora = match plan {
         None => None,
-        Some((plan, adapters)) => {
-            graph = add_branches(options, &graph, &plan, &adapters)?;
+        Some((mut plan, mut adapters)) => {
+            graph = add_branches(options, &graph, &mut plan, &mut adapters)?;
             let branch = lora::attach_points(&graph).into_iter().find_map(|point| point.branch);
             branch.map(|branch| LoraReport {
                 targets: plan.targets.len(),
@@ -127,11 +127,13 @@ pub fn convert_with_lora(
 fn add_branches(
     options: &ConvertOptions,
     graph: &Graph,
-    plan: &LoraPlan,
-    adapters: &[PeftAdapter],
+    plan: &mut LoraPlan,
+    adapters: &mut [PeftAdapter],
 ) -> Result<Graph, Error> {
     let points = lora::attach_points(graph);
+    plan.split_fused(&points);
     for adapter in adapters {
+        adapter.split_fused(&points).map_err(Error::lora(&adapter.path))?;
         adapter.fits(&points).map_err(Error::lora(&adapter.path))?;
     }
     lora::add_branches(graph, plan).map_err(Error::lora(&options.input))

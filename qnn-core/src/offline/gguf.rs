@@ -13,7 +13,7 @@ use crate::{
     map::Bytes,
     offline::{
         arch::{self, Architecture},
-        config::{Biases, DEFAULT_ROPE_THETA, ModelConfig},
+        config::{Biases, DEFAULT_ROPE_THETA, MAX_HEAD_DIM, ModelConfig, RopeBase, config_error},
         error::ImportError,
         source::{ElementFormat, SourceTensor},
     },
@@ -81,29 +81,38 @@ impl GgufModel {
         let mut eos_token_ids: Vec<u32> = eos.into_iter().flatten().collect();
         eos_token_ids.dedup();
         let embedding = self.file.tensors().get("token_embd.weight");
-        ModelConfig {
-            model_type: self.architecture.model_types[0].to_owned(),
+        let max_position_embeddings = self.size("context_length")?;
+        let rope = RopeBase {
+            theta: self.file.float(&self.key("rope.freq_base"))?.unwrap_or(DEFAULT_ROPE_THETA),
+            rotary_dim: head_dim,
+            max_positions: max_position_embeddings,
+            original_max_positions: None,
+        };
+        if head_dim > MAX_HEAD_DIM {
+            return Err(config_error(&self.key("attention.key_length"), head_dim, format!("1 to {MAX_HEAD_DIM}")));
+        }
+        let mut config = ModelConfig {
             hidden_size,
             intermediate_size: self.size("feed_forward_length")?,
-            n_layers: self.size("block_count")?,
             heads,
             kv_heads: self.optional_size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             vocab_size: embedding.and_then(|t| t.shape.first().copied()).unwrap_or(0),
-            max_position_embeddings: self.size("context_length")?,
+            max_position_embeddings,
             rms_norm_epsilon: epsilon as f32,
-            rope_theta: self.file.float(&self.key("rope.freq_base"))?.unwrap_or(DEFAULT_ROPE_THETA),
+            ropes: vec![rope.plain()],
             bias: Biases {
                 qkv: has("blk.0.attn_q.bias"),
                 output: has("blk.0.attn_output.bias"),
                 mlp: has("blk.0.ffn_gate.bias"),
             },
             tied_head: !has("output.weight"),
-            window: self.optional_size("attention.sliding_window")?.filter(|window| *window > 0),
             bos_token_id: token_id("tokenizer.ggml.bos_token_id")?,
             eos_token_ids,
-        }
-        .check()
+            ..ModelConfig::plain(self.architecture.model_types[0], self.size("block_count")?)
+        };
+        config.set_window(self.optional_size("attention.sliding_window")?.filter(|window| *window > 0));
+        config.check()
     }
 
     /// `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`, rebuilt from the metadata.

@@ -27,6 +27,7 @@ mod branches;
 mod config;
 mod encodings;
 mod fold;
+mod fused;
 pub mod import;
 mod peft;
 mod plan;
@@ -144,7 +145,9 @@ pub fn adapter_from_peft(context: &Context, dir: &Path, name: &str) -> Result<Ar
 /// # Errors
 /// As [`adapter_from_peft`].
 pub fn adapters_from_peft(contexts: &[&Context], dir: &Path, name: &str) -> Result<Vec<Arc<Adapter>>, Error> {
-    let peft = load_peft(dir)?;
+    let mut peft = load_peft(dir)?;
+    let points: Vec<AttachPoint> = contexts.iter().flat_map(|context| points_of(context)).collect();
+    peft.split_fused(&points).map_err(Error::lora(dir))?;
     let folded = fold(name, &[(name.to_owned(), &peft)]).map_err(Error::lora(dir))?;
     adapters(contexts, &folded).map_err(Error::lora(dir))
 }

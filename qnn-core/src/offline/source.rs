@@ -11,6 +11,7 @@ use crate::{
     offline::{
         config::{self, ModelConfig},
         error::ImportError,
+        fused,
         gguf::{GgmlType, GgufModel},
         safetensors::{HfWeights, read_text},
     },
@@ -83,22 +84,54 @@ impl Source {
         Ok(Source { config, sidecars, kind: "gguf", weights: Weights::Gguf(model) })
     }
 
-    /// Hugging Face names of all tensors.
+    /// Hugging Face names of all tensors, those of the parts in place of a fused projection's.
     ///
     /// # Errors
     /// [`ImportError::UnusedTensor`] for a GGUF tensor that has no such name.
     pub fn names(&self) -> Result<Vec<String>, ImportError> {
-        match &self.weights {
-            Weights::Hf(weights) => Ok(weights.names().map(str::to_owned).collect()),
-            Weights::Gguf(model) => Ok(model.names()),
-        }
+        let names: Vec<String> = match &self.weights {
+            Weights::Hf(weights) => weights.names().map(str::to_owned).collect(),
+            Weights::Gguf(model) => model.names(),
+        };
+        let parts = |name: String| {
+            let split = name.rsplit_once('.').and_then(|(module, kind)| Some((fused::parts(module)?, kind)));
+            match split {
+                Some((parts, kind)) => parts.iter().map(|part| format!("{part}.{kind}")).collect(),
+                None => vec![name],
+            }
+        };
+        Ok(names.into_iter().flat_map(parts).collect())
     }
 
-    /// The tensor with Hugging Face name `name`, or `None` if there is none.
+    /// The tensor with Hugging Face name `name`, or `None` if there is none. A part of a fused projection is cut out of it.
     ///
     /// # Errors
-    /// [`ImportError`] if its element format is not supported.
+    /// [`ImportError`] if its element format is not supported, or a fused projection has another number of rows than its
+    /// parts together.
     pub fn tensor(&self, name: &str) -> Result<Option<SourceTensor>, ImportError> {
+        if let Some(tensor) = self.stored(name)? {
+            return Ok(Some(tensor));
+        }
+        let Some((module, kind)) = name.rsplit_once('.') else { return Ok(None) };
+        let Some((whole, part)) = fused::whole(module) else { return Ok(None) };
+        let Some(tensor) = self.stored(&format!("{whole}.{kind}"))? else { return Ok(None) };
+        let (config, mut rows) = (&self.config, Vec::new());
+        for part in fused::parts(&whole).unwrap_or_default() {
+            rows.push(match part.rsplit('.').next() {
+                Some("q_proj") => config.heads * config.head_dim,
+                Some("k_proj" | "v_proj") => config.kv_heads * config.head_dim,
+                _ => config.intermediate_size,
+            });
+        }
+        let (begin, total) = (rows[..part].iter().sum(), rows.iter().sum::<usize>());
+        if tensor.shape[0] != total {
+            let (have, want) = (format!("{} rows", tensor.shape[0]), format!("{total}, its parts' {rows:?} together"));
+            return Err(ImportError::Tensor { name: tensor.name, have, want });
+        }
+        tensor.slice(name, begin..begin + rows[part]).map(Some)
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<SourceTensor>, ImportError> {
         match &self.weights {
             Weights::Hf(weights) => weights.tensor(name),
             Weights::Gguf(model) => model.tensor(name, &self.config),
@@ -205,6 +238,22 @@ impl SourceTensor {
         self.shape[self.shape.len() - 1]
     }
 
+    /// The part `range` of the first extent, called `name`.
+    ///
+    /// # Errors
+    /// [`ImportError::Tensor`] if `range` reaches beyond it, or cuts a block of elements.
+    pub fn slice(&self, name: &str, range: Range<usize>) -> Result<SourceTensor, ImportError> {
+        let mut shape = self.shape.clone();
+        shape[0] = range.len();
+        let stored = self.bytes.len() / self.shape[0];
+        let bytes = self.bytes.slice(range.start * stored..range.end * stored).ok_or_else(|| ImportError::Tensor {
+            name: name.to_owned(),
+            have: format!("{range:?} of {}", self.shape[0]),
+            want: "a part of it".to_owned(),
+        })?;
+        SourceTensor::new(name, shape, self.format, bytes)
+    }
+
     /// Bytes of the rows in `rows`.
     ///
     /// # Panics
@@ -239,6 +288,13 @@ impl SourceTensor {
             }
             ElementFormat::Ggml(ggml) => ggml.dequantize(bytes, out),
         }
+    }
+
+    /// This tensor in f32, `f` of each element.
+    pub fn map(&self, f: impl Fn(f32) -> f32) -> SourceTensor {
+        let bytes: Vec<u8> = self.to_f32().into_iter().flat_map(|value| f(value).to_le_bytes()).collect();
+        let (name, shape) = (self.name.clone(), self.shape.clone());
+        SourceTensor { name, shape, format: ElementFormat::F32, bytes: bytes.into() }
     }
 
     /// All elements as floats.

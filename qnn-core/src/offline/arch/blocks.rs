@@ -11,7 +11,7 @@ use super::weights::{self, ActivationBits, CacheType, Constant, Precision, Weigh
 use crate::{
     graph::{Graph, Node},
     offline::{
-        config::ModelConfig,
+        config::{GatedActivation, ModelConfig, Rope},
         error::ImportError,
         source::{Source, SourceTensor},
     },
@@ -29,23 +29,24 @@ pub(super) struct Builder<'a> {
     progress: &'a mut dyn FnMut(&str),
     graph: Graph,
     inputs: Inputs,
+    /// Cosines and sines of each rotary embedding, once a layer has asked for them.
+    rotary_tables: Vec<Option<[TensorId; 2]>>,
     used: BTreeSet<String>,
     weight_uses: BTreeMap<String, WeightUse>,
     layer_outputs: Vec<String>,
 }
 
-/// The graph's inputs, and what follows from them alone.
+/// The graph's inputs.
 #[derive(Clone, Copy)]
 struct Inputs {
     ids: TensorId,
+    positions: TensorId,
     cache_index: TensorId,
     logit_indices: TensorId,
-    cos: TensorId,
-    sin: TensorId,
 }
 
 impl<'a> Builder<'a> {
-    /// A builder with the inputs and the rotary table in its graph. `progress` is told the name of each weight.
+    /// A builder with the inputs in its graph. `progress` is told the name of each weight.
     pub(super) fn new(
         source: &'a Source,
         precision: Precision,
@@ -54,23 +55,60 @@ impl<'a> Builder<'a> {
     ) -> Result<Builder<'a>, ImportError> {
         let config = &source.config;
         let mut graph = Graph::new("model");
-        let inputs = Inputs::add(&mut graph, config)?;
+        let inputs = Inputs::add(&mut graph)?;
+        let rotary_tables = vec![None; config.ropes.len()];
         let (used, weight_uses, layer_outputs) = Default::default();
-        Ok(Builder { config, source, precision, workers, progress, graph, inputs, used, weight_uses, layer_outputs })
+        Ok(Builder {
+            config,
+            source,
+            precision,
+            workers,
+            progress,
+            graph,
+            inputs,
+            rotary_tables,
+            used,
+            weight_uses,
+            layer_outputs,
+        })
     }
 
-    /// Rows of the embedding for the input ids.
-    pub(super) fn embedding(&mut self, module: &str) -> Result<TensorId, ImportError> {
+    /// Rows of the embedding for the input ids, times the embedding's factor.
+    pub(super) fn scaled_embedding(&mut self, module: &str) -> Result<TensorId, ImportError> {
         let shape = [self.config.vocab_size, self.config.hidden_size];
         let table = self.weight(&format!("{module}.weight"), &shape, WeightClass::Embedding)?;
-        self.op(module, OpKind::Gather, &[table, self.inputs.ids], DataType::Float32)
+        let rows = self.op(module, OpKind::Gather, &[table, self.inputs.ids], DataType::Float32)?;
+        self.scale("model.scaled_embeddings", rows, self.config.embedding_multiplier)
     }
 
-    /// RMS norm of `x`, in `data_type`: that which [`Builder::input_type`] gives for the matrices that read it.
-    pub(super) fn rms_norm(&mut self, module: &str, x: TensorId, data_type: DataType) -> Result<TensorId, ImportError> {
-        let weight = self.weight(&format!("{module}.weight"), &[self.config.hidden_size], WeightClass::Vector)?;
-        let op = OpKind::RmsNorm { epsilon: self.config.rms_norm_epsilon };
-        self.op(module, op, &[x, weight], data_type)
+    /// RMS norm of `x`, over runs as long as its weight. In floats.
+    pub(super) fn norm(&mut self, module: &str, x: TensorId) -> Result<TensorId, ImportError> {
+        self.norm_over(module, x, self.config.hidden_size, DataType::Float32)
+    }
+
+    /// RMS norm of rows for the matrices called `weights`, in the numbers that these take.
+    pub(super) fn norm_for(&mut self, module: &str, x: TensorId, weights: &[String]) -> Result<TensorId, ImportError> {
+        let data_type = self.input_type(weights)?;
+        self.norm_over(module, x, self.config.hidden_size, data_type)
+    }
+
+    /// The matrices that read a layer's first norm.
+    pub(super) fn attention_weights(&self, layer: usize) -> [String; 3] {
+        ["q_proj", "k_proj", "v_proj"].map(|name| format!("model.layers.{layer}.self_attn.{name}.weight"))
+    }
+
+    /// The matrices that read the norm before a layer's MLP.
+    pub(super) fn mlp_weights(&self, layer: usize) -> [String; 2] {
+        ["gate_proj", "up_proj"].map(|name| format!("model.layers.{layer}.mlp.{name}.weight"))
+    }
+
+    /// `x · factor`; `x` itself if the factor is 1.
+    pub(super) fn scale(&mut self, name: &str, x: TensorId, factor: f32) -> Result<TensorId, ImportError> {
+        if factor == 1.0 {
+            return Ok(x);
+        }
+        let factor = self.float_constant(&format!("{name}.factor"), &[factor])?;
+        self.op(name, OpKind::ElementWiseMultiply, &[x, factor], DataType::Float32)
     }
 
     /// `x` times the matrix of `module`, which has `n` outputs, plus its bias if it has one.
@@ -79,24 +117,26 @@ impl<'a> Builder<'a> {
         self.op(module, OpKind::FullyConnected, &inputs, DataType::Float32)
     }
 
-    /// Self-attention over `x`, with rotary embedding and a KV cache of its own; without the output projection's sum.
+    /// Self-attention over `x`, with what the layer asks for and a KV cache of its own.
     pub(super) fn attention(&mut self, layer: usize, x: TensorId) -> Result<TensorId, ImportError> {
         let (config, module) = (self.config, format!("model.layers.{layer}.self_attn"));
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let q = self.linear(&format!("{module}.q_proj"), x, q_width, config.bias.qkv)?;
         let k = self.linear(&format!("{module}.k_proj"), x, kv_width, config.bias.qkv)?;
         let v = self.linear(&format!("{module}.v_proj"), x, kv_width, config.bias.qkv)?;
-        let q = self.rotary(&format!("{module}.q_rotary"), q)?;
-        let k = self.rotary(&format!("{module}.k_rotary"), k)?;
+        let q = self.head_norm(&format!("{module}.q_norm"), q)?;
+        let k = self.head_norm(&format!("{module}.k_norm"), k)?;
+        let q = self.rotary(&format!("{module}.q_rotary"), q, layer)?;
+        let k = self.rotary(&format!("{module}.k_rotary"), k, layer)?;
         let past_key = self.cache(&format!("past_key_{layer}_in"))?;
         let past_value = self.cache(&format!("past_value_{layer}_in"))?;
         let attrs = AttentionAttrs {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
-            scale: (1.0 / (config.head_dim as f64).sqrt()) as f32,
-            window: config.window,
-            softcap: None,
+            scale: config.attention_scale.unwrap_or((1.0 / (config.head_dim as f64).sqrt()) as f32),
+            window: config.layers[layer].window,
+            softcap: config.attention_soft_cap,
         };
         let out_type = self.input_type(&[format!("{module}.o_proj.weight")])?;
         let inputs = [q, k, v, past_key, past_value, self.inputs.cache_index];
@@ -104,16 +144,21 @@ impl<'a> Builder<'a> {
         self.linear(&format!("{module}.o_proj"), mixed, config.hidden_size, config.bias.output)
     }
 
-    /// The gated MLP: `down(silu(gate(x)) · up(x))`.
+    /// The gated MLP: `down(activation(gate(x)) · up(x))`.
     pub(super) fn gated_mlp(&mut self, layer: usize, x: TensorId) -> Result<TensorId, ImportError> {
         let (config, module) = (self.config, format!("model.layers.{layer}.mlp"));
         let gate = self.linear(&format!("{module}.gate_proj"), x, config.intermediate_size, config.bias.mlp)?;
         let up = self.linear(&format!("{module}.up_proj"), x, config.intermediate_size, config.bias.mlp)?;
         let float = DataType::Float32;
-        let sigmoid = self.op(&format!("{module}.sigmoid"), OpKind::Sigmoid, &[gate], float)?;
-        let silu = self.op(&format!("{module}.silu"), OpKind::ElementWiseMultiply, &[gate, sigmoid], float)?;
+        let activated = match config.activation {
+            GatedActivation::Silu => {
+                let sigmoid = self.op(&format!("{module}.sigmoid"), OpKind::Sigmoid, &[gate], float)?;
+                self.op(&format!("{module}.silu"), OpKind::ElementWiseMultiply, &[gate, sigmoid], float)?
+            }
+            GatedActivation::GeluTanh => self.op(&format!("{module}.gelu"), OpKind::Gelu, &[gate], float)?,
+        };
         let out_type = self.input_type(&[format!("{module}.down_proj.weight")])?;
-        let gated = self.op(&format!("{module}.gated"), OpKind::ElementWiseMultiply, &[silu, up], out_type)?;
+        let gated = self.op(&format!("{module}.gated"), OpKind::ElementWiseMultiply, &[activated, up], out_type)?;
         self.linear(&format!("{module}.down_proj"), gated, config.hidden_size, config.bias.mlp)
     }
 
@@ -132,10 +177,32 @@ impl<'a> Builder<'a> {
         let rows = self.inputs.logit_indices;
         let hidden = self.op("model.asked_rows", OpKind::Gather, &[hidden, rows], DataType::Float32)?;
         let module = if self.config.tied_head { embedding } else { "lm_head" };
-        let norm_type = self.input_type(&[format!("{module}.weight")])?;
-        let normed = self.rms_norm(norm, hidden, norm_type)?;
+        let normed = self.norm_for(norm, hidden, &[format!("{module}.weight")])?;
         let inputs = self.linear_inputs(module, normed, self.config.vocab_size, false)?;
-        let rows = self.graph.tensor(hidden).shape.0[0];
+        let mut steps = vec![("lm_head", OpKind::FullyConnected, inputs)];
+        if self.config.logit_multiplier != 1.0 {
+            let factor = self.float_constant("logits.factor", &[self.config.logit_multiplier])?;
+            steps.push(("lm_head.scaled", OpKind::ElementWiseMultiply, vec![factor]));
+        }
+        if let Some(cap) = self.config.logit_soft_cap {
+            steps.push(("lm_head.capped", OpKind::SoftCap { cap }, vec![]));
+        }
+        let last = steps.len() - 1;
+        let mut x = None;
+        for (i, (name, op, constants)) in steps.into_iter().enumerate() {
+            let inputs: Vec<TensorId> = x.into_iter().chain(constants).collect();
+            x = Some(if i == last {
+                self.logits(name, op, inputs)?
+            } else {
+                self.op(name, op, &inputs, DataType::Float32)?
+            });
+        }
+        Ok(())
+    }
+
+    /// The node called `name`, whose result is the graph's output.
+    fn logits(&mut self, name: &str, op: OpKind, inputs: Vec<TensorId>) -> Result<TensorId, ImportError> {
+        let rows = self.graph.tensor(inputs[0]).shape.0[0];
         let logits = self.graph.add_tensor(Tensor {
             name: "logits".to_owned(),
             tensor_type: TensorType::AppRead,
@@ -144,8 +211,8 @@ impl<'a> Builder<'a> {
             encoding: None,
             data: None,
         })?;
-        let (name, op) = ("lm_head".to_owned(), OpKind::FullyConnected);
-        Ok(self.graph.add_node(Node { name, op, inputs, outputs: vec![logits] })?)
+        self.graph.add_node(Node { name: name.to_owned(), op, inputs, outputs: vec![logits] })?;
+        Ok(logits)
     }
 
     /// Element type of a tensor that the matrices called `weights` multiply: integers, quantized per row when the graph
@@ -177,7 +244,7 @@ impl<'a> Builder<'a> {
             ("architecture", config.model_type.clone()),
             ("vocab_size", config.vocab_size.to_string()),
             ("hidden_size", config.hidden_size.to_string()),
-            ("n_layers", config.n_layers.to_string()),
+            ("n_layers", config.layers.len().to_string()),
             ("max_position_embeddings", config.max_position_embeddings.to_string()),
             ("eos_token_ids", ids.join(",")),
             ("source", self.source.kind.to_owned()),
@@ -204,9 +271,58 @@ impl<'a> Builder<'a> {
         Ok(inputs)
     }
 
-    fn rotary(&mut self, name: &str, x: TensorId) -> Result<TensorId, ImportError> {
+    /// `x` rotated as `layer` does it.
+    fn rotary(&mut self, name: &str, x: TensorId, layer: usize) -> Result<TensorId, ImportError> {
+        let Some(rope) = self.config.layers[layer].rope else { return Ok(x) };
+        let [cos, sin] = match self.rotary_tables[rope] {
+            Some(table) => table,
+            None => self.rotary_table(rope)?,
+        };
         let op = OpKind::RotaryEmbedding { head_dim: self.config.head_dim };
-        self.op(name, op, &[x, self.inputs.cos, self.inputs.sin], DataType::Float32)
+        self.op(name, op, &[x, cos, sin], DataType::Float32)
+    }
+
+    fn rotary_table(&mut self, rope: usize) -> Result<[TensorId; 2], ImportError> {
+        let Rope { inv_freq, scale } = &self.config.ropes[rope];
+        let name = if rope == 0 { "model.rotary_emb".to_owned() } else { format!("model.rotary_emb_{rope}") };
+        let inv_freq = self.float_constant(&format!("{name}.inv_freq"), inv_freq)?;
+        let op = OpKind::RotaryTable { scale: *scale };
+        let table = self.graph.op(&name, op, &[self.inputs.positions, inv_freq], DataType::Float32)?;
+        let table = [table[0], table[1]];
+        self.rotary_tables[rope] = Some(table);
+        Ok(table)
+    }
+
+    /// The norm of each head of `x`, if the model has one.
+    fn head_norm(&mut self, module: &str, x: TensorId) -> Result<TensorId, ImportError> {
+        if !self.config.qk_norm {
+            return Ok(x);
+        }
+        self.norm_over(module, x, self.config.head_dim, DataType::Float32)
+    }
+
+    /// RMS norm of each run of `k` values of `x`.
+    fn norm_over(&mut self, module: &str, x: TensorId, k: usize, out: DataType) -> Result<TensorId, ImportError> {
+        let name = format!("{module}.weight");
+        let mut tensor = self.fetch(&name)?;
+        if self.config.norm_offset != 0.0 {
+            tensor = tensor.map(|weight| weight + self.config.norm_offset);
+        }
+        let weight = self.add_weight(&tensor, &[k], WeightClass::Vector)?;
+        let op = OpKind::RmsNorm { epsilon: self.config.rms_norm_epsilon };
+        self.op(module, op, &[x, weight], out)
+    }
+
+    fn float_constant(&mut self, name: &str, values: &[f32]) -> Result<TensorId, ImportError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(self.graph.add_tensor(Tensor {
+            name: name.to_owned(),
+            tensor_type: TensorType::Static,
+            data_type: DataType::Float32,
+            shape: Shape::fixed(&[values.len()]),
+            encoding: None,
+            data: Some(TensorData::Flat(bytes.into())),
+        })?)
     }
 
     fn cache(&mut self, name: &str) -> Result<TensorId, ImportError> {
@@ -251,18 +367,29 @@ impl<'a> Builder<'a> {
         if let Some(id) = self.graph.find(name) {
             return Ok(id);
         }
-        (self.progress)(name);
         let tensor = self.fetch(name)?;
+        self.add_weight(&tensor, shape, class)
+    }
+
+    /// `tensor` as a constant under its own name.
+    fn add_weight(
+        &mut self,
+        tensor: &SourceTensor,
+        shape: &[usize],
+        class: WeightClass,
+    ) -> Result<TensorId, ImportError> {
+        let name = &tensor.name;
+        (self.progress)(name);
         if tensor.shape != shape {
             let (have, want) = (format!("shape {:?}", tensor.shape), format!("{shape:?}"));
-            return Err(ImportError::Tensor { name: name.to_owned(), have, want });
+            return Err(ImportError::Tensor { name: name.clone(), have, want });
         }
-        let constant = weights::constant(&tensor, class, self.precision, self.workers)?;
+        let constant = weights::constant(tensor, class, self.precision, self.workers)?;
         self.report(class, &constant, tensor.n() as u64 * tensor.k() as u64);
-        self.used.insert(name.to_owned());
+        self.used.insert(name.clone());
         let Constant { data_type, encoding, bytes } = constant;
         Ok(self.graph.add_tensor(Tensor {
-            name: name.to_owned(),
+            name: name.clone(),
             tensor_type: TensorType::Static,
             data_type,
             shape: Shape::fixed(shape),
@@ -289,7 +416,7 @@ impl<'a> Builder<'a> {
 }
 
 impl Inputs {
-    fn add(graph: &mut Graph, config: &ModelConfig) -> Result<Inputs, ImportError> {
+    fn add(graph: &mut Graph) -> Result<Inputs, ImportError> {
         let input = |name: &str, dim, graph: &mut Graph| {
             graph.add_tensor(Tensor {
                 name: name.to_owned(),
@@ -305,20 +432,7 @@ impl Inputs {
         let positions = input("position_ids", up_to(0), graph)?;
         let cache_index = input("cache_index", Dim::Fixed(1), graph)?;
         let logit_indices = input("logit_indices", up_to(3), graph)?;
-        let half = config.head_dim / 2;
-        let frequency = |i: usize| config.rope_theta.powf(-((2 * i) as f64) / config.head_dim as f64) as f32;
-        let bytes: Vec<u8> = (0..half).flat_map(|i| frequency(i).to_le_bytes()).collect();
-        let inv_freq = graph.add_tensor(Tensor {
-            name: "model.rotary_emb.inv_freq".to_owned(),
-            tensor_type: TensorType::Static,
-            data_type: DataType::Float32,
-            shape: Shape::fixed(&[half]),
-            encoding: None,
-            data: Some(TensorData::Flat(bytes.into())),
-        })?;
-        let table = OpKind::RotaryTable { scale: 1.0 };
-        let table = graph.op("model.rotary_emb", table, &[positions, inv_freq], DataType::Float32)?;
-        Ok(Inputs { ids, cache_index, logit_indices, cos: table[0], sin: table[1] })
+        Ok(Inputs { ids, positions, cache_index, logit_indices })
     }
 }
 

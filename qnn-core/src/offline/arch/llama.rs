@@ -1,50 +1,60 @@
 //! Llama, and what shares its graph under another name.
 
 use super::{Architecture, blocks::Builder};
-use crate::offline::error::ImportError;
+use crate::offline::{
+    config::{Biases, DEFAULT_ROPE_THETA, GatedActivation, HfConfig, HfDefaults, ModelConfig},
+    error::ImportError,
+};
 
 /// Llama: no bias unless the configuration asks for it.
 pub(super) const LLAMA: Architecture = Architecture {
     model_types: &["llama", "smollm"],
     gguf_names: &["llama"],
     gguf_interleaves_qk: true,
-    apply_hf: |config, choices| {
-        config.bias.qkv = choices.attention_bias;
-        config.bias.output = choices.attention_bias;
-        config.bias.mlp = choices.mlp_bias;
+    partial_rotary: false,
+    defaults: HfDefaults {
+        rope_theta: DEFAULT_ROPE_THETA,
+        tied_head: false,
+        activation_key: "hidden_act",
+        activation: GatedActivation::Silu,
+    },
+    apply_hf: |config, hf| {
+        apply_biases(config, hf);
         Ok(())
     },
     build,
 };
+
+/// Biases as `attention_bias` and `mlp_bias` ask for them.
+pub(super) fn apply_biases(config: &mut ModelConfig, hf: &HfConfig) {
+    let attention = hf.attention_bias.unwrap_or(false);
+    config.bias = Biases { qkv: attention, output: attention, mlp: hf.mlp_bias.unwrap_or(false) };
+}
 
 /// Mistral: llama without bias, and a sliding window that is 4096 unless the configuration says otherwise.
 pub(super) const MISTRAL: Architecture = Architecture {
     model_types: &["mistral"],
     gguf_names: &[],
-    gguf_interleaves_qk: true,
-    apply_hf: |config, choices| {
-        config.window = choices.sliding_window.unwrap_or(Some(4096));
+    apply_hf: |config, hf| {
+        config.set_window(hf.sliding_window.unwrap_or(Some(4096)));
         Ok(())
     },
-    build,
+    ..LLAMA
 };
 
 /// Layers of attention and gated MLP, each after a norm and around a residual.
 pub(super) fn build(b: &mut Builder<'_>) -> Result<(), ImportError> {
-    let mut hidden = b.embedding("model.embed_tokens")?;
-    for layer in 0..b.config.n_layers {
+    let mut hidden = b.scaled_embedding("model.embed_tokens")?;
+    for layer in 0..b.config.layers.len() {
         let module = format!("model.layers.{layer}");
-        let weight = |name: &str| format!("{module}.{name}.weight");
-
-        let qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(weight);
-        let input_type = b.input_type(&qkv)?;
-        let x = b.rms_norm(&format!("{module}.input_layernorm"), hidden, input_type)?;
+        let x = b.norm_for(&format!("{module}.input_layernorm"), hidden, &b.attention_weights(layer))?;
         let x = b.attention(layer, x)?;
+        let x = b.scale(&format!("{module}.self_attn.scaled"), x, b.config.residual_multiplier)?;
         hidden = b.add(&format!("{module}.self_attn.residual"), hidden, x)?;
 
-        let input_type = b.input_type(&["mlp.gate_proj", "mlp.up_proj"].map(weight))?;
-        let x = b.rms_norm(&format!("{module}.post_attention_layernorm"), hidden, input_type)?;
+        let x = b.norm_for(&format!("{module}.post_attention_layernorm"), hidden, &b.mlp_weights(layer))?;
         let x = b.gated_mlp(layer, x)?;
+        let x = b.scale(&format!("{module}.mlp.scaled"), x, b.config.residual_multiplier)?;
         hidden = b.add(&module, hidden, x)?;
         b.end_layer(hidden);
     }

@@ -1,20 +1,44 @@
-//! Qwen2 and Qwen2.5: llama with a bias on q, k and v.
+//! Qwen: llama with a bias on q, k and v (2, 2.5), or with normed heads (3). Upper layers may slide.
 
 use super::{Architecture, llama};
-use crate::offline::error::ImportError;
+use crate::offline::{
+    config::{HfConfig, LayerConfig},
+    error::ImportError,
+};
 
-/// Qwen2. Its mixed window (only some layers slide) is not built.
+/// Qwen2 and Qwen2.5.
 pub(super) const QWEN2: Architecture = Architecture {
     model_types: &["qwen2"],
     gguf_names: &["qwen2"],
     gguf_interleaves_qk: false,
-    apply_hf: |config, choices| {
-        if choices.use_sliding_window {
-            let (what, supported) = ("use_sliding_window true".to_owned(), "false".to_owned());
-            return Err(ImportError::Unsupported { what, supported });
-        }
+    apply_hf: |config, hf| {
         config.bias.qkv = true;
+        config.layers = layers(hf)?;
         Ok(())
     },
-    build: llama::build,
+    ..llama::LLAMA
 };
+
+/// Qwen3, dense.
+pub(super) const QWEN3: Architecture = Architecture {
+    model_types: &["qwen3"],
+    gguf_names: &[],
+    apply_hf: |config, hf| {
+        llama::apply_biases(config, hf);
+        config.bias.mlp = false;
+        config.qk_norm = true;
+        config.layers = layers(hf)?;
+        Ok(())
+    },
+    ..QWEN2
+};
+
+/// Layers from `max_window_layers` on slide, if `use_sliding_window` is set.
+fn layers(hf: &HfConfig) -> Result<Vec<LayerConfig>, ImportError> {
+    let window = match hf.use_sliding_window {
+        Some(true) => hf.sliding_window.unwrap_or(Some(4096)),
+        _ => None,
+    };
+    let first = hf.max_window_layers.unwrap_or(28);
+    hf.layers(window, |layer| layer >= first)
+}

@@ -106,7 +106,10 @@ struct Prepared {
 
 fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoint]) -> Result<Prepared, Error> {
     let paths: Vec<PathBuf> = case.lora_weights.0.iter().map(|path| base.join(path)).collect();
-    let adapters = paths.iter().map(|path| load_peft(path)).collect::<Result<Vec<PeftAdapter>, _>>()?;
+    let mut adapters = paths.iter().map(|path| load_peft(path)).collect::<Result<Vec<PeftAdapter>, _>>()?;
+    for adapter in &mut adapters {
+        adapter.split_fused(points).map_err(Error::lora(&adapter.path))?;
+    }
     let first = &paths[0];
     let name_of = |adapter: &PeftAdapter| match &adapters[..] {
         [_] => case.name.clone(),
