@@ -12,9 +12,9 @@ use std::time::Instant;
 use crate::Error;
 use crate::adapters::{Adapters, LoraError};
 use crate::config::{self, DialogConfig, KvReuse, LoraConfig, Settings};
-use crate::engine::qnn::QnnEngine;
 use crate::engine::{Engine, EngineError};
 use crate::kv_cache::KvCache;
+use crate::model::Model;
 use crate::prompt::{ChatTemplate, Message, Prompt};
 use crate::sampler::{Random, Sampler};
 use crate::tokenizer::{Specials, Tokenizer};
@@ -40,7 +40,7 @@ pub struct Dialog {
     adapters: Adapters,
     kv_reuse: KvReuse,
     tokenizer: Arc<Tokenizer>,
-    template: Option<ChatTemplate>,
+    template: Option<Arc<ChatTemplate>>,
     /// Where a template would have been, for the error that there is none.
     template_path: PathBuf,
     sampler: Sampler,
@@ -72,31 +72,23 @@ struct Call<'a> {
 }
 
 impl Dialog {
-    /// Opens the model, the tokenizer and the chat template that `config` names. (`GenieDialog_create`)
+    /// Opens the model, the tokenizer and the chat template that `config` names, for this dialog alone: see [`Model`] for
+    /// several over one. (`GenieDialog_create`)
     ///
     /// # Errors
     /// [`Error`] with what cannot be opened and why.
     pub fn new(config: DialogConfig) -> Result<Self, Error> {
-        let (tokenizer, engine) = Self::open(&config)?;
-        let template = ChatTemplate::beside(&config.tokenizer_path)?;
-        let role = config.engine.role.clone();
-        let mut dialog = Self::with_engine(config.settings, Box::new(engine), Arc::new(tokenizer), template)?;
-        dialog.set_lora(&config.engine.lora, role);
-        dialog.template_path = ChatTemplate::config_path(&config.tokenizer_path);
-        Ok(dialog)
+        Model::open(config)?.dialog()
     }
 
-    /// Opens what a dialog consists of: the tokenizer beside the model, each on a core of its own.
-    ///
-    /// # Errors
-    /// [`Error`] with what cannot be opened and why.
-    pub fn open(config: &DialogConfig) -> Result<(Tokenizer, QnnEngine), Error> {
-        let (tokenizer, engine) = std::thread::scope(|scope| {
-            let tokenizer = scope.spawn(|| Tokenizer::load(&config.tokenizer_path));
-            let engine = QnnEngine::open(&config.engine);
-            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
-        });
-        Ok((tokenizer?, engine.map_err(|why| Error::engine(&config.engine.role, why))?))
+    /// A dialog over a model that is open.
+    pub(crate) fn over(model: &Model, settings: Settings) -> Result<Self, Error> {
+        let config = model.config();
+        let (engine, tokenizer) = (Box::new(model.engine()?), Arc::clone(model.tokenizer()));
+        let mut dialog = Self::with_engine(settings, engine, tokenizer, model.template().cloned())?;
+        dialog.set_lora(&config.engine.lora, config.engine.role.clone());
+        dialog.template_path = ChatTemplate::config_path(&config.tokenizer_path);
+        Ok(dialog)
     }
 
     /// A dialog over an engine that is open already, without adapters: see [`Dialog::add_adapter`].
@@ -107,7 +99,7 @@ impl Dialog {
         settings: Settings,
         engine: Box<dyn Engine>,
         tokenizer: Arc<Tokenizer>,
-        template: Option<ChatTemplate>,
+        template: Option<Arc<ChatTemplate>>,
     ) -> Result<Self, Error> {
         let role = "primary".to_owned();
         if engine.n_vocab() != settings.context.n_vocab {

@@ -1,6 +1,6 @@
 //! The dialog API: text in, an on-device model's answer out.
 //!
-//! Start at [`Dialog`]: [`Dialog::chat`] takes messages, [`Dialog::query`] a raw prompt. On the way down a prompt passes
+//! Start at [`Dialog`]: [`Dialog::chat`] takes messages, [`Dialog::query`] a raw prompt. Several dialogs share one [`Model`]. On the way down a prompt passes
 //! [`prompt`] (chat template), [`tokenizer`] and the decode loop in `dialog/basic.rs`; what runs the model is behind the
 //! trait [`engine::Engine`]; on the way up an id comes out of the [`sampler`] and becomes text in `text_stream.rs`.
 //! [`config`] reads Genie's JSON, strictly. [`adapters`] are named there or added later; `kv_cache.rs` knows which of them
@@ -17,6 +17,7 @@ mod dialog;
 pub mod engine;
 mod error;
 mod kv_cache;
+mod model;
 pub mod profile;
 pub mod prompt;
 pub mod sampler;
@@ -29,6 +30,7 @@ pub use adapters::AdapterChoice;
 pub use config::DialogConfig;
 pub use dialog::{AppliedLora, Dialog, Finish, Flow, QueryOptions, QueryReport, SentenceCode, Signal, Timings};
 pub use error::{Code, Error};
+pub use model::Model;
 pub use prompt::Message;
 
 /// Version of this library, as `major.minor.patch`.

@@ -31,7 +31,7 @@ fn dialog_over(engine: Scripted, settings: Settings) -> Dialog {
     let template = "{% for m in messages %}<user>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}\
                     {% endfor %}<bot>";
     let template = ChatTemplate::new(template.to_owned(), Vec::new()).unwrap();
-    Dialog::with_engine(settings, Box::new(engine), bytes(), Some(template)).unwrap()
+    Dialog::with_engine(settings, Box::new(engine), bytes(), Some(template.into())).unwrap()
 }
 
 /// A model whose every answer is `reply` and then the end token.

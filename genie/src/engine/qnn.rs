@@ -1,29 +1,30 @@
 //! The engine over `qnn-core`: context binaries, one per split, each with a prompt graph and a token graph.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, atomic::AtomicBool};
 use std::time::{Duration, Instant};
 
 use qnn_core::{
-    Adapter, Backend, Bindings, Bytes, Context, Executable, Graph, State,
+    Adapter, Backend, Bindings, Executable, Graph, State,
     adapter::Slot,
     backend::{ExecuteError, HtpBackend},
-    context::OpenOptions,
 };
 
-use super::{AdapterError, AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
+use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
 use crate::config::EngineConfig;
 
 mod graph_name;
+mod model;
 
-use graph_name::GraphName;
+pub use model::QnnModel;
 
-/// A model in context binaries, run by the `htp` backend.
+/// A model in context binaries, run by the `htp` backend. Several engines may run over one [`QnnModel`].
 ///
 /// Every split keeps its graphs by the most tokens they take in one run (AR-n). A run of m tokens takes the smallest
 /// graph that holds m, or the largest there is, again and again.
 pub struct QnnEngine {
+    model: Arc<QnnModel>,
     splits: Vec<Split>,
     /// AR-n of the graphs, the same for every split, ascending.
     ar: Vec<usize>,
@@ -32,14 +33,11 @@ pub struct QnnEngine {
     position: usize,
     integers: Integers,
     all_logits: Vec<f32>,
-    kernels: &'static str,
-    n_threads: usize,
     n_loads: u64,
 }
 
-/// One context binary with its cache and the adapters loaded for it.
+/// This engine's part of one context binary: its graphs, its cache and the adapters loaded for it.
 struct Split {
-    context: Context,
     runners: Vec<Runner>,
     state: State,
     adapters: HashMap<String, Arc<Adapter>>,
@@ -78,57 +76,48 @@ struct Integers {
 }
 
 impl QnnEngine {
-    /// Opens the context binaries of `config` and checks that they, together, are the model it describes.
+    /// Opens a model for this engine alone: [`QnnModel::open`], then [`QnnEngine::over`].
     ///
     /// # Errors
-    /// [`EngineError`]: a file that cannot be opened or is damaged, graphs that are missing or do not fit together, a
-    /// context or vocabulary of another size than the config says.
+    /// As both.
     pub fn open(config: &EngineConfig) -> Result<QnnEngine, EngineError> {
-        let n_threads = match config.n_threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
-            n => n,
-        };
-        let backend = HtpBackend::new(n_threads).map_err(EngineError::Threads)?;
-        let options = OpenOptions { use_mmap: config.use_mmap, ..OpenOptions::default() };
-        let mut contexts = Vec::new();
-        for path in &config.ctx_bins {
-            contexts.push(Context::open(path, &options).map_err(EngineError::from)?);
+        QnnEngine::over(Arc::new(QnnModel::open(config)?))
+    }
+
+    /// An engine over a model that is open: a cache, bindings and scratch memory of its own over shared weights.
+    ///
+    /// # Errors
+    /// [`EngineError`]: graphs that do not fit together, a vocabulary of another size than the config says.
+    pub fn over(model: Arc<QnnModel>) -> Result<QnnEngine, EngineError> {
+        let config = model.config();
+        let mut splits: Vec<Split> = Vec::new();
+        for (graphs, path) in model.graphs().zip(&config.ctx_bins) {
+            let before = splits.last().map(|split| &split.runners[..]);
+            let (runners, state) = prepare(model.backend(), &graphs, before, config.context_size, path)?;
+            splits.push(Split { runners, state, adapters: HashMap::new() });
         }
-        let chosen = choose_graphs(&contexts, config)?;
-        let ar: Vec<usize> = chosen[0].iter().map(|(name, _)| name.ar).collect();
-        let mut prepared: Vec<(Vec<Runner>, State)> = Vec::new();
-        for (graphs, path) in chosen.iter().zip(&config.ctx_bins) {
-            let before = prepared.last().map(|(runners, _)| &runners[..]);
-            prepared.push(prepare(&backend, graphs, before, config.context_size, path)?);
-        }
-        let splits: Vec<Split> = contexts
-            .into_iter()
-            .zip(prepared)
-            .map(|(context, (runners, state))| Split { context, runners, state, adapters: HashMap::new() })
-            .collect();
         let n_vocab = logits_width(&splits, config)?;
         Ok(QnnEngine {
             splits,
-            ar,
+            ar: model.ar(),
             context_size: config.context_size,
             n_vocab,
             position: 0,
             integers: Integers::default(),
             all_logits: Vec::new(),
-            kernels: backend.kernels(),
-            n_threads,
             n_loads: 0,
+            model,
         })
     }
 
     /// Name of the instruction set in use.
     pub fn kernels(&self) -> &'static str {
-        self.kernels
+        self.model.backend().kernels()
     }
 
     /// Number of workers, the calling thread included.
     pub fn n_threads(&self) -> usize {
-        self.n_threads
+        self.model.n_threads()
     }
 
     /// Runs one chunk through every split; `wanted` are the rows whose logits are computed.
@@ -137,10 +126,10 @@ impl QnnEngine {
         let graph = self.ar.iter().position(|ar| ids.len() <= *ar).expect("chunks are at most the largest AR-n");
         for i in 0..self.splits.len() {
             let (before, rest) = self.splits.split_at_mut(i);
-            let Split { context, runners, state, .. } = &mut rest[0];
+            let Split { runners, state, .. } = &mut rest[0];
             let runner = &mut runners[graph];
             if runner.bindings.adapter().is_none() {
-                context.ready(&runner.graph).map_err(EngineError::NotReady)?;
+                self.model.context(i).ready(&runner.graph).map_err(EngineError::NotReady)?;
             }
             runner.feed(&self.integers, before.last().map(|split| &split.runners[graph].bindings))?;
             runner.executable.execute(&mut runner.bindings, state, cancel)?;
@@ -205,10 +194,7 @@ impl Engine for QnnEngine {
 
     fn load_adapter(&mut self, name: &str, source: &AdapterSource) -> Result<AdapterInfo, EngineError> {
         let start = Instant::now();
-        let loaded = match source {
-            AdapterSource::Sections(paths) => self.load_sections(name, paths)?,
-            AdapterSource::Peft(folder) => self.load_peft(name, folder).map_err(fail(name, Some(folder)))?,
-        };
+        let loaded = self.model.load_adapter(name, source)?;
         self.n_loads += 1;
         let info = describe(name, &loaded, start.elapsed(), self.n_loads);
         for (split, adapter) in self.splits.iter_mut().zip(loaded) {
@@ -237,26 +223,6 @@ impl Engine for QnnEngine {
     }
 }
 
-impl QnnEngine {
-    fn load_sections(&self, name: &str, paths: &[Option<PathBuf>]) -> Result<Vec<Option<Arc<Adapter>>>, EngineError> {
-        if paths.len() != self.splits.len() {
-            let why = Box::new(AdapterError::SectionCount { have: paths.len(), want: self.splits.len() });
-            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
-        }
-        let load = |(split, path): (&Split, &Option<PathBuf>)| {
-            let Some(path) = path else { return Ok(None) };
-            let read = || Ok(Some(split.context.load_section(Bytes::map_file(path)?)?));
-            read().map_err(fail(name, Some(path)))
-        };
-        self.splits.iter().zip(paths).map(load).collect()
-    }
-
-    fn load_peft(&self, name: &str, folder: &Path) -> Result<Vec<Option<Arc<Adapter>>>, AdapterError> {
-        let contexts: Vec<&Context> = self.splits.iter().map(|split| &split.context).collect();
-        Ok(qnn_core::offline::lora::adapters_from_peft(&contexts, folder, name)?.into_iter().map(Some).collect())
-    }
-}
-
 /// The account of an adapter loaded for every split.
 fn describe(name: &str, loaded: &[Option<Arc<Adapter>>], load_time: Duration, generation: u64) -> AdapterInfo {
     let parts = || loaded.iter().flatten();
@@ -276,22 +242,17 @@ fn describe(name: &str, loaded: &[Option<Arc<Adapter>>], load_time: Duration, ge
     }
 }
 
-fn fail(name: &str, path: Option<&Path>) -> impl FnOnce(AdapterError) -> EngineError {
-    let (name, path) = (name.to_owned(), path.map(Path::to_owned));
-    move |why| EngineError::Adapter { name, path, why: Box::new(why) }
-}
-
 /// Plans the graphs of one context binary and makes their cache.
 fn prepare(
     backend: &HtpBackend,
-    graphs: &[(GraphName, &Graph)],
+    graphs: &[&Graph],
     before: Option<&[Runner]>,
     context_size: usize,
     path: &Path,
 ) -> Result<(Vec<Runner>, State), EngineError> {
     let core = |why| EngineError::from(qnn_core::Error::Prepare { path: path.to_owned(), why });
     let mut runners = Vec::new();
-    for (i, (_, graph)) in graphs.iter().enumerate() {
+    for (i, graph) in graphs.iter().enumerate() {
         let executable = backend.prepare(graph).map_err(core)?;
         let mut bindings = Bindings::new(graph);
         let feeds = feeds(graph, &bindings, before.map(|runners| &runners[i].bindings))?;
@@ -302,8 +263,7 @@ fn prepare(
         let logits = bindings.find_output("logits");
         runners.push(Runner { graph: graph.name().to_owned(), executable, bindings, feeds, logits });
     }
-    let all: Vec<&Graph> = graphs.iter().map(|(_, graph)| *graph).collect();
-    Ok((runners, backend.new_state(&all, context_size).map_err(core)?))
+    Ok((runners, backend.new_state(graphs, context_size).map_err(core)?))
 }
 
 impl Split {
@@ -385,39 +345,6 @@ fn feeds(graph: &Graph, bindings: &Bindings, before: Option<&Bindings>) -> Resul
         model: format!("{name} in {}", graph.name()),
     };
     bindings.inputs().iter().map(|input| feed(&input.name).ok_or_else(|| unknown(&input.name))).collect()
-}
-
-/// For each context the graphs to run, by ascending AR-n: those of the smallest CL-n that holds the config's context.
-fn choose_graphs<'c>(
-    contexts: &'c [Context],
-    config: &EngineConfig,
-) -> Result<Vec<Vec<(GraphName, &'c Graph)>>, EngineError> {
-    let mut chosen: Vec<Vec<(GraphName, &Graph)>> = Vec::new();
-    for (i, context) in contexts.iter().enumerate() {
-        let mut graphs: Vec<(GraphName, &Graph)> = context
-            .graphs()
-            .filter_map(|name| Some((GraphName::parse(name)?, context.graph(name)?)))
-            .filter(|(name, _)| name.split == i + 1 && name.n_splits == contexts.len())
-            .collect();
-        let wanted_cl = graphs.iter().map(|(name, _)| name.cl).filter(|cl| *cl >= config.context_size).min();
-        graphs.retain(|(name, _)| Some(name.cl) == wanted_cl);
-        graphs.sort_by_key(|(name, _)| name.ar);
-        let ars = |list: &[(GraphName, &Graph)]| list.iter().map(|(name, _)| name.ar).collect::<Vec<_>>();
-        if graphs.is_empty() || chosen.first().is_some_and(|first| ars(first) != ars(&graphs)) {
-            let found: Vec<&str> = context.graphs().collect();
-            return Err(EngineError::MissingGraph {
-                wanted: format!(
-                    "graphs of split {} of {} with a context of at least {} (and the same AR-n in every split)",
-                    i + 1,
-                    contexts.len(),
-                    config.context_size
-                ),
-                found: format!("{} ({})", found.join(", "), config.ctx_bins[i].display()),
-            });
-        }
-        chosen.push(graphs);
-    }
-    Ok(chosen)
 }
 
 /// Width of the logits of the last split, which has to be the config's vocabulary.

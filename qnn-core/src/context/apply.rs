@@ -129,9 +129,12 @@ impl Context {
     pub fn ready(&self, graph: &str) -> Result<(), StateError> {
         let at = self.graphs().position(|name| name == graph);
         let at = at.ok_or_else(|| StateError::UnknownGraph { graph: graph.to_owned() })?;
-        let shared = self.metadata().get(WEIGHT_SHARING).is_some_and(|value| value == "true");
+        // Most contexts need no adapter: then there is nothing to look up, and no lock in a step.
+        if self.metadata().get(WEIGHT_SHARING).is_none_or(|value| value != "true") {
+            return Ok(());
+        }
         match self.applied.lock()[at] {
-            Use::Base if shared => Err(StateError::NothingApplied { graph: graph.to_owned() }),
+            Use::Base => Err(StateError::NothingApplied { graph: graph.to_owned() }),
             _ => Ok(()),
         }
     }

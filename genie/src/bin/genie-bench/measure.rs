@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use genie::Dialog;
+use genie::Model;
 use genie::config::DialogConfig;
 use genie::engine::{Engine, Logits, qnn::QnnEngine};
 
@@ -86,7 +86,7 @@ impl Bench {
 pub(crate) fn load(config: &DialogConfig, rounds: usize) -> anyhow::Result<Vec<f64>> {
     let one = || -> anyhow::Result<f64> {
         let start = Instant::now();
-        Dialog::open(config)?;
+        Model::open(config.clone())?.engine()?;
         Ok(milliseconds(start))
     };
     (0..rounds).map(|_| one()).collect()
@@ -125,12 +125,12 @@ impl Child<'_> {
 
 /// The other side of [`Child`]: everything a chat does up to its first token.
 pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow::Result<()> {
-    let (tokenizer, engine) = Dialog::open(config)?;
-    let mut bench = Bench { engine, never: AtomicBool::new(false) };
+    let model = Model::open(config.clone())?;
+    let mut bench = Bench { engine: model.engine()?, never: AtomicBool::new(false) };
     let ids = bench.ids(prompt);
     bench.first_token(&ids)?;
     println!("{}", memory_mb("VmRSS:")?);
-    drop(tokenizer);
+    drop(model);
     Ok(())
 }
 

@@ -1,0 +1,106 @@
+//! A model that is open: what dialogs over it share.
+
+use std::sync::Arc;
+
+use crate::config::{DialogConfig, Settings};
+use crate::engine::qnn::{QnnEngine, QnnModel};
+use crate::prompt::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use crate::{Dialog, Error};
+
+/// The model, tokenizer and chat template that a config names, opened once, for any number of dialogs.
+///
+/// Weights are in memory once, and so is an adapter that several dialogs have loaded from the same files. Each dialog has
+/// its own conversation, its own cache, and its own adapter and strengths. Dialogs may run in threads of their own; those
+/// that run at the same time take turns at the worker team. Clones are handles to the same model.
+///
+/// ```no_run
+/// # fn main() -> Result<(), genie::Error> {
+/// use genie::{DialogConfig, Model};
+///
+/// let model = Model::open(DialogConfig::from_file("genie_config.json")?)?;
+/// let (mut formal, mut pirate) = (model.dialog()?, model.dialog()?);
+/// pirate.apply_lora("primary", "pirate")?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Model(Arc<Parts>);
+
+struct Parts {
+    config: DialogConfig,
+    contexts: Arc<QnnModel>,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<ChatTemplate>>,
+}
+
+impl Model {
+    /// Opens what `config` names: the tokenizer beside the context binaries, each on a core of its own.
+    ///
+    /// # Errors
+    /// [`Error`] with what cannot be opened and why.
+    pub fn open(config: DialogConfig) -> Result<Self, Error> {
+        let (tokenizer, contexts) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| Tokenizer::load(&config.tokenizer_path));
+            let contexts = QnnModel::open(&config.engine);
+            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), contexts)
+        });
+        let contexts = contexts.map_err(|why| Error::engine(&config.engine.role, why))?;
+        let template = ChatTemplate::beside(&config.tokenizer_path)?;
+        Ok(Self(Arc::new(Parts {
+            contexts: Arc::new(contexts),
+            tokenizer: Arc::new(tokenizer?),
+            template: template.map(Arc::new),
+            config,
+        })))
+    }
+
+    /// A new dialog, with the settings and the adapters of the config.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the model is not what the config says it is.
+    pub fn dialog(&self) -> Result<Dialog, Error> {
+        self.dialog_with(self.0.config.settings.clone())
+    }
+
+    /// A new dialog with settings of its own. Its context is never larger than the config's.
+    ///
+    /// # Errors
+    /// As [`Model::dialog`].
+    pub fn dialog_with(&self, settings: Settings) -> Result<Dialog, Error> {
+        Dialog::over(self, settings)
+    }
+
+    /// A new engine: a cache over the shared weights, without a dialog.
+    ///
+    /// # Errors
+    /// As [`Model::dialog`].
+    pub fn engine(&self) -> Result<QnnEngine, Error> {
+        QnnEngine::over(Arc::clone(&self.0.contexts)).map_err(|why| Error::engine(&self.0.config.engine.role, why))
+    }
+
+    /// Number of adapters in memory for all dialogs together: one that several use counts once.
+    pub fn n_loaded_adapters(&self) -> usize {
+        self.0.contexts.n_loaded_adapters()
+    }
+
+    /// What the model was opened with.
+    pub fn config(&self) -> &DialogConfig {
+        &self.0.config
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.0.tokenizer
+    }
+
+    pub(crate) fn template(&self) -> Option<&Arc<ChatTemplate>> {
+        self.0.template.as_ref()
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
