@@ -28,6 +28,7 @@ fn options(dir: &Path, graph: &Graph, num_splits: usize) -> GenerateOptions {
         cl: vec![32],
         num_splits,
         adapter_weight_config: None,
+        lora_weight_sharing: false,
     }
 }
 

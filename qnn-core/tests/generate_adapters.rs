@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use qnn_core::{
-    Adapter, Context, DataType, OpenOptions,
+    Adapter, Bytes, Context, DataType, OpenOptions,
     backend::HtpBackend,
     binary::{FileInfo, Verify},
     offline::{
@@ -45,6 +45,7 @@ impl Project {
             cl: vec![32],
             num_splits,
             adapter_weight_config: Some(dir.path().join("lora_output_files.yaml")),
+            lora_weight_sharing: false,
         };
         Project { dir, options }
     }
@@ -256,6 +257,22 @@ fn scales_of(name: &str, scales: &HashMap<String, Vec<f32>>) -> HashMap<String, 
 /// One weight in 16 bits.
 const WIDE: &str = r#"{"param_encodings": [{"name": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 16, "scale": [1.0]}]}"#;
+
+// Broken if a context that shares its adapter weights can run without any, or is made where it could never run.
+#[test]
+fn weight_sharing_is_recorded_in_the_context() {
+    let (mut project, ..) = project("Yes", DataType::SFixedPoint8, 1);
+    project.options.lora_weight_sharing = true;
+    let report = project.run().unwrap();
+    let context = open(&report.files[0].path);
+    let graph = report.files[0].graphs[0].clone();
+    assert!(context.ready(&graph).unwrap_err().to_string().contains("no section has been applied"));
+    context.apply_section(None, Bytes::map_file(&project.out("tiny_default_adapter.bin")).unwrap()).unwrap();
+    context.ready(&graph).unwrap();
+    project.options.adapter_weight_config = None;
+    let error = project.run().unwrap_err();
+    assert!(error.contains("lora_weight_sharing") && error.contains("no adapters"), "{error}");
+}
 
 // Broken if an adapter that cannot be right becomes a file, or the message does not say which file and what is wrong.
 #[test]

@@ -236,6 +236,7 @@ fn branches_survive_files_and_splits() {
         cl: vec![32],
         num_splits: 2,
         adapter_weight_config: None,
+        lora_weight_sharing: false,
     };
     let report = generate(&options, &mut |_| {}).unwrap();
     let open = |path: &Path| Context::open(path, &OpenOptions::default()).unwrap();

@@ -24,8 +24,8 @@ pub struct Converted {
     folder: TempDir,
     context_size: usize,
     n_vocab: usize,
-    /// Use cases: a name and the example adapters that it is made of.
-    use_cases: Vec<(&'static str, Vec<&'static str>)>,
+    /// Use cases: a name and the PEFT directories that it is made of.
+    use_cases: Vec<(String, Vec<PathBuf>)>,
 }
 
 impl Converted {
@@ -42,8 +42,8 @@ impl Converted {
     /// and `json+pirate` of both.
     pub fn real_with_adapters(input: &str, precision: Precision) -> Result<Converted> {
         let input = models_folder().join(input);
-        let alone = ["json", "pirate", "sql"].map(|name| (name, vec![name]));
-        let use_cases = alone.into_iter().chain([("json+pirate", vec!["json", "pirate"])]).collect();
+        let use_case = |parts: &[&str]| (parts.join("+"), parts.iter().map(|part| adapter_folder(part)).collect());
+        let use_cases = [&["json"][..], &["pirate"], &["sql"], &["json", "pirate"]].map(use_case).into();
         let converted = Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, use_cases };
         converted.make(&input, precision).with_context(|| format!("{} (see tests/golden)", input.display()))?;
         Ok(converted)
@@ -51,9 +51,19 @@ impl Converted {
 
     /// Converts a tiny model.
     pub fn tiny(model: &TinyModel, precision: Precision) -> Result<Converted> {
-        let context_size = model.max_positions;
+        Converted::tiny_with_adapters(model, precision, &[])
+    }
+
+    /// Converts a tiny model with branches for these adapters: a name and a PEFT directory each.
+    pub fn tiny_with_adapters(
+        model: &TinyModel,
+        precision: Precision,
+        adapters: &[(&str, &Path)],
+    ) -> Result<Converted> {
+        let use_case = |(name, folder): &(&str, &Path)| ((*name).to_owned(), vec![folder.to_path_buf()]);
+        let use_cases = adapters.iter().map(use_case).collect();
         let converted =
-            Converted { folder: TempDir::new()?, context_size, n_vocab: model.vocab, use_cases: Vec::new() };
+            Converted { folder: TempDir::new()?, context_size: model.max_positions, n_vocab: model.vocab, use_cases };
         let source = converted.path().join("source");
         model.write_hf(&source)?;
         converted.make(&source, precision)?;
@@ -65,11 +75,7 @@ impl Converted {
         let options = ConvertOptions { input: input.to_owned(), output: dlc.clone(), precision, threads: 2 };
         let lora = LoraOptions {
             weight_list: None,
-            adapters: self
-                .use_cases
-                .iter()
-                .flat_map(|(_, parts)| parts.iter().map(|part| adapter_folder(part)))
-                .collect(),
+            adapters: self.use_cases.iter().flat_map(|(_, parts)| parts).cloned().collect(),
             max_rank: Some(24),
             bits: None,
             mode: UpdatableMode::AdapterOnly,
@@ -85,16 +91,14 @@ impl Converted {
             cl: vec![self.context_size],
             num_splits: 1,
             adapter_weight_config,
+            lora_weight_sharing: false,
         };
         generate(&options, &mut |_| {})?;
         Ok(std::fs::remove_file(dlc)?)
     }
 
     fn import_adapters(&self, dlc: &Path) -> Result<PathBuf> {
-        let use_case = |(name, parts): &(&str, Vec<&str>)| {
-            let parts: Vec<PathBuf> = parts.iter().map(|part| adapter_folder(part)).collect();
-            json!({ "name": name, "model_name": "model", "lora_weights": parts })
-        };
+        let use_case = |(name, parts): &(String, Vec<PathBuf>)| json!({ "name": name, "model_name": "model", "lora_weights": parts });
         let use_cases: Vec<_> = self.use_cases.iter().map(use_case).collect();
         let lora_config = self.path().join("use_cases.yaml");
         // JSON is YAML.
@@ -116,7 +120,7 @@ impl Converted {
         if !self.use_cases.is_empty() {
             let adapter =
                 |name: &str| json!({"version": 1, "name": name, "bin-sections": [format!("model_{name}.bin")]});
-            let names = self.use_cases.iter().map(|(name, _)| *name).chain(["default_adapter"]);
+            let names = self.use_cases.iter().map(|(name, _)| name.as_str()).chain(["default_adapter"]);
             let adapters: Vec<_> = names.map(adapter).collect();
             dialog["engine"]["model"]["binary"]["lora"] = json!({"version": 1, "adapters": adapters});
         }

@@ -114,6 +114,31 @@ impl TinyModel {
         Ok(())
     }
 
+    /// Writes a PEFT directory of an adapter of `rank` on every projection, strong enough to change what the model says.
+    /// Its weights follow from `seed`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write_peft(&self, folder: &Path, seed: u64, rank: usize) -> anyhow::Result<()> {
+        std::fs::create_dir_all(folder)?;
+        let mut random = SplitMix64(seed);
+        let mut tensors = Vec::new();
+        for (name, shape) in self.shapes() {
+            let Some(module) = name.strip_suffix("_proj.weight") else { continue };
+            for (half, shape) in [("A", vec![rank, shape[1]]), ("B", vec![shape[0], rank])] {
+                let count = shape.iter().product();
+                let values = (0..count).map(|_| (random.below(513) as i32 - 256) as f32 / 1024.0).collect();
+                let name = format!("base_model.model.{module}_proj.lora_{half}.weight");
+                tensors.push(TinyTensor { name, shape, values });
+            }
+        }
+        let projections = ["q", "k", "v", "o", "gate", "up", "down"].map(|name| format!("{name}_proj"));
+        let config = json!({ "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 4 * rank,
+                             "target_modules": projections, "bias": "none" });
+        write_json(&folder.join("adapter_config.json"), &config)?;
+        Ok(std::fs::write(folder.join("adapter_model.safetensors"), safetensors(&tensors))?)
+    }
+
     /// `config.json`.
     pub fn config(&self) -> Value {
         json!({

@@ -15,7 +15,7 @@ use htp_sim::{ShapeError, WeightFormat, Workers};
 use crate::{
     atomic_file,
     binary::{BinaryError, BinaryWriter, Identity, MAX_GRAPHS, Meta, SectionKind, write_file},
-    context::{kind_of, write_records},
+    context::{WEIGHT_SHARING, kind_of, write_records},
     error::Error,
     graph::{Graph, GraphError},
     offline::{dlc::read_dlc, specialize},
@@ -25,10 +25,12 @@ use crate::{
 };
 
 mod adapters;
+mod config_file;
 mod pack;
 mod split;
 
 pub use adapters::{AdapterError, SectionReport};
+pub use config_file::ConfigFile;
 
 use adapters::Adapters;
 pub(crate) use pack::Packing;
@@ -51,6 +53,8 @@ pub struct GenerateOptions {
     pub num_splits: usize,
     /// The importer's `lora_output_files.yaml`: each of its adapters becomes a section of each context binary.
     pub adapter_weight_config: Option<PathBuf>,
+    /// The contexts do not run before a section was applied to them.
+    pub lora_weight_sharing: bool,
 }
 
 /// What was made.
@@ -107,6 +111,8 @@ pub enum GenerateError {
     TooManySplits { have: usize, layers: usize },
     #[error("cannot cut at tensor {tensor}: {why}")]
     Cut { tensor: String, why: String },
+    #[error("{path}{}{pointer}: {have}, need {want}", if pointer.is_empty() { "" } else { ", " })]
+    ConfigFile { path: PathBuf, pointer: String, have: String, want: String },
     #[error("{option}: {have}, need {want}")]
     Option { option: &'static str, have: String, want: String },
     #[error(transparent)]
@@ -136,6 +142,11 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     let splits = plan(&graph, options).map_err(refuse)?;
     let adapters = options.adapter_weight_config.as_ref().map(|yaml| Adapters::read(yaml, &graph));
     let adapters = adapters.transpose().map_err(refuse)?;
+    if options.lora_weight_sharing && adapters.is_none() {
+        let have = "no adapters".to_owned();
+        let want = "--adapter_weight_config: without a section the context could never run".to_owned();
+        return Err(refuse(GenerateError::Option { option: "lora_weight_sharing", have, want }));
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::new(cores).map_err(|why| refuse(GenerateError::Threads(why)))?;
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
@@ -149,7 +160,11 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
                 done_bytes += more_bytes;
                 progress(Progress { file: &split.path, done_bytes, total_bytes });
             };
-            let meta = Meta::new(graph.metadata().clone());
+            let mut metadata = graph.metadata().clone();
+            if options.lora_weight_sharing {
+                metadata.insert(WEIGHT_SHARING.to_owned(), "true".to_owned());
+            }
+            let meta = Meta::new(metadata);
             let in_file = |why: BinaryError, at_bytes| Error::binary(&split.path)(why.at(at_bytes));
             write_records(writer, &meta, &split.records).map_err(|why| in_file(why, writer.at_bytes()))?;
             split.write_constants(writer, &workers, &mut tell).map_err(|failed| match failed {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use qnn_core::offline::generate::{GenerateOptions, Progress, Report, generate};
+use qnn_core::offline::generate::{ConfigFile, GenerateOptions, Progress, Report, generate};
 
 /// Makes context binaries of a DLC: graphs bound to fixed sizes, weights in the layout of the kernels, ready to be mapped.
 ///
@@ -46,6 +46,12 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     adapter_weight_config: Option<PathBuf>,
 
+    /// Settings of the context, as the original's backend extensions have them (JSON). Of these, context/lora_weight_sharing
+    /// says that the context only runs once a section has been applied. Keys that steer hardware have no effect and are
+    /// named; all others are refused.
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+
     /// What will run the binary. There is one backend.
     #[arg(long, value_name = "NAME", default_value = "htp")]
     backend: Backend,
@@ -63,8 +69,6 @@ enum Backend {
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 struct Later {
-    #[arg(long, hide = true)]
-    config_file: Option<String>,
     #[arg(long, hide = true)]
     model: Option<String>,
     #[arg(long, hide = true)]
@@ -92,6 +96,10 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<()> {
     cli.later.refuse()?;
     let Backend::Htp = cli.backend;
+    let config = cli.config_file.as_deref().map(ConfigFile::read).transpose()?.unwrap_or_default();
+    for key in &config.without_effect {
+        eprintln!("note: {key} of --config_file has no effect on a CPU");
+    }
     let stem = cli.dlc_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
     let options = GenerateOptions {
         dlc_path: cli.dlc_path.clone(),
@@ -101,6 +109,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         cl: cli.cl.clone(),
         num_splits: cli.num_splits,
         adapter_weight_config: cli.adapter_weight_config.clone(),
+        lora_weight_sharing: config.lora_weight_sharing,
     };
     let mut display = Display::new();
     let report = generate(&options, &mut |progress| display.show(progress));
@@ -112,7 +121,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Later {
     fn refuse(&self) -> anyhow::Result<()> {
         let given = [
-            ("config_file", self.config_file.is_some()),
             ("model", self.model.is_some()),
             ("htp_socs", self.htp_socs.is_some()),
             ("set_output_tensors", self.set_output_tensors.is_some()),
