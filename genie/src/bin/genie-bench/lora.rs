@@ -1,13 +1,15 @@
 //! What adapters cost: rates with one, and the time and memory to have, change and adjust them.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use genie::AdapterChoice;
 use genie::adapters::{Adapters, Selection};
 use genie::config::EngineConfig;
-use genie::engine::{Engine, EngineError, Logits};
+use genie::engine::{AdapterSource, Engine, EngineError, Logits};
 
 use crate::measure::{Bench, memory_mb, milliseconds};
 use crate::report::Report;
@@ -56,6 +58,13 @@ impl<'a> LoraBench<'a> {
         let half = self.selection(&half)?;
         report.add("alpha_change", "ms", self.alternate(&half, &chosen, rounds)?);
         report.add("adapter_load", "ms", self.load(name, rounds)?);
+        match self.load_cold(name, rounds) {
+            Ok((load, read)) => {
+                report.add("adapter_load_cold", "ms", load);
+                report.add("adapter_read_cold", "ms", read);
+            }
+            Err(why) => eprintln!("adapter_load_cold is left out: {why:#}"),
+        }
         let (before, n) = (memory_mb("VmRSS:")?, self.config.lora.adapters.len());
         self.use_all()?;
         report.add("rss_per_adapter", "MB", vec![(memory_mb("VmRSS:")? - before) / n as f64]);
@@ -114,6 +123,32 @@ impl<'a> LoraBench<'a> {
             .collect()
     }
 
+    /// Milliseconds to load an adapter whose files the system has not cached, and to do no more than read them.
+    fn load_cold(&mut self, name: &str, rounds: usize) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+        let adapter = self.config.lora.adapters.iter().find(|adapter| adapter.name == name);
+        let Some(AdapterSource::Sections(paths)) = adapter.map(|adapter| &adapter.source) else {
+            bail!("it needs an adapter in section files")
+        };
+        let copies: Vec<Option<Copy>> =
+            paths.iter().map(|path| path.as_deref().map(Copy::beside).transpose()).collect::<anyhow::Result<_>>()?;
+        let source = AdapterSource::Sections(copies.iter().map(|c| c.as_ref().map(|c| c.0.clone())).collect());
+        let (mut load, mut read) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            copies.iter().flatten().try_for_each(Copy::forget_pages)?;
+            let start = Instant::now();
+            for copy in copies.iter().flatten() {
+                std::fs::read(&copy.0)?;
+            }
+            read.push(milliseconds(start));
+            copies.iter().flatten().try_for_each(Copy::forget_pages)?;
+            let start = Instant::now();
+            self.bench.engine.load_adapter("genie-bench", &source)?;
+            load.push(milliseconds(start));
+            self.bench.engine.unload_adapter("genie-bench");
+        }
+        Ok((load, read))
+    }
+
     /// Loads each adapter of the config anew and runs a token with it, so that all its pages are there.
     fn use_all(&mut self) -> anyhow::Result<()> {
         for adapter in &self.config.lora.adapters {
@@ -123,6 +158,38 @@ impl<'a> LoraBench<'a> {
             self.bench.first_token(&[0])?;
         }
         Ok(())
+    }
+}
+
+/// A copy of a file that nobody has mapped, so that the system can forget its pages. Removed when this is dropped.
+struct Copy(PathBuf);
+
+impl Copy {
+    /// Copies the file into its own folder: what counts is the disk that it lies on.
+    fn beside(path: &Path) -> anyhow::Result<Copy> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let copy = Copy(path.with_file_name(format!(".{name}.cold{}", std::process::id())));
+        std::fs::copy(path, &copy.0).with_context(|| copy.0.display().to_string())?;
+        std::fs::File::open(&copy.0)?.sync_all()?;
+        Ok(copy)
+    }
+
+    /// Has the system forget the cached pages of the file: `dd` gives the advice that the standard library lacks.
+    fn forget_pages(&self) -> anyhow::Result<()> {
+        let mut input = std::ffi::OsString::from("if=");
+        input.push(&self.0);
+        let mut dd = Command::new("dd");
+        dd.arg(input).args(["iflag=nocache", "count=0", "status=none"]);
+        let status = dd.status().context("starting dd")?;
+        ensure!(status.success(), "dd ended with {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        // It is only a copy: one that stays behind does no harm.
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 

@@ -21,8 +21,9 @@ use report::Report;
 /// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), `pp<N>` and `tg<n>_d<depth>` (tok/s),
 /// rss_after_first and peak_rss (MB). With --lora also the rates with the adapter (`pp<N>_lora1`, `tg<n>_d<depth>_lora1`),
 /// switch (ms to go over to another loaded adapter; needs two in the config), alpha_change (ms to set another strength),
-/// adapter_load (ms, files cached by the system) and rss_per_adapter (MB of each adapter of the config, loaded and
-/// used). Each is the median of the rounds, with the least and the greatest.
+/// adapter_load (ms, files cached by the system), adapter_load_cold (ms, files not cached; adapter_read_cold is the time to
+/// do no more than read them) and rss_per_adapter (MB of each adapter of the config, loaded and used). Each is the median
+/// of the rounds, with the least and the greatest.
 #[derive(Parser)]
 #[command(name = "genie-bench", version)]
 struct Arguments {
