@@ -5,7 +5,7 @@
 //!     for each range of 256 positions that the tile sees:
 //!         scores = q · Kᵀ            (the matmul kernels: keys lie in panels of 16 positions, like weights)
 //!         p = exp(scores - max), 0 where a row does not see the position
-//!         part = p · V               (values lie in rows)
+//!         part = p · V               (int8: the matmul kernels again, p times the values' scales quantized to 16 bits)
 //!         merge max, sum and part into the running ones, in the order of the ranges
 //!     out = sum of parts / sum of p
 //! ```
@@ -17,10 +17,12 @@ use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::scratch::Disjoint;
 
 mod cache;
+mod scratch;
 mod tile;
 
 pub use cache::{Cache, CacheFormat, CacheLayout, CacheMut, MAX_HEAD_DIM, append};
-use tile::{Problem, WorkerScratch};
+use scratch::WorkerScratch;
+use tile::Problem;
 
 /// What attention computes, besides the shapes in the [`CacheLayout`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +54,7 @@ impl AttentionScratch {
     pub fn new(workers: usize, layout: CacheLayout, heads: usize) -> Result<Self, ShapeError> {
         check_heads(layout, heads)?;
         let ranges = layout.capacity().div_ceil(RANGE);
-        let partials = size("attention scratch", &[heads, ranges, layout.head_dim() + 2, 4])? / 4;
+        let partials = size("attention scratch", &[heads, ranges, layout.value_head_dim() + 2, 4])? / 4;
         let workers = (0..workers.max(1)).map(|_| WorkerScratch::new(layout)).collect();
         Ok(Self { layout, heads, workers, partials: vec![0.0; partials] })
     }
@@ -64,8 +66,9 @@ impl AttentionScratch {
 /// positions `past..past + m`. Query head `h` reads KV head `h / (heads / kv_heads)`. The cost grows with `past + m`, not
 /// with the capacity.
 ///
-/// With an int8 cache `q` is quantized to 16 bits per row, and the scores are exact integer products. Results do not
-/// depend on the number of workers or on `m`; tiers differ by rounding only.
+/// With an int8 cache `q` is quantized to 16 bits per row, and so are the probabilities, times the scales of the values, per
+/// row and range of 256 positions; both products are exact integers, and all tiers give the same bits. With a float cache
+/// tiers differ by rounding. Results do not depend on the number of workers or on `m`.
 ///
 /// # Errors
 /// [`ShapeError`] if a length does not match, `past + m` is beyond the capacity, the window is 0, the cap is not positive,
@@ -87,7 +90,7 @@ pub fn attention(
     let kv_heads = cache.layout.kv_heads();
     let n_items = kv_heads * problem.tiles();
     let ranges = (past + m).div_ceil(RANGE);
-    let slot = cache.layout.head_dim() + 2;
+    let slot = cache.layout.value_head_dim() + 2;
     let few = n_items < TILES_PER_WORKER * cx.workers.count();
     let split = few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len();
 

@@ -27,12 +27,12 @@ pub struct Kernels {
     pub(crate) matmul_f32_f16: FloatFn,
     pub(crate) matmul_f32_bf16: FloatFn,
     pub(crate) matmul_f32_w8c: FloatFn,
-    /// Probabilities by value rows.
+    /// Probabilities by float value rows.
     pub(crate) values_f32: ValuesFn,
     pub(crate) values_f16: ValuesFn,
-    pub(crate) values_i8: ValuesFn,
     /// Vector functions. These give the same bits on every tier.
     pub(crate) softmax: unsafe fn(&mut [f32]) -> SoftmaxTotals,
+    pub(crate) softmax_quantize: SoftmaxQuantizeFn,
     pub(crate) soft_cap: unsafe fn(&mut [f32], f32),
     pub(crate) sum_squares: unsafe fn(&[f32]) -> f32,
     pub(crate) normalize: unsafe fn(&[f32], f32, &[f32], &mut [f32]),
@@ -45,6 +45,7 @@ pub struct Kernels {
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
 pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
+pub(crate) type SoftmaxQuantizeFn = unsafe fn(&mut [f32], &[[u8; 4]], WeightsMut<'_>) -> SoftmaxTotals;
 pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
@@ -112,6 +113,14 @@ pub(crate) struct ValuesTile<'a> {
 pub(crate) struct SoftmaxTotals {
     pub(crate) max: f32,
     pub(crate) sum: f32,
+}
+
+/// Where the products of probabilities and scales go, as codes of 16 bits in two planes (see [`crate::QuantizedRows`]).
+pub(crate) struct WeightsMut<'a> {
+    pub(crate) hi: &'a mut [i8],
+    pub(crate) lo: &'a mut [i8],
+    pub(crate) scale: &'a mut f32,
+    pub(crate) plane_sums: &'a mut [i32; 2],
 }
 
 /// A row to quantize: `x`, or `x · inv · weight` when it is to be normalized on the way.

@@ -1,11 +1,13 @@
-//! The KV cache: keys in panels of 16 positions, values in rows.
+//! The KV cache: keys in panels of 16 positions; values in rows, or in panels of 16 of a head's values.
 //!
 //! | format | keys | values |
 //! | --- | --- | --- |
 //! | F32, F16 | `[kv_head][position/16][head_dim][16]` elements | `[kv_head][position][head_dim]` elements |
-//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8, then `[kv_head][position]` f32 scales | rows of i8, then scales likewise |
+//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8 | `[kv_head][head_dim/16][position/4][16][4]` i8 |
 //!
-//! The capacity is padded to 16 positions, and `head_dim` of int8 keys to 4.
+//! After the i8 come the scales, `[kv_head][position]` f32. So each head's keys are packed weights of one output for each
+//! position, and its values packed weights of one input for each position: the products of both are those of a linear
+//! layer. The capacity is padded to 16 positions, `head_dim` of int8 keys to 4, and that of int8 values to 16.
 
 use half::f16;
 
@@ -58,7 +60,7 @@ impl CacheLayout {
         }
         expect_at_most("values of a head", head_dim, MAX_HEAD_DIM)?;
         let positions = capacity.saturating_add(PANEL);
-        size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(4) + 4, 4])?;
+        size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(PANEL) + 4, 4])?;
         Ok(Self { kv_heads, head_dim, capacity, format })
     }
 
@@ -102,6 +104,16 @@ impl CacheLayout {
         if self.format == CacheFormat::Int8 { self.head_dim.next_multiple_of(4) } else { self.head_dim }
     }
 
+    /// `head_dim` as the values store it.
+    pub(crate) fn value_head_dim(&self) -> usize {
+        if self.format == CacheFormat::Int8 { self.head_dim.next_multiple_of(PANEL) } else { self.head_dim }
+    }
+
+    /// Bytes of 16 of one head's int8 values, all positions.
+    pub(crate) fn value_panel_bytes(&self) -> usize {
+        PANEL * self.positions()
+    }
+
     fn positions(&self) -> usize {
         self.capacity.next_multiple_of(PANEL)
     }
@@ -111,7 +123,7 @@ impl CacheLayout {
     }
 
     fn head_value_bytes(&self) -> usize {
-        self.positions() * self.head_dim * self.format.element_bytes()
+        self.positions() * self.value_head_dim() * self.format.element_bytes()
     }
 
     fn head_scale_bytes(&self) -> usize {
@@ -144,11 +156,16 @@ impl<'a> Cache<'a> {
         &self.key[layout.kv_heads * layout.head_key_bytes() + head * layout.head_scale_bytes() + from..]
     }
 
-    /// The values of `head` from position `from` on.
-    pub(crate) fn values(&self, head: usize, from: usize) -> &'a [u8] {
+    /// The values of `head` from position `from` on, in the float formats.
+    pub(crate) fn value_rows(&self, head: usize, from: usize) -> &'a [u8] {
         let layout = &self.layout;
         let row_bytes = layout.head_dim * layout.format.element_bytes();
         &self.value[head * layout.head_value_bytes() + from * row_bytes..]
+    }
+
+    /// The value panels of `head` from position `from` (a multiple of 4) on, in the int8 format.
+    pub(crate) fn value_panels(&self, head: usize, from: usize) -> &'a [u8] {
+        &self.value[head * self.layout.head_value_bytes() + from * PANEL..]
     }
 
     /// The f32 scales of the values of `head` from position `from` on; empty for float formats.
@@ -240,14 +257,15 @@ impl HeadMut<'_> {
         let panel = &mut self.keys[position / PANEL * panel_bytes..][..panel_bytes];
         let lane = position % PANEL;
         let row_bytes = self.layout.head_dim * self.layout.format.element_bytes();
-        let row = &mut self.values[position * row_bytes..][..row_bytes];
         match self.layout.format {
             CacheFormat::F32 => {
+                let row = &mut self.values[position * row_bytes..][..row_bytes];
                 let panel = panel.as_chunks_mut::<4>().0;
                 panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = k.to_le_bytes());
                 row.as_chunks_mut().0.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_le_bytes());
             }
             CacheFormat::F16 => {
+                let row = &mut self.values[position * row_bytes..][..row_bytes];
                 let panel = panel.as_chunks_mut::<2>().0;
                 let bytes = |value: &f32| f16::from_f32(*value).to_le_bytes();
                 panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = bytes(k));
@@ -261,7 +279,13 @@ impl HeadMut<'_> {
                 }
                 self.key_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
                 let scale = quantize(self.kernels, v, &mut codes);
-                row.iter_mut().zip(codes).for_each(|(to, code)| *to = code.cast_unsigned());
+                let panels = self.values.chunks_exact_mut(self.layout.value_panel_bytes());
+                for (panel, codes) in panels.zip(codes[..v.len()].chunks(PANEL)) {
+                    let group = &mut panel[position / 4 * 64..][..64];
+                    for (to, code) in group.iter_mut().skip(position % 4).step_by(4).zip(codes) {
+                        *to = code.cast_unsigned();
+                    }
+                }
                 self.value_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
             }
         }

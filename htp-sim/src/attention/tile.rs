@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::{AttentionParams, Cache, CacheFormat, CacheLayout, RANGE, TILE_ROWS};
-use crate::arch::portable::vector::exp;
-use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, SoftmaxTotals, ValuesTile};
+use super::scratch::WorkerScratch;
+use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE, TILE_ROWS};
+use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, ValuesTile, WeightsMut};
 use crate::packed::{BlockOffset, PANEL};
 use crate::scratch::Disjoint;
 
@@ -34,6 +34,14 @@ impl Tile {
     pub(super) fn ranges(&self) -> Range<usize> {
         self.positions.start / RANGE..self.positions.end.div_ceil(RANGE)
     }
+}
+
+/// The positions of a range that are computed: from `from` on, in columns that start at `first`, a multiple of 16.
+#[derive(Clone, Copy)]
+struct Span {
+    from: usize,
+    first: usize,
+    width: usize,
 }
 
 impl Problem<'_> {
@@ -80,34 +88,87 @@ impl Problem<'_> {
         let first = from / PANEL * PANEL;
         let width = to.next_multiple_of(PANEL) - first;
         self.scores(tile, first, width, scratch);
-        for row in 0..tile.rows {
-            let visible = self.visible(tile.first + row);
-            let visible = visible.start.clamp(from, to) - first..visible.end.clamp(from, to) - first;
-            let scores = &mut scratch.scores[row * width..][..width];
-            scratch.totals[row] = self.probabilities(scores, visible);
-            if self.cache.layout.format() == CacheFormat::Int8 {
-                let scales = self.cache.value_scales(tile.kv_head, first).as_chunks().0;
-                // Only where the cache has been written: `to` and beyond may hold anything.
-                let written = &mut scores[..to - first];
-                written.iter_mut().zip(scales).for_each(|(p, scale)| *p *= f32::from_le_bytes(*scale));
-            }
+        let span = Span { from, first, width };
+        if self.cache.layout.format() == CacheFormat::Int8 {
+            self.integer_values(tile, span, scratch);
+        } else {
+            self.float_values(tile, span, to - from, scratch);
         }
+    }
+
+    /// `p · V` of an int8 cache. The probabilities times the scales of the values are quantized to 16 bits for each row and
+    /// range, so the sums are exact integers.
+    fn integer_values(&self, tile: &Tile, span: Span, scratch: &mut WorkerScratch) {
+        let layout = &self.cache.layout;
+        let scales = self.cache.value_scales(tile.kv_head, span.first).as_chunks().0;
+        for row in 0..tile.rows {
+            let visible = self.visible_in(row + tile.first, span);
+            let at = row * span.width;
+            let (hi, lo) = (&mut scratch.p_hi[at..][..span.width], &mut scratch.p_lo[at..][..span.width]);
+            for outside in [0..visible.start, visible.end..span.width] {
+                hi[outside.clone()].fill(0);
+                lo[outside].fill(0);
+            }
+            let seen = &mut scratch.scores[at..][visible.clone()];
+            self.scale(seen);
+            let target = WeightsMut {
+                hi: &mut hi[visible.clone()],
+                lo: &mut lo[visible.clone()],
+                scale: &mut scratch.p_scales[row],
+                plane_sums: &mut scratch.p_sums[row],
+            };
+            // SAFETY: the table exists only on a CPU that has its instruction set; all slices are as long as `visible`, whose
+            // end is inside the cache.
+            scratch.totals[row] = unsafe { (self.kernels.softmax_quantize)(seen, &scales[visible], target) };
+        }
+        let values = IntegerTile {
+            rows: tile.rows,
+            panels: layout.value_head_dim() / PANEL,
+            k: span.width,
+            hi: &scratch.p_hi,
+            lo: &scratch.p_lo,
+            x_stride: span.width,
+            x_scales: &scratch.p_scales,
+            sums: &[],
+            plane_sums: &scratch.p_sums,
+            codes: self.cache.value_panels(tile.kv_head, span.first),
+            panel_bytes: layout.value_panel_bytes(),
+            scales: ONES.as_flattened(),
+            offsets: &[],
+            block: span.width,
+            offset: BlockOffset::Symmetric,
+        };
+        let part = &mut scratch.part[..tile.rows * layout.value_head_dim()];
+        // SAFETY: the table exists only on a CPU that has its instruction set. The cache holds whole groups of 16 positions,
+        // so the span is inside it; the planes have `rows` rows of `width`, and `part` `rows` rows of whole panels.
+        unsafe { (self.kernels.matmul_q_w8c)(&values, part) }
+    }
+
+    /// `p · V` of a float cache, `positions` of them.
+    fn float_values(&self, tile: &Tile, span: Span, positions: usize, scratch: &mut WorkerScratch) {
         let head_dim = self.cache.layout.head_dim();
+        for row in 0..tile.rows {
+            let visible = self.visible_in(row + tile.first, span);
+            let scores = &mut scratch.scores[row * span.width..][..span.width];
+            scores[..visible.start].fill(0.0);
+            scores[visible.end..].fill(0.0);
+            let seen = &mut scores[visible];
+            self.scale(seen);
+            // SAFETY: the table exists only on a CPU that has its instruction set.
+            scratch.totals[row] = unsafe { (self.kernels.softmax)(seen) };
+        }
         let part = &mut scratch.part[..tile.rows * head_dim];
         part.fill(0.0);
         let values = ValuesTile {
             rows: tile.rows,
-            positions: to - from,
+            positions,
             head_dim,
-            p: &scratch.scores[from - first..],
-            p_stride: width,
-            values: self.cache.values(tile.kv_head, from),
+            p: &scratch.scores[span.from - span.first..],
+            p_stride: span.width,
+            values: self.cache.value_rows(tile.kv_head, span.from),
         };
-        let kernel = match self.cache.layout.format() {
-            CacheFormat::F32 => self.kernels.values_f32,
-            CacheFormat::F16 => self.kernels.values_f16,
-            CacheFormat::Int8 => self.kernels.values_i8,
-        };
+        let f16 = self.cache.layout.format() == CacheFormat::F16;
+        let kernel = if f16 { self.kernels.values_f16 } else { self.kernels.values_f32 };
         // SAFETY: the table exists only on a CPU that has its instruction set. `attention` checked that the positions are
         // inside the cache; p has `rows` rows of `width` values, and `part` `rows` rows of `head_dim`.
         unsafe { kernel(&values, part) }
@@ -115,12 +176,12 @@ impl Problem<'_> {
 
     /// Writes the tile's rows of the result.
     pub(super) fn store(&self, tile: &Tile, scratch: &WorkerScratch, out: &Disjoint<'_, f32>) {
-        let head_dim = self.cache.layout.head_dim();
+        let (head_dim, stride) = (self.cache.layout.head_dim(), self.cache.layout.value_head_dim());
         for row in 0..tile.rows {
             // SAFETY: each pair of row and head belongs to one tile, and each tile is one item.
             let out = unsafe { out.range(self.at(tile, row), head_dim) };
             let sum = scratch.running[row].sum;
-            for (out, acc) in out.iter_mut().zip(&scratch.acc[row * head_dim..]) {
+            for (out, acc) in out.iter_mut().zip(&scratch.acc[row * stride..]) {
                 *out = acc / sum;
             }
         }
@@ -169,18 +230,12 @@ impl Problem<'_> {
         unsafe { kernel(&tile, out) }
     }
 
-    /// Turns one row's scores into probabilities (not yet divided by their sum), 0 outside `visible`.
-    fn probabilities(&self, scores: &mut [f32], visible: Range<usize>) -> SoftmaxTotals {
-        scores[..visible.start].fill(0.0);
-        scores[visible.end..].fill(0.0);
-        let seen = &mut scores[visible];
+    /// Turns products into scores: scaled and capped.
+    fn scale(&self, seen: &mut [f32]) {
         seen.iter_mut().for_each(|score| *score *= self.params.scale);
-        // SAFETY: the table exists only on a CPU that has its instruction set.
-        unsafe {
-            if let Some(cap) = self.params.softcap {
-                (self.kernels.soft_cap)(seen, cap);
-            }
-            (self.kernels.softmax)(seen)
+        if let Some(cap) = self.params.softcap {
+            // SAFETY: the table exists only on a CPU that has its instruction set.
+            unsafe { (self.kernels.soft_cap)(seen, cap) }
         }
     }
 
@@ -200,6 +255,13 @@ impl Problem<'_> {
         self.params.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
+    /// The columns of `span` that query row `row` of a KV head sees.
+    fn visible_in(&self, row: usize, span: Span) -> Range<usize> {
+        let visible = self.visible(row);
+        let column = |position: usize| position.saturating_sub(span.first).min(span.width);
+        column(visible.start)..column(visible.end)
+    }
+
     /// Where the tile's row `row` starts in q and in the output.
     fn at(&self, tile: &Tile, row: usize) -> usize {
         let (position, head) = ((tile.first + row) / self.group(), (tile.first + row) % self.group());
@@ -207,81 +269,5 @@ impl Problem<'_> {
     }
 }
 
-/// One worker's buffers.
-#[derive(Debug)]
-pub(super) struct WorkerScratch {
-    head_dim: usize,
-    q: Vec<f32>,
-    hi: Vec<i8>,
-    lo: Vec<i8>,
-    q_scales: [f32; TILE_ROWS],
-    plane_sums: [[i32; 2]; TILE_ROWS],
-    scores: Vec<f32>,
-    totals: [SoftmaxTotals; TILE_ROWS],
-    part: Vec<f32>,
-    running: [SoftmaxTotals; TILE_ROWS],
-    acc: Vec<f32>,
-}
-
-impl WorkerScratch {
-    pub(super) fn new(layout: CacheLayout) -> Self {
-        let (head_dim, stride) = (layout.head_dim(), layout.key_head_dim());
-        let planes = if layout.format() == CacheFormat::Int8 { TILE_ROWS * stride } else { 0 };
-        Self {
-            head_dim,
-            q: vec![0.0; TILE_ROWS * head_dim],
-            hi: vec![0; planes],
-            lo: vec![0; planes],
-            q_scales: [0.0; TILE_ROWS],
-            plane_sums: [[0; 2]; TILE_ROWS],
-            scores: vec![0.0; TILE_ROWS * RANGE],
-            totals: [EMPTY; TILE_ROWS],
-            part: vec![0.0; TILE_ROWS * head_dim],
-            running: [EMPTY; TILE_ROWS],
-            acc: vec![0.0; TILE_ROWS * head_dim],
-        }
-    }
-
-    /// Forgets what was merged.
-    pub(super) fn reset(&mut self, tile: &Tile) {
-        self.running[..tile.rows].fill(EMPTY);
-        self.acc[..tile.rows * self.head_dim].fill(0.0);
-    }
-
-    /// Merges `totals` and `part` into `running` and `acc`.
-    pub(super) fn merge_part(&mut self, tile: &Tile) {
-        for row in 0..tile.rows {
-            let (new, old) = (self.totals[row], self.running[row]);
-            if new.sum == 0.0 {
-                continue;
-            }
-            let max = if old.max >= new.max { old.max } else { new.max };
-            let (old_factor, new_factor) = (exp(old.max - max), exp(new.max - max));
-            self.running[row] = SoftmaxTotals { max, sum: old.sum * old_factor + new.sum * new_factor };
-            let part = &self.part[row * self.head_dim..][..self.head_dim];
-            for (acc, part) in self.acc[row * self.head_dim..].iter_mut().zip(part) {
-                *acc = *acc * old_factor + part * new_factor;
-            }
-        }
-    }
-
-    /// Writes `totals` and `part` to `slots`, `[rows, head_dim + 2]`.
-    pub(super) fn save_part(&self, tile: &Tile, slots: &mut [f32]) {
-        for (row, slot) in slots.chunks_exact_mut(self.head_dim + 2).take(tile.rows).enumerate() {
-            let SoftmaxTotals { max, sum } = self.totals[row];
-            slot[..2].copy_from_slice(&[max, sum]);
-            slot[2..].copy_from_slice(&self.part[row * self.head_dim..][..self.head_dim]);
-        }
-    }
-
-    /// Reads what [`save_part`](Self::save_part) wrote.
-    pub(super) fn load_part(&mut self, tile: &Tile, slots: &[f32]) {
-        for (row, slot) in slots.chunks_exact(self.head_dim + 2).take(tile.rows).enumerate() {
-            self.totals[row] = SoftmaxTotals { max: slot[0], sum: slot[1] };
-            self.part[row * self.head_dim..][..self.head_dim].copy_from_slice(&slot[2..]);
-        }
-    }
-}
-
-/// Nothing seen yet.
-const EMPTY: SoftmaxTotals = SoftmaxTotals { max: f32::NEG_INFINITY, sum: 0.0 };
+/// Scales of the value panels, little endian: the values' own are in the probabilities.
+static ONES: [[u8; 4]; MAX_HEAD_DIM] = [1.0_f32.to_le_bytes(); MAX_HEAD_DIM];

@@ -1,4 +1,4 @@
-//! Probabilities by value rows, in plain Rust.
+//! Probabilities by float value rows, in plain Rust.
 
 use half::f16;
 
@@ -12,11 +12,6 @@ pub(crate) fn values_f32(tile: &ValuesTile<'_>, out: &mut [f32]) {
 /// f16 values.
 pub(crate) fn values_f16(tile: &ValuesTile<'_>, out: &mut [f32]) {
     values::<2>(tile, out, |bytes| f16::from_le_bytes(bytes).to_f32());
-}
-
-/// i8 values; their scale is already in the probabilities.
-pub(crate) fn values_i8(tile: &ValuesTile<'_>, out: &mut [f32]) {
-    values::<1>(tile, out, |[byte]| f32::from(byte.cast_signed()));
 }
 
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Probabilities by value rows: up to six query rows share each load of values.
+//! Probabilities by float value rows: up to six query rows share each load of values.
 
 use std::arch::x86_64::*;
 
@@ -14,11 +14,6 @@ pub(crate) fn values_f32(tile: &ValuesTile<'_>, out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn values_f16(tile: &ValuesTile<'_>, out: &mut [f32]) {
     values::<2>(tile, out);
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn values_i8(tile: &ValuesTile<'_>, out: &mut [f32]) {
-    values::<1>(tile, out);
 }
 
 /// Cuts rows and columns into pieces that the kernel was compiled for.
@@ -108,8 +103,7 @@ unsafe fn load<const BYTES: usize>(from: *const u8) -> __m256 {
     unsafe {
         match BYTES {
             4 => _mm256_loadu_ps(from.cast()),
-            2 => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
-            _ => _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))),
+            _ => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
         }
     }
 }
@@ -119,7 +113,6 @@ fn element<const BYTES: usize>(tile: &ValuesTile<'_>, i: usize) -> f32 {
     let bytes = &tile.values[i * BYTES..][..BYTES];
     match *bytes {
         [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-        [a, b] => f16::from_le_bytes([a, b]).to_f32(),
-        _ => f32::from(bytes[0].cast_signed()),
+        _ => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
     }
 }

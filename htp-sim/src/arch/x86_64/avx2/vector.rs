@@ -2,11 +2,16 @@
 
 use crate::arch::portable::vector;
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals};
+use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
 
 #[target_feature(enable = "avx2")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     vector::softmax(scores)
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
+    vector::softmax_quantize(scores, scales, out)
 }
 
 #[target_feature(enable = "avx2")]

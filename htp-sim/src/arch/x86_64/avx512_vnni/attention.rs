@@ -1,4 +1,4 @@
-//! Probabilities by value rows: up to four query rows share each load of values.
+//! Probabilities by float value rows: up to four query rows share each load of values.
 
 use std::arch::x86_64::*;
 
@@ -12,11 +12,6 @@ pub(crate) fn values_f32(tile: &ValuesTile<'_>, out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(crate) fn values_f16(tile: &ValuesTile<'_>, out: &mut [f32]) {
     values::<2>(tile, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(crate) fn values_i8(tile: &ValuesTile<'_>, out: &mut [f32]) {
-    values::<1>(tile, out);
 }
 
 /// Cuts rows and columns into pieces that the kernel was compiled for.
@@ -102,8 +97,7 @@ unsafe fn load<const BYTES: usize>(from: *const u8, mask: u16) -> __m512 {
     unsafe {
         match BYTES {
             4 => _mm512_maskz_loadu_ps(mask, from.cast()),
-            2 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())),
-            _ => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from.cast()))),
+            _ => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())),
         }
     }
 }

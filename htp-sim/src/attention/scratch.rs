@@ -1,0 +1,99 @@
+//! One worker's buffers, and the merging of ranges.
+
+use super::tile::Tile;
+use super::{CacheFormat, CacheLayout, RANGE, TILE_ROWS};
+use crate::arch::portable::vector::exp;
+use crate::kernels::SoftmaxTotals;
+
+/// One worker's buffers.
+#[derive(Debug)]
+pub(super) struct WorkerScratch {
+    /// Values of a row of `part` and `acc`.
+    stride: usize,
+    /// The queries: floats, or two planes with their scales and sums.
+    pub(super) q: Vec<f32>,
+    pub(super) hi: Vec<i8>,
+    pub(super) lo: Vec<i8>,
+    pub(super) q_scales: [f32; TILE_ROWS],
+    pub(super) plane_sums: [[i32; 2]; TILE_ROWS],
+    /// One range: scores, which become probabilities, and these as planes.
+    pub(super) scores: Vec<f32>,
+    pub(super) p_hi: Vec<i8>,
+    pub(super) p_lo: Vec<i8>,
+    pub(super) p_scales: [f32; TILE_ROWS],
+    pub(super) p_sums: [[i32; 2]; TILE_ROWS],
+    pub(super) totals: [SoftmaxTotals; TILE_ROWS],
+    pub(super) part: Vec<f32>,
+    /// All ranges so far.
+    pub(super) running: [SoftmaxTotals; TILE_ROWS],
+    pub(super) acc: Vec<f32>,
+}
+
+impl WorkerScratch {
+    pub(super) fn new(layout: CacheLayout) -> Self {
+        let stride = layout.value_head_dim();
+        let is_int8 = layout.format() == CacheFormat::Int8;
+        let q_planes = if is_int8 { TILE_ROWS * layout.key_head_dim() } else { 0 };
+        let p_planes = if is_int8 { TILE_ROWS * RANGE } else { 0 };
+        Self {
+            stride,
+            q: vec![0.0; TILE_ROWS * layout.head_dim()],
+            hi: vec![0; q_planes],
+            lo: vec![0; q_planes],
+            q_scales: [0.0; TILE_ROWS],
+            plane_sums: [[0; 2]; TILE_ROWS],
+            scores: vec![0.0; TILE_ROWS * RANGE],
+            p_hi: vec![0; p_planes],
+            p_lo: vec![0; p_planes],
+            p_scales: [0.0; TILE_ROWS],
+            p_sums: [[0; 2]; TILE_ROWS],
+            totals: [EMPTY; TILE_ROWS],
+            part: vec![0.0; TILE_ROWS * stride],
+            running: [EMPTY; TILE_ROWS],
+            acc: vec![0.0; TILE_ROWS * stride],
+        }
+    }
+
+    /// Forgets what was merged.
+    pub(super) fn reset(&mut self, tile: &Tile) {
+        self.running[..tile.rows].fill(EMPTY);
+        self.acc[..tile.rows * self.stride].fill(0.0);
+    }
+
+    /// Merges `totals` and `part` into `running` and `acc`.
+    pub(super) fn merge_part(&mut self, tile: &Tile) {
+        for row in 0..tile.rows {
+            let (new, old) = (self.totals[row], self.running[row]);
+            if new.sum == 0.0 {
+                continue;
+            }
+            let max = if old.max >= new.max { old.max } else { new.max };
+            let (old_factor, new_factor) = (exp(old.max - max), exp(new.max - max));
+            self.running[row] = SoftmaxTotals { max, sum: old.sum * old_factor + new.sum * new_factor };
+            let part = &self.part[row * self.stride..][..self.stride];
+            for (acc, part) in self.acc[row * self.stride..].iter_mut().zip(part) {
+                *acc = *acc * old_factor + part * new_factor;
+            }
+        }
+    }
+
+    /// Writes `totals` and `part` to `slots`, `[rows, stride + 2]`.
+    pub(super) fn save_part(&self, tile: &Tile, slots: &mut [f32]) {
+        for (row, slot) in slots.chunks_exact_mut(self.stride + 2).take(tile.rows).enumerate() {
+            let SoftmaxTotals { max, sum } = self.totals[row];
+            slot[..2].copy_from_slice(&[max, sum]);
+            slot[2..].copy_from_slice(&self.part[row * self.stride..][..self.stride]);
+        }
+    }
+
+    /// Reads what [`save_part`](Self::save_part) wrote.
+    pub(super) fn load_part(&mut self, tile: &Tile, slots: &[f32]) {
+        for (row, slot) in slots.chunks_exact(self.stride + 2).take(tile.rows).enumerate() {
+            self.totals[row] = SoftmaxTotals { max: slot[0], sum: slot[1] };
+            self.part[row * self.stride..][..self.stride].copy_from_slice(&slot[2..]);
+        }
+    }
+}
+
+/// Nothing seen yet.
+const EMPTY: SoftmaxTotals = SoftmaxTotals { max: f32::NEG_INFINITY, sum: 0.0 };
