@@ -112,17 +112,22 @@ pub fn attention(
         return Ok(());
     }
     let partials = Disjoint::new(&mut scratch.partials);
-    cx.workers.for_each(n_items * ranges, |item, worker| {
+    // A worker goes through neighbouring ranges, so that what it asks for ahead of time is its own.
+    let n_parts = n_items * ranges;
+    let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
+    cx.workers.for_each(n_chunks, |chunk, worker| {
         // SAFETY: as above.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-        let (item, range) = (item / ranges, item % ranges);
-        let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
-        if tile.ranges().contains(&range) {
-            problem.load_queries(&tile, scratch);
-            problem.compute_range(&tile, range, scratch);
-            // SAFETY: each pair of tile and range is one item, and its slots are its own.
-            let slots = unsafe { partials.range((tile.slot * ranges + range * tile.rows) * slot, tile.rows * slot) };
-            scratch.save_part(&tile, slots);
+        for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
+            let (item, range) = (part / ranges, part % ranges);
+            let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
+            if tile.ranges().contains(&range) {
+                problem.load_queries(&tile, scratch);
+                problem.compute_range(&tile, range, scratch);
+                let at = (tile.slot * ranges + range * tile.rows) * slot;
+                // SAFETY: each pair of tile and range is one part, and its slots are its own.
+                scratch.save_part(&tile, unsafe { partials.range(at, tile.rows * slot) });
+            }
         }
     });
     cx.workers.for_each(n_items, |item, worker| {
@@ -192,6 +197,9 @@ const RANGE: usize = 256;
 
 /// Query rows of a tile.
 const TILE_ROWS: usize = 16;
+
+/// Pieces of neighbouring ranges for each worker, when ranges are shared out.
+const CHUNKS_PER_WORKER: usize = 4;
 
 /// With fewer tiles than this per worker, ranges are shared out too.
 const TILES_PER_WORKER: usize = 4;

@@ -3,14 +3,16 @@
 //! | format | keys | values |
 //! | --- | --- | --- |
 //! | F32, F16 | `[kv_head][position/16][head_dim][16]` elements | `[kv_head][position][head_dim]` elements |
-//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8 | `[kv_head][head_dim/16][position/4][16][4]` i8 |
+//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8 | `[kv_head][position/256][head_dim/16][64][16][4]` i8 |
 //!
-//! After the i8 come the scales, `[kv_head][position]` f32. So each head's keys are packed weights of one output for each
-//! position, and its values packed weights of one input for each position: the products of both are those of a linear
-//! layer. The capacity is padded to 16 positions, `head_dim` of int8 keys to 4, and that of int8 values to 16.
+//! After the i8 come the scales, `[kv_head][position]` f32. So a head's keys are packed weights with an output for each
+//! position, and each 256 of its values packed weights with an input for each position: the products of both are those of a
+//! linear layer. The capacity is padded to 16 positions and, in int8 values, to 256; `head_dim` is padded to 4 in int8 keys
+//! and to 16 in int8 values.
 
 use half::f16;
 
+use super::RANGE;
 use crate::Cx;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::kernels::{Kernels, QuantizedRowMut, RowValues};
@@ -59,7 +61,7 @@ impl CacheLayout {
             return Err(ShapeError::new("smallest side of a cache", 0, Needed::AtLeast(1)));
         }
         expect_at_most("values of a head", head_dim, MAX_HEAD_DIM)?;
-        let positions = capacity.saturating_add(PANEL);
+        let positions = capacity.saturating_add(RANGE);
         size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(PANEL) + 4, 4])?;
         Ok(Self { kv_heads, head_dim, capacity, format })
     }
@@ -109,9 +111,9 @@ impl CacheLayout {
         if self.format == CacheFormat::Int8 { self.head_dim.next_multiple_of(PANEL) } else { self.head_dim }
     }
 
-    /// Bytes of 16 of one head's int8 values, all positions.
-    pub(crate) fn value_panel_bytes(&self) -> usize {
-        PANEL * self.positions()
+    /// Bytes of [`RANGE`] positions of one head's int8 values.
+    fn value_range_bytes(&self) -> usize {
+        RANGE * self.value_head_dim()
     }
 
     fn positions(&self) -> usize {
@@ -123,7 +125,10 @@ impl CacheLayout {
     }
 
     fn head_value_bytes(&self) -> usize {
-        self.positions() * self.value_head_dim() * self.format.element_bytes()
+        match self.format {
+            CacheFormat::Int8 => self.capacity.div_ceil(RANGE) * self.value_range_bytes(),
+            _ => self.positions() * self.head_dim * self.format.element_bytes(),
+        }
     }
 
     fn head_scale_bytes(&self) -> usize {
@@ -163,9 +168,11 @@ impl<'a> Cache<'a> {
         &self.value[head * layout.head_value_bytes() + from * row_bytes..]
     }
 
-    /// The value panels of `head` from position `from` (a multiple of 4) on, in the int8 format.
+    /// The first value panel of `head` in the range of position `from`, from that position (a multiple of 4) on; int8 only.
     pub(crate) fn value_panels(&self, head: usize, from: usize) -> &'a [u8] {
-        &self.value[head * self.layout.head_value_bytes() + from * PANEL..]
+        let layout = &self.layout;
+        let range = from / RANGE * layout.value_range_bytes();
+        &self.value[head * layout.head_value_bytes() + range + from % RANGE * PANEL..]
     }
 
     /// The f32 scales of the values of `head` from position `from` on; empty for float formats.
@@ -279,9 +286,10 @@ impl HeadMut<'_> {
                 }
                 self.key_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
                 let scale = quantize(self.kernels, v, &mut codes);
-                let panels = self.values.chunks_exact_mut(self.layout.value_panel_bytes());
-                for (panel, codes) in panels.zip(codes[..v.len()].chunks(PANEL)) {
-                    let group = &mut panel[position / 4 * 64..][..64];
+                let range_bytes = self.layout.value_range_bytes();
+                let range = &mut self.values[position / RANGE * range_bytes..][..range_bytes];
+                for (panel, codes) in range.chunks_exact_mut(RANGE * PANEL).zip(codes[..v.len()].chunks(PANEL)) {
+                    let group = &mut panel[position % RANGE / 4 * 64..][..64];
                     for (to, code) in group.iter_mut().skip(position % 4).step_by(4).zip(codes) {
                         *to = code.cast_unsigned();
                     }

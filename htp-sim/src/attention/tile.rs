@@ -132,7 +132,7 @@ impl Problem<'_> {
             sums: &[],
             plane_sums: &scratch.p_sums,
             codes: self.cache.value_panels(tile.kv_head, span.first),
-            panel_bytes: layout.value_panel_bytes(),
+            panel_bytes: RANGE * PANEL,
             scales: ONES.as_flattened(),
             offsets: &[],
             block: span.width,

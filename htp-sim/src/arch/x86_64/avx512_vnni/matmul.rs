@@ -231,10 +231,14 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
     let (low_mask, flip) = (_mm512_set1_epi8(15), _mm512_set1_epi8(-128));
     let mut rows = codes.as_chunks::<64>().0.iter();
     while let Some(row) = rows.next() {
-        if ROWS == 1 {
-            // A decode step reads weights once. On Sapphire Rapids asking ahead was worth a third; on Zen 4 it made no
-            // difference (bench matmul/i16_w4b/m1_n8960_k1536_cold).
+        if ROWS <= 4 {
+            // A decode step reads weights once, and so do the few query heads that share keys and values. On Sapphire Rapids
+            // asking ahead was worth a third for weights; on Zen 4 it made no difference there (bench
+            // matmul/i16_w4b/m1_n8960_k1536_cold), and a tenth to a quarter in attention at depth 2048 on two threads.
             _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+            if !FOUR_BIT {
+                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES + 64).cast());
+            }
         }
         let codes = load_bytes(row);
         let (first, second) = if FOUR_BIT {
