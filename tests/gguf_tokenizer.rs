@@ -16,25 +16,41 @@ struct Metadata<'a> {
     tokens: Vec<&'a str>,
     kinds: Vec<i32>,
     merges: Vec<&'a str>,
+    scores: Vec<f32>,
+    space_prefix: bool,
     bos: u32,
 }
 
 impl<'a> Metadata<'a> {
+    /// Byte-level BPE.
     fn of(golden: &'a Value) -> Metadata<'a> {
-        let strings = |key: &str| golden[key].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
-        let kinds = golden["kinds"].as_array().unwrap().iter().map(|v| v.as_i64().unwrap() as i32).collect();
         let pre = golden["pre"].as_str().unwrap();
-        Metadata { model: "gpt2", pre, tokens: strings("tokens"), kinds, merges: strings("merges"), bos: 1 }
+        let (tokens, kinds, merges) = (strings(golden, "tokens"), kinds(golden), strings(golden, "merges"));
+        Metadata { model: "gpt2", pre, tokens, kinds, merges, scores: Vec::new(), space_prefix: true, bos: 1 }
+    }
+
+    /// SentencePiece.
+    fn of_sentencepiece(golden: &'a Value) -> Metadata<'a> {
+        let scores = golden["scores"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+        let (tokens, kinds, merges) = (strings(golden, "tokens"), kinds(golden), Vec::new());
+        let space_prefix = golden["add_space_prefix"].as_bool().unwrap();
+        Metadata { model: "llama", pre: "default", tokens, kinds, merges, scores, space_prefix, bos: 1 }
     }
 
     fn write(&self, path: &Path) {
-        let model = TinyModel { vocab: 400, ..TinyModel::llama(1) };
+        let model = TinyModel { vocab: 440, ..TinyModel::llama(1) };
         let mut file: GgufWriter = model.gguf_without_tokenizer(true);
         file.string("tokenizer.ggml.model", self.model);
         file.string("tokenizer.ggml.pre", self.pre);
         file.strings("tokenizer.ggml.tokens", self.tokens.iter().copied());
         file.integers("tokenizer.ggml.token_type", &self.kinds);
-        file.strings("tokenizer.ggml.merges", self.merges.iter().copied());
+        if self.model == "gpt2" {
+            file.strings("tokenizer.ggml.merges", self.merges.iter().copied());
+        }
+        if !self.scores.is_empty() {
+            file.floats("tokenizer.ggml.scores", &self.scores);
+            file.bool("tokenizer.ggml.add_space_prefix", self.space_prefix);
+        }
         file.u32("tokenizer.ggml.padding_token_id", self.bos);
         file.bool("tokenizer.ggml.add_bos_token", true);
         file.string("tokenizer.chat_template", "{{ messages }}");
@@ -49,6 +65,22 @@ impl<'a> Metadata<'a> {
     }
 }
 
+fn strings<'a>(golden: &'a Value, key: &str) -> Vec<&'a str> {
+    golden[key].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect()
+}
+
+fn kinds(golden: &Value) -> Vec<i32> {
+    golden["kinds"].as_array().unwrap().iter().map(|v| v.as_i64().unwrap() as i32).collect()
+}
+
+fn ids(golden: &Value) -> Vec<u32> {
+    golden.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+fn sidecar<'a>(source: &'a Source, name: &str) -> &'a [u8] {
+    &source.sidecars.iter().find(|(n, _)| *n == name).unwrap().1
+}
+
 fn golden() -> Value {
     serde_json::from_str(include_str!("golden/gguf_tokenizers.json")).unwrap()
 }
@@ -61,20 +93,55 @@ fn ids_equal_the_original() {
     let texts: Vec<&str> = golden["texts"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     for of in golden["tokenizers"].as_array().unwrap() {
         let source = Metadata::of(of).open().unwrap();
-        let file = |name: &str| &source.sidecars.iter().find(|(n, _)| *n == name).unwrap().1;
+        let file = |name: &str| sidecar(&source, name);
         let tokenizer = Tokenizer::from_bytes(file("tokenizer.json"), "tokenizer.json").unwrap();
-        for (text, ids) in texts.iter().zip(of["ids"].as_array().unwrap()) {
-            let want: Vec<u32> = ids.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+        for (text, want) in texts.iter().zip(of["ids"].as_array().unwrap()) {
             let have = tokenizer.encode(text, Specials::Recognise).unwrap();
-            assert_eq!(have, want, "{} on {text:?}", of["pre"]);
+            assert_eq!(have, ids(want), "{} on {text:?}", of["pre"]);
         }
         let config: Value = serde_json::from_slice(file("tokenizer_config.json")).unwrap();
         assert_eq!((&config["add_bos_token"], &config["chat_template"]), (&true.into(), &"{{ messages }}".into()));
         let processor: Value = serde_json::from_slice(file("tokenizer.json")).unwrap();
         assert_eq!(processor["post_processor"]["single"][0]["SpecialToken"]["id"], of["tokens"][1]);
         let generation: Value = serde_json::from_slice(file("generation_config.json")).unwrap();
-        assert_eq!((&generation["bos_token_id"], &generation["eos_token_id"]), (&1.into(), &vec![2].into()));
+        // The named one, and the one whose text ends a turn.
+        let end = of["tokens"].as_array().unwrap().iter().position(|token| token == "<|im_end|>").unwrap();
+        assert_eq!((&generation["bos_token_id"], &generation["eos_token_id"]), (&1.into(), &vec![2, end].into()));
     }
+}
+
+/// Guards: ids of a SentencePiece model equal those of its own library, with and without a space before the text, with bytes,
+/// long runs and tokens of the user; and they decode to the text.
+#[test]
+fn sentencepiece_ids_equal_the_original() {
+    let golden: Value = serde_json::from_str(include_str!("golden/gguf_sentencepiece.json")).unwrap();
+    for of in golden.as_array().unwrap() {
+        let source = Metadata::of_sentencepiece(of).open().unwrap();
+        let tokenizer = Tokenizer::from_bytes(sidecar(&source, "tokenizer.json"), "tokenizer.json").unwrap();
+        for (text, want) in strings(of, "texts").into_iter().zip(of["ids"].as_array().unwrap()) {
+            let have = tokenizer.encode(text, Specials::Recognise).unwrap();
+            assert_eq!(have, ids(want), "{} on {text:?}", of["name"]);
+            assert_eq!(tokenizer.decode(&have), text.replace('▁', " "), "{}", of["name"]);
+        }
+        let config: Value = serde_json::from_slice(sidecar(&source, "tokenizer_config.json")).unwrap();
+        assert_eq!((&config["bos_token"], &config["add_bos_token"]), (&"<s>".into(), &true.into()));
+    }
+}
+
+/// Guards: a SentencePiece model that lacks scores or bytes is refused by name.
+#[test]
+fn incomplete_sentencepiece_models_are_refused() {
+    let golden: Value = serde_json::from_str(include_str!("golden/gguf_sentencepiece.json")).unwrap();
+    let good = Metadata::of_sentencepiece(&golden[0]);
+    let check = |changed: Metadata<'_>, words: &[&str]| {
+        let error = changed.open().expect_err(words[0]);
+        assert!(words.iter().all(|word| error.contains(word)), "{error} does not say {words:?}");
+    };
+    check(Metadata { scores: Vec::new(), ..good.clone() }, &["scores", "missing"]);
+    check(Metadata { scores: vec![0.5; 7], ..good.clone() }, &["scores", "7 entries", "420"]);
+    let mut no_byte = good.clone();
+    *no_byte.tokens.iter_mut().find(|token| **token == "<0x41>").unwrap() = "<other>";
+    check(no_byte, &["tokens", "255 tokens for bytes", "256"]);
 }
 
 /// Guards: a tokenizer that could come out wrong is refused by name.
@@ -89,8 +156,8 @@ fn unknown_or_contradictory_tokenizers_are_refused() {
             assert!(error.contains(word), "{error} does not say {word}");
         }
     };
-    check(Metadata { model: "llama", ..good.clone() }, &["tokenizer model \"llama\"", "byte-level BPE"]);
-    check(Metadata { pre: "tekken", ..good.clone() }, &["pre-tokenizer \"tekken\"", "smollm", "qwen2"]);
+    check(Metadata { model: "t5", ..good.clone() }, &["tokenizer model \"t5\"", "byte-level BPE", "SentencePiece"]);
+    check(Metadata { pre: "falcon", ..good.clone() }, &["pre-tokenizer \"falcon\"", "smollm", "qwen2"]);
     check(Metadata { merges: vec!["a zzz"], ..good.clone() }, &["merges", "\"a zzz\""]);
     check(Metadata { merges: vec!["a"], ..good.clone() }, &["merges"]);
     check(Metadata { bos: 4_000_000_000, ..good.clone() }, &["padding_token_id", "4000000000"]);
@@ -99,8 +166,8 @@ fn unknown_or_contradictory_tokenizers_are_refused() {
     twice.tokens[5] = twice.tokens[6];
     check(twice, &["tokens", "every token once"]);
     let mut many = good.clone();
-    let names: Vec<String> = (0..400).map(|i| format!("more {i}")).collect();
+    let names: Vec<String> = (0..440).map(|i| format!("more {i}")).collect();
     many.tokens.extend(names.iter().map(String::as_str));
-    many.kinds.extend([1; 400]);
-    check(many, &["tokens", "at most 400"]);
+    many.kinds.extend([1; 440]);
+    check(many, &["tokens", "at most 440"]);
 }

@@ -9,7 +9,7 @@ use qnn_core::backend::reference::ReferenceBackend;
 use qnn_core::offline::arch::{ActivationBits, CacheType, Grouping, Precision, WeightType};
 use qnn_core::offline::convert::{ConvertOptions, ConvertReport, convert};
 use qnn_core::offline::quantize_weights::Bits;
-use qnn_core::offline::{dlc, specialize};
+use qnn_core::offline::{dlc, source::Source, specialize};
 use qnn_core::{Backend, Bindings, Graph};
 
 const FLOAT: Precision =
@@ -128,6 +128,44 @@ fn gguf_and_hf_give_the_same_graph() {
             assert_eq!(bytes(a), bytes(b), "{}", a.name);
         }
     }
+}
+
+/// Guards: any part of a split GGUF opens the whole model, and parts that are missing or do not belong together are refused.
+#[test]
+fn split_gguf_is_joined() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let model = TinyModel::qwen2(3).gguf(false);
+    std::fs::write(path("whole.gguf"), model.finish()).unwrap();
+    let parts = model.split(3);
+    let name = |part: usize| format!("m-0000{part}-of-00003.gguf");
+    for (i, part) in parts.iter().enumerate() {
+        std::fs::write(path(&name(i + 1)), part.finish()).unwrap();
+    }
+    let dlc_of = |name: &str| {
+        import(&path(name), FLOAT);
+        std::fs::read(path(name).with_extension("dlc")).unwrap()
+    };
+    let whole = dlc_of("whole.gguf");
+    assert!(dlc_of(&name(1)) == whole && dlc_of(&name(3)) == whole);
+
+    let refused = |name: &str, words: &[&str]| {
+        let error = Source::open(&path(name)).map(|_| ()).unwrap_err();
+        let text = format!("{:#}", anyhow::Error::from(error));
+        assert!(words.iter().all(|word| text.contains(word)), "{text} does not say {words:?}");
+    };
+    std::fs::write(path("alone.gguf"), parts[0].finish()).unwrap();
+    refused("alone.gguf", &["alone.gguf", "split.count", "3, need 1", "-00001-of-"]);
+    std::fs::write(path(&name(2)), parts[2].finish()).unwrap();
+    refused(&name(1), &["split.no", "2, need 1"]);
+    std::fs::write(path(&name(2)), model.split(2)[1].finish()).unwrap();
+    refused(&name(1), &["split.count", "2, need 3"]);
+    let mut more = parts[1].clone();
+    more.tensor_f32("more.weight", &[48], &[1.0; 48]);
+    std::fs::write(path(&name(2)), more.finish()).unwrap();
+    refused(&name(1), &["split.tensors.count"]);
+    std::fs::remove_file(path(&name(2))).unwrap();
+    refused(&name(1), &["m-00002-of-00003.gguf"]);
 }
 
 /// Guards: integer weights, block sizes that odd shapes force, and integer caches stay near the float graph, and the two

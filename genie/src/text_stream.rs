@@ -4,7 +4,7 @@
 //! sequence waits as well, and a stop sequence itself is never given out. What comes out does not depend on how the
 //! bytes were cut into tokens.
 
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Growth, Tokenizer};
 
 /// The text of one answer, as it grows.
 #[derive(Debug)]
@@ -13,19 +13,25 @@ pub(crate) struct TextStream {
     bytes: Vec<u8>,
     /// Whole characters that may be the beginning of a stop sequence.
     held: String,
-    is_first: bool,
+    growth: Growth,
     is_stopped: bool,
 }
 
 impl TextStream {
     /// A stream that ends before any of `stops`.
     pub(crate) fn new(stops: &[String]) -> Self {
-        Self { stops: stops.to_vec(), bytes: Vec::new(), held: String::new(), is_first: true, is_stopped: false }
+        Self {
+            stops: stops.to_vec(),
+            bytes: Vec::new(),
+            held: String::new(),
+            growth: Growth::default(),
+            is_stopped: false,
+        }
     }
 
     /// Adds a token and returns the text that is now certain.
     pub(crate) fn push(&mut self, id: u32, tokenizer: &Tokenizer) -> String {
-        self.is_first &= !tokenizer.append_bytes(id, self.is_first, &mut self.bytes);
+        tokenizer.append_bytes(id, &mut self.growth, &mut self.bytes);
         let text = take_whole(&mut self.bytes);
         self.push_text(&text)
     }
@@ -37,7 +43,7 @@ impl TextStream {
 
     /// The text that waited: the answer ends here. An incomplete character becomes U+FFFD.
     pub(crate) fn finish(&mut self) -> String {
-        let tail = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
+        let tail = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned() + &self.growth.finish();
         let mut text = self.push_text(&tail);
         text.push_str(&std::mem::take(&mut self.held));
         text

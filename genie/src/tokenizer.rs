@@ -29,6 +29,40 @@ struct Control {
     special: bool,
 }
 
+/// Where a text stands that grows token by token.
+#[derive(Debug, Default)]
+pub(crate) struct Growth {
+    /// Whether a token has been part of the text: some tokenizers drop a space from the first.
+    has_begun: bool,
+    /// All ids, for a decoder that looks at several, and how much of their text has been given out.
+    ids: Vec<u32>,
+    given_bytes: usize,
+    /// Text that the next token may still change.
+    waiting: String,
+}
+
+impl Growth {
+    /// Takes the text that waited: the text ends here.
+    pub(crate) fn finish(&mut self) -> String {
+        std::mem::take(&mut self.waiting)
+    }
+
+    /// Adds `id` for a decoder that has to see the tokens before: what is new is what `decode` adds to the text so far. That
+    /// takes time in proportion to the text; no decoder of today's language models comes here.
+    fn push(&mut self, id: u32, decode: impl Fn(&[u32]) -> String, out: &mut Vec<u8>) {
+        self.ids.push(id);
+        let text = decode(&self.ids);
+        let new = text.get(self.given_bytes..).unwrap_or_default();
+        self.waiting.clear();
+        if new.ends_with(char::REPLACEMENT_CHARACTER) {
+            self.waiting.push_str(new);
+            return;
+        }
+        out.extend_from_slice(new.as_bytes());
+        self.given_bytes += new.len();
+    }
+}
+
 /// What the text of a control token means inside a text that is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Specials {
@@ -68,14 +102,6 @@ pub enum TokenizerError {
         path: PathBuf,
         /// What the parser says.
         why: String,
-    },
-    /// The tokenizer decodes in a way that this version cannot stream.
-    #[error("{}: decoder {decoder} is not supported; byte-level, metaspace and byte-fallback decoders are", path.display())]
-    Decoder {
-        /// The file.
-        path: PathBuf,
-        /// The decoder found.
-        decoder: String,
     },
     /// A text cannot be encoded.
     #[error("text of {len_bytes} bytes cannot be encoded: {why}")]
@@ -128,8 +154,7 @@ impl Tokenizer {
             Err(_) => return Err(fail("a part of it is not what its type says".to_owned())),
         };
         inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
-        let decoder = Decoder::new(inner.get_decoder())
-            .map_err(|decoder| TokenizerError::Decoder { path: path.to_owned(), decoder })?;
+        let decoder = Decoder::new(inner.get_decoder());
         let control = control_tokens(inner.get_added_vocabulary());
         Ok(Self { inner, decoder, control })
     }
@@ -175,26 +200,32 @@ impl Tokenizer {
         encode().map_err(|why| encode_error(text, &why))
     }
 
-    /// Appends the bytes of a token to `out`. They may be part of a character only.
+    /// Appends the bytes that the token `id` adds to the text of `growth`. They may be part of a character only.
     ///
-    /// Control tokens marked special have no bytes, nor has an id that the tokenizer does not know. `is_first` says
-    /// that the token begins the text: some tokenizers drop a space there. Returns whether the token is part of the text.
-    pub(crate) fn append_bytes(&self, id: u32, is_first: bool, out: &mut Vec<u8>) -> bool {
+    /// Control tokens marked special have no bytes, nor has an id that the tokenizer does not know.
+    pub(crate) fn append_bytes(&self, id: u32, growth: &mut Growth, out: &mut Vec<u8>) {
         let added = self.inner.get_added_vocabulary();
-        let token = self.inner.id_to_token(id).filter(|token| !added.is_special_token(token));
-        if let Some(token) = &token {
-            self.decoder.append(token, is_first, out);
+        let Some(token) = self.inner.id_to_token(id).filter(|token| !added.is_special_token(token)) else { return };
+        match &self.decoder {
+            Decoder::Steps(steps) => steps.append(&token, !growth.has_begun, out),
+            Decoder::Library => growth.push(id, |ids| self.decode_with_library(ids), out),
         }
-        token.is_some()
+        growth.has_begun = true;
+    }
+
+    fn decode_with_library(&self, ids: &[u32]) -> String {
+        // `tokenizers` 0.23 counts below zero where a decoder strips more than there is; such a text is empty then.
+        let decoded = std::panic::catch_unwind(|| self.inner.decode(ids, true));
+        decoded.ok().and_then(Result::ok).unwrap_or_default()
     }
 
     /// The text of `ids`, without control tokens marked special. Bytes that form no character become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
-        let mut bytes = Vec::new();
-        let mut is_first = true;
+        let (mut growth, mut bytes) = (Growth::default(), Vec::new());
         for &id in ids {
-            is_first &= !self.append_bytes(id, is_first, &mut bytes);
+            self.append_bytes(id, &mut growth, &mut bytes);
         }
+        bytes.extend_from_slice(growth.waiting.as_bytes());
         String::from_utf8_lossy(&bytes).into_owned()
     }
 

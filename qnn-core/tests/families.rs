@@ -177,3 +177,21 @@ fn adapters_of_every_family_match_peft() {
         check(context.graph("test").unwrap(), Some(&adapter), &golden, variant);
     }
 }
+
+/// Guards: the names, row orders, norms, windows and rotary factors of a GGUF lead to the logits of transformers, for files that
+/// llama.cpp's converter wrote.
+#[test]
+fn gguf_files_match_transformers() {
+    let golden = Golden::read();
+    let all: Value = serde_json::from_str(include_str!("../../tests/golden/families/gguf/logits.json")).unwrap();
+    for (name, rows) in all.as_object().unwrap() {
+        let floats = |row: &Value| row.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+        let want: Vec<Vec<f32>> = rows.as_array().unwrap().iter().map(floats).collect();
+        let graph = convert(&family_folder("gguf").join(format!("{name}.gguf")), None);
+        for step in [20, 3] {
+            let error = worst(&logits(&ReferenceBackend, &graph, None, &golden, step), &want);
+            assert!(error < BOUND, "{name} in steps of {step}: off by {error}");
+        }
+    }
+    assert_eq!(all.as_object().unwrap().len(), 8);
+}

@@ -60,6 +60,14 @@ impl GgufWriter {
         self.metadata.extend(values.iter().flat_map(|v| v.to_le_bytes()));
     }
 
+    /// Adds an array of f32.
+    pub fn floats(&mut self, key: &str, values: &[f32]) {
+        self.key(key, 9);
+        self.metadata.extend(6u32.to_le_bytes());
+        self.metadata.extend((values.len() as u64).to_le_bytes());
+        self.metadata.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    }
+
     /// Adds a tensor of f32, `shape` outermost first.
     pub fn tensor_f32(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         self.tensor(name, shape, 0, values.iter().flat_map(|v| v.to_le_bytes()).collect());
@@ -68,6 +76,19 @@ impl GgufWriter {
     /// Adds a tensor of the element format with GGML's number `format`.
     pub fn tensor(&mut self, name: &str, shape: &[usize], format: u32, bytes: Vec<u8>) {
         self.tensors.push(Entry { name: name.to_owned(), shape: shape.to_vec(), format, bytes });
+    }
+
+    /// The same model in `parts` files: the first has the metadata, and the tensors are dealt out in turn.
+    pub fn split(&self, parts: usize) -> Vec<GgufWriter> {
+        let part = |no: usize| {
+            let mut part = if no == 0 { self.clone() } else { GgufWriter::default() };
+            part.tensors = self.tensors.iter().skip(no).step_by(parts).cloned().collect();
+            part.u32("split.no", no as u32);
+            part.u32("split.count", parts as u32);
+            part.u32("split.tensors.count", self.tensors.len() as u32);
+            part
+        };
+        (0..parts).map(part).collect()
     }
 
     /// The file.

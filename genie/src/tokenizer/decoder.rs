@@ -3,21 +3,27 @@
 use serde_json::Value;
 use tokenizers::DecoderWrapper;
 
-/// A tokenizer's decoder, as steps that look at one token at a time.
+/// How a tokenizer's ids become text.
 #[derive(Debug)]
-pub(super) struct Decoder {
-    steps: Vec<Step>,
-    /// Dropped from the front of a text, so many times at most.
-    strip: Option<(char, usize)>,
+pub(super) enum Decoder {
+    /// Each token for itself.
+    Steps(Steps),
+    /// By the library, which needs to see the tokens before.
+    Library,
+}
+
+/// What is done to each token: replacements, then, if `bytes`, `<0x41>` to its byte; or GPT-2's characters to bytes.
+#[derive(Debug, Default)]
+pub(super) struct Steps {
+    replace: Vec<Replace>,
+    bytes: Option<Bytes>,
+    /// Dropped once from the front of a text.
+    strip: Option<char>,
 }
 
 #[derive(Debug)]
-enum Step {
-    /// Each character stands for one byte, as GPT-2 has it.
-    ByteLevel,
-    /// `<0x41>` stands for one byte.
-    ByteFallback,
-    Replace {
+enum Replace {
+    Text {
         from: String,
         to: String,
     },
@@ -28,81 +34,96 @@ enum Step {
     },
 }
 
-impl Decoder {
-    /// Reads the decoder of a tokenizer. `Err` is the name of one that does not work on single tokens.
-    pub(super) fn new(wrapper: Option<&DecoderWrapper>) -> Result<Self, String> {
-        let mut decoder = Self { steps: Vec::new(), strip: None };
-        match wrapper {
-            Some(wrapper) => decoder.add(&serde_json::to_value(wrapper).map_err(|why| why.to_string())?)?,
-            None => return Err("none".to_owned()),
-        }
-        Ok(decoder)
-    }
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Bytes {
+    /// Each character stands for one byte, as GPT-2 has it.
+    Level,
+    /// `<0x41>` stands for one byte.
+    Fallback,
+}
 
-    fn add(&mut self, json: &Value) -> Result<(), String> {
-        let kind = json["type"].as_str().unwrap_or_default();
-        let refuse = || Err(json.to_string().chars().take(200).collect());
-        match kind {
-            "Sequence" => {
-                return json["decoders"].as_array().into_iter().flatten().try_for_each(|part| self.add(part));
+impl Decoder {
+    /// Reads the decoder of a tokenizer.
+    pub(super) fn new(wrapper: Option<&DecoderWrapper>) -> Self {
+        let json = wrapper.and_then(|wrapper| serde_json::to_value(wrapper).ok());
+        json.and_then(|json| Steps::read(&json)).map_or(Self::Library, Self::Steps)
+    }
+}
+
+impl Steps {
+    /// The steps of a decoder whose text of a token depends on nothing but that token and whether it is the first: replacements,
+    /// bytes, and once the tokens are joined what is dropped from the front. `None` for any other.
+    fn read(json: &Value) -> Option<Self> {
+        let mut steps = Self::default();
+        let mut is_joined = false;
+        for part in parts(json) {
+            match part["type"].as_str()? {
+                "Fuse" => is_joined = true,
+                "Strip" if is_joined && steps.strip.is_none() && steps.first_has_text() => {
+                    let once = (part["start"].as_u64()?, part["stop"].as_u64()?) == (1, 0);
+                    steps.strip = once.then(|| part["content"].as_str()?.chars().next()).flatten();
+                    steps.strip?;
+                }
+                // What follows looks at single tokens, and not at what bytes have become.
+                _ if is_joined || steps.bytes.is_some() => return None,
+                "ByteLevel" if steps.replace.is_empty() => steps.bytes = Some(Bytes::Level),
+                "ByteFallback" => steps.bytes = Some(Bytes::Fallback),
+                "Replace" => {
+                    let (from, to) = (part["pattern"]["String"].as_str()?, part["content"].as_str()?);
+                    let (from, to) = (from.to_owned(), to.to_owned());
+                    (!from.is_empty()).then(|| steps.replace.push(Replace::Text { from, to }))?;
+                }
+                "Metaspace" => {
+                    let replacement = part["replacement"].as_str()?.chars().next()?;
+                    let drop_first = part["prepend_scheme"].as_str() != Some("never");
+                    steps.replace.push(Replace::Metaspace { replacement, drop_first });
+                }
+                _ => return None,
             }
-            "Fuse" => {}
-            "ByteLevel" => self.steps.push(Step::ByteLevel),
-            "ByteFallback" => self.steps.push(Step::ByteFallback),
-            "Replace" => match (json["pattern"]["String"].as_str(), json["content"].as_str()) {
-                (Some(from), Some(to)) if !from.is_empty() => {
-                    self.steps.push(Step::Replace { from: from.to_owned(), to: to.to_owned() });
-                }
-                _ => return refuse(),
-            },
-            "Metaspace" => match json["replacement"].as_str().and_then(|text| text.chars().next()) {
-                Some(replacement) => {
-                    let drop_first = json["prepend_scheme"].as_str() != Some("never");
-                    self.steps.push(Step::Metaspace { replacement, drop_first });
-                }
-                None => return refuse(),
-            },
-            "Strip" => match (json["content"].as_str(), json["start"].as_u64(), json["stop"].as_u64()) {
-                (Some(content), Some(start), Some(0)) if self.strip.is_none() => {
-                    self.strip = content.chars().next().map(|c| (c, start as usize));
-                }
-                _ => return refuse(),
-            },
-            _ => return refuse(),
         }
-        Ok(())
+        (steps.bytes.is_some() || !steps.replace.is_empty()).then_some(steps)
     }
 
     /// Appends the bytes of `token`, which begins the text if `is_first`.
     pub(super) fn append(&self, token: &str, is_first: bool, out: &mut Vec<u8>) {
         let mut text = token.to_owned();
-        for step in &self.steps {
-            match step {
-                Step::ByteLevel => {
-                    let bytes: Option<Vec<u8>> = text.chars().map(byte_of_char).collect();
-                    out.extend(bytes.unwrap_or_else(|| text.into_bytes()));
-                    return;
+        for step in &self.replace {
+            text = match step {
+                Replace::Text { from, to } => text.replace(from, to),
+                Replace::Metaspace { replacement, drop_first } => {
+                    text.replace(*replacement, if is_first && *drop_first { "" } else { " " })
                 }
-                Step::ByteFallback => {
-                    if let Some(byte) = byte_of_fallback(&text) {
-                        out.push(byte);
-                        return;
-                    }
-                }
-                Step::Replace { from, to } => text = text.replace(from, to),
-                Step::Metaspace { replacement, drop_first } => {
-                    let with = if is_first && *drop_first { "" } else { " " };
-                    text = text.replace(*replacement, with);
-                }
+            };
+        }
+        let start = out.len();
+        match self.bytes {
+            Some(Bytes::Level) => {
+                let bytes: Option<Vec<u8>> = text.chars().map(byte_of_char).collect();
+                out.extend(bytes.unwrap_or_else(|| text.into_bytes()));
+            }
+            Some(Bytes::Fallback) if byte_of_fallback(&text).is_some() => out.extend(byte_of_fallback(&text)),
+            _ => out.extend_from_slice(text.as_bytes()),
+        }
+        if let (Some(content), true) = (self.strip, is_first) {
+            let mut buffer = [0; 4];
+            let content = content.encode_utf8(&mut buffer).as_bytes();
+            if out[start..].starts_with(content) {
+                out.drain(start..start + content.len());
             }
         }
-        let mut text = text.as_str();
-        if let (Some((content, count)), true) = (self.strip, is_first) {
-            for _ in 0..count {
-                text = text.strip_prefix(content).unwrap_or(text);
-            }
-        }
-        out.extend_from_slice(text.as_bytes());
+    }
+
+    /// Whether the first token of a text always leaves some, so that what is dropped from the front is in it.
+    fn first_has_text(&self) -> bool {
+        self.replace.iter().all(|replace| matches!(replace, Replace::Text { to, .. } if !to.is_empty()))
+    }
+}
+
+/// The decoders of a sequence, or the one.
+fn parts(json: &Value) -> Vec<&Value> {
+    match json["decoders"].as_array().filter(|_| json["type"] == "Sequence") {
+        Some(decoders) => decoders.iter().flat_map(parts).collect(),
+        None => vec![json],
     }
 }
 

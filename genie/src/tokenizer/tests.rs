@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::testing::{CONTROL, END, bytes, bytes_json, golden, golden_json, sentencepiece_json, smollm2, tokenizer};
+use crate::testing::{CONTROL, END, bytes, golden, golden_json, sentencepiece_json, smollm2, tokenizer};
 use crate::text_stream::TextStream;
 
 fn ids(json: &serde_json::Value) -> Vec<u32> {
@@ -94,20 +94,84 @@ fn sentencepiece() {
 // Guards: a damaged or foreign tokenizer is an error that names the file; nothing panics.
 #[test]
 fn refused_files() {
-    let load = |json: &serde_json::Value| Tokenizer::from_bytes(json.to_string().as_bytes(), "t.json").err().unwrap();
-    let mut foreign = bytes_json();
-    foreign["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
-    assert!(matches!(load(&foreign), TokenizerError::Decoder { decoder, .. } if decoder.contains("WordPiece")));
-    foreign["decoder"] = json!(null);
-    assert!(matches!(load(&foreign), TokenizerError::Decoder { .. }));
-    foreign["decoder"] = json!({"type": "Strip", "content": " ", "start": 1, "stop": 1});
-    assert!(matches!(load(&foreign), TokenizerError::Decoder { .. }));
+    let mut foreign = sentencepiece_json();
+    foreign["decoder"] = json!({"type": "Telepathy"});
+    let error = Tokenizer::from_bytes(foreign.to_string().as_bytes(), "t.json").err().unwrap();
+    assert!(matches!(&error, TokenizerError::Format { path, .. } if path.ends_with("t.json")), "{error}");
     let whole = sentencepiece_json().to_string();
     for len in (0..whole.len()).filter(|&len| whole.is_char_boundary(len)).step_by(7) {
         assert!(Tokenizer::from_bytes(&whole.as_bytes()[..len], "t.json").is_err(), "{len}");
     }
     let absent = Tokenizer::load(golden("absent.json")).err().unwrap();
     assert!(matches!(&absent, TokenizerError::Read { path, .. } if path.ends_with("absent.json")), "{absent}");
+}
+
+/// The sentencepiece-like tokenizer with other parts.
+fn with_parts(parts: &serde_json::Value) -> Tokenizer {
+    let mut json = sentencepiece_json();
+    for (part, value) in parts.as_object().unwrap() {
+        json[part] = value.clone();
+    }
+    tokenizer(&json)
+}
+
+/// One tokenizer for each decoder of the library, and for orders of parts that the quick path must not take.
+fn every_decoder() -> Vec<Tokenizer> {
+    let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+    let strip = |start, stop| json!({"type": "Strip", "content": " ", "start": start, "stop": stop});
+    let (bytes, fuse) = (json!({"type": "ByteFallback"}), json!({"type": "Fuse"}));
+    let metaspace = |scheme| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+    let sequence = |decoders: &[&serde_json::Value]| json!({"type": "Sequence", "decoders": decoders});
+    let decoders = [
+        json!(null),
+        json!({"type": "WordPiece", "prefix": "▁", "cleanup": true}),
+        json!({"type": "BPEDecoder", "suffix": "b"}),
+        json!({"type": "CTC", "pad_token": "ab", "word_delimiter_token": "▁", "cleanup": true}),
+        json!({"type": "Replace", "pattern": {"Regex": "[▁a]"}, "content": "-"}),
+        metaspace("always"),
+        metaspace("first"),
+        metaspace("never"),
+        fuse.clone(),
+        sequence(&[&replace, &fuse, &strip(2, 0)]),
+        sequence(&[&replace, &strip(1, 0), &fuse]),
+        sequence(&[&replace, &fuse, &strip(0, 1)]),
+        sequence(&[&fuse, &replace]),
+        sequence(&[&sequence(&[&replace]), &sequence(&[&fuse])]),
+    ];
+    // Without bytes: what becomes of a broken character is ours to say, and tested above.
+    let made = decoders.iter().map(|decoder| with_parts(&json!({"decoder": decoder})));
+    made.chain([with_parts(&json!({"decoder": sequence(&[&bytes, &replace])}))]).collect()
+}
+
+// Guards: what a tokenizer does to text before it cuts it reaches text that is encoded as text, too: unicode forms, case,
+// accents, spaces before words, other ways of cutting.
+#[test]
+fn normalizers_and_pre_tokenizers() {
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let sequence = |first: serde_json::Value| json!({"type": "Sequence", "normalizers": [first, replace.clone()]});
+    let check = |parts: serde_json::Value, text: &str, want: &str| {
+        let tokenizer = with_parts(&parts);
+        let theirs = tokenizer.encode(text, Specials::Recognise).unwrap();
+        assert_eq!(tokenizer.encode(text, Specials::AsText).unwrap(), theirs, "{parts}");
+        assert_eq!(tokenizer.decode(&theirs), want, "{parts}");
+    };
+    check(json!({"normalizer": sequence(json!({"type": "NFKC"}))}), "ﬁ e\u{301}²", "fi é2");
+    check(json!({"normalizer": sequence(json!({"type": "NFD"}))}), "é", "e\u{301}");
+    check(json!({"normalizer": sequence(json!({"type": "Lowercase"}))}), "A BÉ", "a bé");
+    check(json!({"normalizer": sequence(json!({"type": "StripAccents"}))}), "e\u{301}", "e");
+    check(
+        json!({"normalizer": sequence(json!({"type": "Strip", "strip_left": true, "strip_right": true}))}),
+        "  a ",
+        "a",
+    );
+    let regex = json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "});
+    check(json!({"normalizer": sequence(regex)}), "a    b", "a b");
+    for scheme in ["always", "first", "never"] {
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+        check(json!({"normalizer": null, "pre_tokenizer": metaspace, "decoder": metaspace}), "ab a", "ab a");
+    }
+    let digits = json!({"type": "Digits", "individual_digits": true});
+    check(json!({"pre_tokenizer": digits}), "a12b ab", "a12b ab");
 }
 
 fn mixed_text() -> impl Strategy<Value = String> {
@@ -148,6 +212,22 @@ proptest! {
         thread_local!(static SMOLLM2: Tokenizer = smollm2());
         SMOLLM2.with(|tokenizer| {
             prop_assert_eq!(streamed(tokenizer, &ids), tokenizer.inner.decode(&ids, true).unwrap());
+            Ok(())
+        })?;
+    }
+
+    // Guards: every decoder of the library streams: the pieces add up to what it gives for all ids at once.
+    #[test]
+    fn every_decoder_streams(ids in prop::collection::vec(prop_oneof![Just(0x41_u32), 0x61..0x63_u32, 256..265_u32], 0..14)) {
+        thread_local!(static ALL: Vec<Tokenizer> = every_decoder());
+        ALL.with(|all| {
+            for tokenizer in all {
+                // Without a token that is part of the text the library has nothing to decode, and panics.
+                let is_text = ids.iter().any(|id| *id < 263);
+                let want = if is_text { tokenizer.inner.decode(&ids, true).unwrap() } else { String::new() };
+                prop_assert_eq!(streamed(tokenizer, &ids), &*want, "{:?}", tokenizer.decoder);
+                prop_assert_eq!(tokenizer.decode(&ids), want);
+            }
             Ok(())
         })?;
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Binary, BinaryFault, FileKind, Meta, SectionFile, SectionKind, SectionMeta, Verify};
+use super::{
+    Binary, BinaryFault, FileKind, Meta, SectionFile, SectionKind, SectionMeta, Verify, layout::FORMAT_VERSION,
+};
 use crate::{context::Context, graph::Graph, map::Bytes, record::TensorRecord, tensor::TensorId};
 
 /// Contents of a file of either kind.
@@ -84,7 +86,7 @@ impl SectionInfo {
             size_bytes: file.section(i).size_bytes,
         };
         SectionInfo {
-            format_version: binary.format_version(),
+            format_version: FORMAT_VERSION,
             sdk_version: binary.sdk_version().to_string(),
             identity: binary.identity().to_string(),
             base_identity: binary.base_identity().to_string(),
@@ -157,7 +159,7 @@ impl BinaryInfo {
         let sections = binary.sections();
         let is_part = |kind| !matches!(kind, SectionKind::Meta | SectionKind::Graph);
         BinaryInfo {
-            format_version: binary.format_version(),
+            format_version: FORMAT_VERSION,
             sdk_version: binary.sdk_version().to_string(),
             identity: binary.identity().to_string(),
             size_bytes: binary.size_bytes(),

@@ -1,8 +1,11 @@
 //! GGUF: a model in one file. Its tensors get Hugging Face names and row order, its block formats keep their grids.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
+mod config;
 mod ggml;
+mod names;
 mod parse;
 mod tokenizer;
 
@@ -13,106 +16,55 @@ use crate::{
     map::Bytes,
     offline::{
         arch::{self, Architecture},
-        config::{Biases, DEFAULT_ROPE_THETA, MAX_HEAD_DIM, ModelConfig, RopeBase, config_error},
+        config::ModelConfig,
         error::ImportError,
         source::{ElementFormat, SourceTensor},
     },
 };
 
-/// A GGUF file that holds a model of a known architecture.
+/// A model of a known architecture in one GGUF file, or in the parts of a split one.
 #[derive(Debug)]
 pub struct GgufModel {
+    /// The first part, which has the metadata.
     file: GgufFile,
+    more_files: Vec<GgufFile>,
     architecture: &'static Architecture,
     /// The file's own word for the architecture, which begins its metadata keys.
     prefix: String,
-    /// Hugging Face name -> name in the file.
+    /// Hugging Face name -> name in the files.
     names: BTreeMap<String, String>,
 }
 
 impl GgufModel {
-    /// Reads header, metadata and tensor table; `bytes` is kept.
+    /// Joins the parts of a model, in their order; a file that is not split is the only part.
     ///
     /// # Errors
-    /// [`ImportError`]: a damaged file, an unknown architecture, a tensor that this architecture does not have, tensors
-    /// that overlap.
-    pub fn parse(bytes: Bytes) -> Result<GgufModel, ImportError> {
-        let file = GgufFile::parse(bytes)?;
-        let prefix = file.string("general.architecture")?.ok_or_else(|| missing("general.architecture"))?.to_owned();
+    /// [`ImportError`]: parts that do not belong together, an unknown architecture, a tensor that this architecture does
+    /// not have, tensors that overlap.
+    pub fn new(files: Vec<GgufFile>) -> Result<GgufModel, ImportError> {
+        check_parts(&files)?;
+        let first = files.first().ok_or(ImportError::NoWeights { files: vec!["a .gguf file"] })?;
+        let prefix = first.string("general.architecture")?.ok_or_else(|| missing("general.architecture"))?.to_owned();
         let architecture = arch::find_gguf(&prefix)?;
         let mut names = BTreeMap::new();
-        for name in file.tensors().keys() {
-            if name == "rope_freqs.weight" {
-                let (what, supported) = ("rotary scaling (tensor rope_freqs.weight)".to_owned(), "none".to_owned());
-                return Err(ImportError::Unsupported { what, supported });
+        for file in &files {
+            refuse_overlaps(file)?;
+            for name in file.tensors().keys().filter(|name| !names::is_rope_factors(name)) {
+                let hf_name = names::hf_name(&prefix, name)
+                    .ok_or_else(|| ImportError::UnusedTensor { name: name.clone(), architecture: prefix.clone() })?;
+                if names.insert(hf_name, name.clone()).is_some() {
+                    let (have, want) = ("in two parts".to_owned(), "one part".to_owned());
+                    return Err(GgufError::Tensor { tensor: name.clone(), have, want }.into());
+                }
             }
-            let hf_name = hf_name(name)
-                .ok_or_else(|| ImportError::UnusedTensor { name: name.clone(), architecture: prefix.clone() })?;
-            names.insert(hf_name, name.clone());
         }
-        let model = GgufModel { file, architecture, prefix, names };
-        model.refuse_overlaps()?;
-        Ok(model)
+        let mut files = files.into_iter();
+        let file = files.next().expect("`first` is there");
+        Ok(GgufModel { file, more_files: files.collect(), architecture, prefix, names })
     }
 
-    /// The configuration that the metadata describes.
-    ///
-    /// # Errors
-    /// [`ImportError`] naming the key that is missing, wrong, or asks for what is not supported.
-    pub fn config(&self) -> Result<ModelConfig, ImportError> {
-        self.refuse_unsupported()?;
-        let heads = self.size("attention.head_count")?;
-        let hidden_size = self.size("embedding_length")?;
-        let head_dim = match self.optional_size("attention.key_length")? {
-            Some(head_dim) => head_dim,
-            None => hidden_size.checked_div(heads).unwrap_or(0),
-        };
-        for key in ["attention.value_length", "rope.dimension_count"] {
-            if let Some(have) = self.optional_size(key)?.filter(|have| *have != head_dim) {
-                let (have, want) = (have.to_string(), format!("{head_dim}, as the heads have"));
-                return Err(ImportError::Config { key: self.key(key), have, want });
-            }
-        }
-        let epsilon_key = self.key("attention.layer_norm_rms_epsilon");
-        let epsilon = self.file.float(&epsilon_key)?.ok_or_else(|| missing(&epsilon_key))?;
-        let has = |name: &str| self.file.tensors().contains_key(name);
-        let token_id = |key: &str| self.token_id(key);
-        let eos = [token_id("tokenizer.ggml.eos_token_id")?, token_id("tokenizer.ggml.eot_token_id")?];
-        let mut eos_token_ids: Vec<u32> = eos.into_iter().flatten().collect();
-        eos_token_ids.dedup();
-        let embedding = self.file.tensors().get("token_embd.weight");
-        let max_position_embeddings = self.size("context_length")?;
-        let rope = RopeBase {
-            theta: self.file.float(&self.key("rope.freq_base"))?.unwrap_or(DEFAULT_ROPE_THETA),
-            rotary_dim: head_dim,
-            max_positions: max_position_embeddings,
-            original_max_positions: None,
-        };
-        if head_dim > MAX_HEAD_DIM {
-            return Err(config_error(&self.key("attention.key_length"), head_dim, format!("1 to {MAX_HEAD_DIM}")));
-        }
-        let mut config = ModelConfig {
-            hidden_size,
-            intermediate_size: self.size("feed_forward_length")?,
-            heads,
-            kv_heads: self.optional_size("attention.head_count_kv")?.unwrap_or(heads),
-            head_dim,
-            vocab_size: embedding.and_then(|t| t.shape.first().copied()).unwrap_or(0),
-            max_position_embeddings,
-            rms_norm_epsilon: epsilon as f32,
-            ropes: vec![rope.plain()],
-            bias: Biases {
-                qkv: has("blk.0.attn_q.bias"),
-                output: has("blk.0.attn_output.bias"),
-                mlp: has("blk.0.ffn_gate.bias"),
-            },
-            tied_head: !has("output.weight"),
-            bos_token_id: token_id("tokenizer.ggml.bos_token_id")?,
-            eos_token_ids,
-            ..ModelConfig::plain(self.architecture.model_types[0], self.size("block_count")?)
-        };
-        config.set_window(self.optional_size("attention.sliding_window")?.filter(|window| *window > 0));
-        config.check()
+    fn files(&self) -> impl Iterator<Item = &GgufFile> {
+        std::iter::once(&self.file).chain(&self.more_files)
     }
 
     /// `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`, rebuilt from the metadata.
@@ -134,14 +86,8 @@ impl GgufModel {
     /// [`ImportError`] if its format is not supported or it does not lie in the file.
     pub fn tensor(&self, name: &str, config: &ModelConfig) -> Result<Option<SourceTensor>, ImportError> {
         let Some(own_name) = self.names.get(name) else { return Ok(None) };
-        let entry = &self.file.tensors()[own_name];
-        let (format, size_bytes) = size_of(own_name, entry)?;
-        let bytes = self.file.slice(entry.at_bytes, size_bytes).ok_or_else(|| GgufError::Tensor {
-            tensor: own_name.clone(),
-            have: format!("{size_bytes} bytes from {}", entry.at_bytes),
-            want: "bytes inside the file".to_owned(),
-        })?;
-        let mut tensor = SourceTensor::new(name, entry.shape.clone(), format, bytes)?;
+        let Some(mut tensor) = self.stored(own_name)? else { return Ok(None) };
+        name.clone_into(&mut tensor.name);
         if self.architecture.gguf_interleaves_qk {
             let heads = match own_name.split('.').nth(2) {
                 Some("attn_q") => config.heads,
@@ -153,67 +99,79 @@ impl GgufModel {
         Ok(Some(tensor))
     }
 
-    fn refuse_unsupported(&self) -> Result<(), ImportError> {
-        let refuse =
-            |what: String, supported: &str| Err(ImportError::Unsupported { what, supported: supported.to_owned() });
-        let scaling_key = self.key("rope.scaling.type");
-        if let Some(scaling) = self.file.string(&scaling_key)?.filter(|scaling| *scaling != "none") {
-            return refuse(format!("{scaling_key} {scaling:?}"), "\"none\"");
+    /// The tensor that the files call `name`, as they store it.
+    fn stored(&self, name: &str) -> Result<Option<SourceTensor>, ImportError> {
+        let found = self.files().find_map(|file| Some((file, file.tensors().get(name)?)));
+        let Some((file, entry)) = found else { return Ok(None) };
+        let (format, size_bytes) = size_of(name, entry)?;
+        let bytes = file.slice(entry.at_bytes, size_bytes).ok_or_else(|| outside(name, entry, size_bytes))?;
+        SourceTensor::new(name, entry.shape.clone(), format, bytes).map(Some)
+    }
+
+    fn entry(&self, name: &str) -> Option<&TensorEntry> {
+        self.files().find_map(|file| file.tensors().get(name))
+    }
+}
+
+/// The files of the model of which `path` is one: all parts of a split one (`name-00001-of-00003.gguf`), else `path` alone.
+pub fn part_paths(path: &Path) -> Vec<PathBuf> {
+    let numbered = || {
+        let number =
+            |text: &str| (text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?;
+        let (rest, count) = path.file_stem()?.to_str()?.rsplit_once("-of-")?;
+        let (name, part) = rest.rsplit_once('-')?;
+        let (part, count): (u32, u32) = (number(part)?, number(count)?);
+        let extension = path.extension()?.to_str()?;
+        let path_of = |part| path.with_file_name(format!("{name}-{part:05}-of-{count:05}.{extension}"));
+        (1..=count).contains(&part).then(|| (1..=count).map(path_of).collect())
+    };
+    numbered().unwrap_or_else(|| vec![path.to_owned()])
+}
+
+/// Checks that `files` are all parts of one model, in their order.
+fn check_parts(files: &[GgufFile]) -> Result<(), ImportError> {
+    for (part, file) in files.iter().enumerate() {
+        let by_name = "; parts are found by their names, as in model-00001-of-00003.gguf";
+        check_split(file, "split.count", (1, files.len()), by_name)?;
+        check_split(file, "split.no", (0, part), ", as its name says")?;
+    }
+    let tensors: usize = files.iter().map(|file| file.tensors().len()).sum();
+    let of_all = |file| check_split(file, "split.tensors.count", (tensors, tensors), ", the tensors of all parts");
+    Ok(files.iter().try_for_each(of_all)?)
+}
+
+/// Checks that `key`, or what it means when it is absent, is `want`.
+fn check_split(file: &GgufFile, key: &str, (absent, want): (usize, usize), hint: &str) -> Result<(), GgufError> {
+    let have = file.unsigned(key)?.unwrap_or(absent as u64);
+    if have == want as u64 {
+        return Ok(());
+    }
+    Err(GgufError::Metadata { key: key.to_owned(), have: have.to_string(), want: format!("{want}{hint}") })
+}
+
+/// Checks that each tensor lies in the file and no two share bytes.
+fn refuse_overlaps(file: &GgufFile) -> Result<(), ImportError> {
+    let mut places = Vec::new();
+    for (name, entry) in file.tensors() {
+        let (_, size_bytes) = size_of(name, entry)?;
+        let end = entry.at_bytes.checked_add(size_bytes).filter(|_| file.slice(entry.at_bytes, size_bytes).is_some());
+        let end = end.ok_or_else(|| outside(name, entry, size_bytes))?;
+        places.push((entry.at_bytes, end, name));
+    }
+    places.sort_unstable();
+    for pair in places.windows(2) {
+        let ((_, end, first), (start, _, second)) = (pair[0], pair[1]);
+        if start < end {
+            let (have, want) = (format!("starts at {start}"), format!("{end} or later, where {first} ends"));
+            return Err(GgufError::Tensor { tensor: second.clone(), have, want }.into());
         }
-        if let Some(experts) = self.optional_size("expert_count")?.filter(|n| *n > 0) {
-            return refuse(format!("{} {experts}", self.key("expert_count")), "dense models");
-        }
-        Ok(())
     }
+    Ok(())
+}
 
-    /// Checks that each tensor lies in the file and no two share bytes.
-    fn refuse_overlaps(&self) -> Result<(), ImportError> {
-        let mut places = Vec::new();
-        for (name, entry) in self.file.tensors() {
-            let (_, size_bytes) = size_of(name, entry)?;
-            let end = entry
-                .at_bytes
-                .checked_add(size_bytes)
-                .filter(|_| self.file.slice(entry.at_bytes, size_bytes).is_some());
-            let end = end.ok_or_else(|| GgufError::Tensor {
-                tensor: name.clone(),
-                have: format!("{size_bytes} bytes from {}", entry.at_bytes),
-                want: "bytes inside the file".to_owned(),
-            })?;
-            places.push((entry.at_bytes, end, name));
-        }
-        places.sort_unstable();
-        for pair in places.windows(2) {
-            let ((_, end, first), (start, _, second)) = (pair[0], pair[1]);
-            if start < end {
-                let (have, want) = (format!("starts at {start}"), format!("{end} or later, where {first} ends"));
-                return Err(GgufError::Tensor { tensor: second.clone(), have, want }.into());
-            }
-        }
-        Ok(())
-    }
-
-    fn key(&self, key: &str) -> String {
-        format!("{}.{key}", self.prefix)
-    }
-
-    fn size(&self, key: &str) -> Result<usize, ImportError> {
-        self.optional_size(key)?.ok_or_else(|| missing(&self.key(key)))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, ImportError> {
-        // What does not fit `usize` is above every limit that `check` knows.
-        Ok(self.file.unsigned(&self.key(key))?.map(|size| usize::try_from(size).unwrap_or(usize::MAX)))
-    }
-
-    fn token_id(&self, key: &str) -> Result<Option<u32>, ImportError> {
-        let Some(have) = self.file.unsigned(key)? else { return Ok(None) };
-        u32::try_from(have).map(Some).map_err(|_| ImportError::Config {
-            key: key.to_owned(),
-            have: have.to_string(),
-            want: "a token id".to_owned(),
-        })
-    }
+fn outside(name: &str, entry: &TensorEntry, size_bytes: usize) -> GgufError {
+    let have = format!("{size_bytes} bytes from {}", entry.at_bytes);
+    GgufError::Tensor { tensor: name.to_owned(), have, want: "bytes inside the file".to_owned() }
 }
 
 fn missing(key: &str) -> ImportError {
@@ -228,7 +186,10 @@ fn size_of(name: &str, entry: &TensorEntry) -> Result<(ElementFormat, usize), Im
         30 => ElementFormat::Bf16,
         number => ElementFormat::Ggml(GgmlType::from_number(number).ok_or_else(|| ImportError::Unsupported {
             what: format!("tensor {name} of GGML type {}", ggml_name(number)),
-            supported: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K".to_owned(),
+            supported: format!(
+                "F32, F16, BF16, {}",
+                GgmlType::ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ")
+            ),
         })?),
     };
     let (block, block_bytes) = format.block();
@@ -246,17 +207,13 @@ fn size_of(name: &str, entry: &TensorEntry) -> Result<(ElementFormat, usize), Im
 /// GGML's name of an element format, as far as it is known here.
 fn ggml_name(number: u32) -> String {
     let names = [
-        (10, "Q2_K"),
-        (11, "Q3_K"),
         (15, "Q8_K"),
         (16, "IQ2_XXS"),
         (17, "IQ2_XS"),
         (18, "IQ3_XXS"),
         (19, "IQ1_S"),
-        (20, "IQ4_NL"),
         (21, "IQ3_S"),
         (22, "IQ2_S"),
-        (23, "IQ4_XS"),
         (24, "I8"),
         (25, "I16"),
         (26, "I32"),
@@ -269,24 +226,6 @@ fn ggml_name(number: u32) -> String {
     ];
     let name = names.iter().find(|(n, _)| *n == number).map(|(_, name)| *name);
     name.map_or_else(|| format!("number {number}"), str::to_owned)
-}
-
-/// The Hugging Face name of a GGUF tensor.
-fn hf_name(name: &str) -> Option<String> {
-    match name {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
-        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
-        "output.weight" => return Some("lm_head.weight".to_owned()),
-        _ => {}
-    }
-    let mut parts = name.strip_prefix("blk.")?.split('.');
-    let (layer, module, kind) = (parts.next()?, parts.next()?, parts.next()?);
-    let plain = !layer.is_empty() && layer.bytes().all(|b| b.is_ascii_digit());
-    if parts.next().is_some() || !plain || !matches!(kind, "weight" | "bias") {
-        return None;
-    }
-    let module = MODULES.iter().find(|(own, _)| *own == module)?.1;
-    Some(format!("model.layers.{layer}.{module}.{kind}"))
 }
 
 /// The rows (or, for a bias, elements) of `tensor` with each head's interleaved pairs taken apart: row `2i + p` of a head
@@ -310,15 +249,3 @@ fn half_split(tensor: &SourceTensor, heads: usize) -> Result<Bytes, ImportError>
     }
     Ok(out.into())
 }
-
-const MODULES: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];

@@ -12,7 +12,7 @@ use crate::{
         config::{self, ModelConfig},
         error::ImportError,
         fused,
-        gguf::{GgmlType, GgufModel},
+        gguf::{self, GgmlType, GgufFile, GgufModel},
         safetensors::{HfWeights, read_text},
     },
 };
@@ -37,7 +37,7 @@ enum Weights {
 }
 
 impl Source {
-    /// Opens a Hugging Face directory or a GGUF file.
+    /// Opens a Hugging Face directory or a GGUF file; of a split GGUF (`name-00001-of-00003.gguf`) any part opens all.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Import`] naming the file and what is wrong or not supported.
@@ -77,8 +77,12 @@ impl Source {
     }
 
     fn open_gguf(path: &Path) -> Result<Source, Error> {
-        let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
-        let model = GgufModel::parse(bytes).map_err(Error::import(path))?;
+        let part = |path: std::path::PathBuf| {
+            let bytes = Bytes::map_file(&path).map_err(Error::io(&path))?;
+            GgufFile::parse(bytes).map_err(|why| Error::import(&path)(why.into()))
+        };
+        let files = gguf::part_paths(path).into_iter().map(part).collect::<Result<Vec<GgufFile>, Error>>()?;
+        let model = GgufModel::new(files).map_err(Error::import(path))?;
         let config = model.config().map_err(Error::import(path))?;
         let sidecars = model.sidecars(&config).map_err(Error::import(path))?;
         Ok(Source { config, sidecars, kind: "gguf", weights: Weights::Gguf(model) })
@@ -181,6 +185,28 @@ impl ElementFormat {
             ElementFormat::F16 => "F16",
             ElementFormat::Bf16 => "BF16",
             ElementFormat::Ggml(ggml) => ggml.name(),
+        }
+    }
+}
+
+/// What the way of a tensor into the graph did to its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Change {
+    /// Nothing.
+    None,
+    /// The codes are kept, the scales (and minima) of blocks are rounded to f16.
+    ScalesToF16,
+    /// Every element is rounded.
+    Rounded,
+}
+
+impl Change {
+    /// In words, for a report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Change::None => "exact",
+            Change::ScalesToF16 => "scales rounded to f16",
+            Change::Rounded => "rounded",
         }
     }
 }

@@ -8,10 +8,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as T, GGML_QUANT_SIZES, dequantize
 
 random, out = np.random.default_rng(1), {}
-for t in (T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K):
+for t in (T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K, T.Q2_K, T.Q3_K, T.IQ4_NL, T.IQ4_XS):
     size = GGML_QUANT_SIZES[t][1]
     blocks = random.integers(0, 256, (2, size), dtype=np.uint8)
-    halves = {T.Q4_1: [0, 2], T.Q5_1: [0, 2], T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208]}.get(t, [0])
+    halves = {T.Q4_1: [0, 2], T.Q5_1: [0, 2], T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208],
+              T.Q2_K: [80, 82], T.Q3_K: [108]}.get(t, [0])
     for at in halves:  # scales and minima of a sensible size
         blocks[:, at:at + 2] = random.uniform(-0.01, 0.01, 2).astype(np.float16).view(np.uint8).reshape(2, 2)
     values = dequantize(blocks, t).astype(np.float32).ravel()

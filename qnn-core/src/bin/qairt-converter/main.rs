@@ -21,7 +21,8 @@ use qnn_core::offline::{
 #[derive(Parser)]
 #[command(name = "qairt-converter", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Cli {
-    /// The model: a Hugging Face directory (config.json, model.safetensors or its shards) or a .gguf file.
+    /// The model: a Hugging Face directory (config.json, model.safetensors or its shards) or a .gguf file (any part of a
+    /// split one).
     #[arg(short, long, value_name = "PATH")]
     input_network: PathBuf,
 
@@ -271,8 +272,9 @@ fn print_summary(report: &ConvertReport, output: &Path) {
             WeightClass::Linear => "linear",
             WeightClass::Vector => "vectors",
         };
-        let (elements, size) = (weights.elements as f64 / 1e6, mib(weights.size_bytes));
-        println!("  {class:<10} {:<42} {elements:>8.1} M {size:>9.1} MiB", weights.format);
+        let (source, format, change) = (weights.source, &weights.format, weights.change.name());
+        let (n, elements, size) = (weights.n_tensors, weights.elements as f64 / 1e6, mib(weights.size_bytes));
+        println!("  {class:<10} {n:>4} x {source:<6} -> {format:<39} {elements:>8.1} M {size:>9.1} MiB  {change}");
     }
     if let Some(lora) = report.lora {
         println!("adapter branches: {} layers, rank up to {}, {}", lora.targets, lora.max_rank, lora.data_type);

@@ -385,7 +385,7 @@ impl<'a> Builder<'a> {
             return Err(ImportError::Tensor { name: name.clone(), have, want });
         }
         let constant = weights::constant(tensor, class, self.precision, self.workers)?;
-        self.report(class, &constant, tensor.n() as u64 * tensor.k() as u64);
+        self.report(class, tensor, &constant);
         self.used.insert(name.clone());
         let Constant { data_type, encoding, bytes } = constant;
         Ok(self.graph.add_tensor(Tensor {
@@ -402,11 +402,14 @@ impl<'a> Builder<'a> {
         self.source.tensor(name)?.ok_or_else(|| ImportError::MissingTensor { name: name.to_owned() })
     }
 
-    fn report(&mut self, class: WeightClass, constant: &Constant, elements: u64) {
-        let format = constant.format();
-        let new = WeightUse { class, format: format.clone(), elements: 0, size_bytes: 0 };
-        let entry = self.weight_uses.entry(format!("{class:?} {format}")).or_insert(new);
-        entry.elements += elements;
+    fn report(&mut self, class: WeightClass, tensor: &SourceTensor, constant: &Constant) {
+        let (source, format) = (tensor.format.name(), constant.format());
+        let change = constant.change(tensor.format, self.precision);
+        let key = format!("{class:?} {source} {format}");
+        let new = WeightUse { class, source, format, change, n_tensors: 0, elements: 0, size_bytes: 0 };
+        let entry = self.weight_uses.entry(key).or_insert(new);
+        entry.n_tensors += 1;
+        entry.elements += tensor.n() as u64 * tensor.k() as u64;
         entry.size_bytes += constant.size_bytes();
     }
 

@@ -10,7 +10,7 @@ use crate::offline::{
 /// Gemma 2: soft caps, every other layer slides.
 pub(super) const GEMMA2: Architecture = Architecture {
     model_types: &["gemma2"],
-    gguf_names: &[],
+    gguf_names: &["gemma2"],
     gguf_interleaves_qk: false,
     defaults: HfDefaults {
         tied_head: true,
@@ -32,6 +32,7 @@ pub(super) const GEMMA2: Architecture = Architecture {
 /// Gemma 3: normed heads, five layers that slide for each that does not, and a rotary base for either kind.
 pub(super) const GEMMA3: Architecture = Architecture {
     model_types: &["gemma3_text"],
+    gguf_names: &["gemma3"],
     defaults: HfDefaults { rope_theta: 1_000_000.0, ..GEMMA2.defaults },
     apply_hf: |config, hf| {
         apply(config, hf);

@@ -6,7 +6,7 @@ use crate::offline::config::config_error;
 /// Granite, dense.
 pub(super) const GRANITE: Architecture = Architecture {
     model_types: &["granite"],
-    gguf_names: &[],
+    gguf_names: &["granite"],
     apply_hf: |config, hf| {
         llama::apply_biases(config, hf);
         config.embedding_multiplier = hf.embedding_multiplier.unwrap_or(1.0);

@@ -5,7 +5,7 @@ use super::{Architecture, llama};
 /// Phi-3. With LongRoPE the context ends at the original length: see [`crate::offline::config::RopeBase::scaled`].
 pub(super) const PHI3: Architecture = Architecture {
     model_types: &["phi3"],
-    gguf_names: &[],
+    gguf_names: &["phi3"],
     gguf_interleaves_qk: false,
     partial_rotary: true,
     apply_hf: |config, hf| {

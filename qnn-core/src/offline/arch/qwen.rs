@@ -22,7 +22,7 @@ pub(super) const QWEN2: Architecture = Architecture {
 /// Qwen3, dense.
 pub(super) const QWEN3: Architecture = Architecture {
     model_types: &["qwen3"],
-    gguf_names: &[],
+    gguf_names: &["qwen3"],
     apply_hf: |config, hf| {
         llama::apply_biases(config, hf);
         config.bias.mlp = false;

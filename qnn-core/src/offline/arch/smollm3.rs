@@ -9,7 +9,7 @@ use crate::offline::{
 /// SmolLM3: every fourth layer is without rotary embedding, unless the configuration lists them.
 pub(super) const SMOLLM3: Architecture = Architecture {
     model_types: &["smollm3"],
-    gguf_names: &[],
+    gguf_names: &["smollm3"],
     defaults: HfDefaults { rope_theta: 2_000_000.0, tied_head: true, ..llama::LLAMA.defaults },
     apply_hf: |config, hf| {
         llama::apply_biases(config, hf);

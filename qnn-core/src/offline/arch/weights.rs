@@ -9,7 +9,7 @@ use crate::{
     offline::{
         error::ImportError,
         quantize_weights::{Bits, Quantized, Scheme, block_sizes, quantize},
-        source::{ElementFormat, SourceTensor},
+        source::{Change, ElementFormat, SourceTensor},
     },
     types::DataType,
 };
@@ -82,13 +82,19 @@ pub enum WeightClass {
     Vector,
 }
 
-/// One weight's way into the graph, for a report.
+/// The way of some weights into the graph, for a report: those of one use that came in one format and left in one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WeightUse {
-    /// What it is used for.
+    /// What they are used for.
     pub class: WeightClass,
-    /// Element type and grouping: `UFIXED_POINT_4 block 32`.
+    /// Element format in the source: `Q4_K`.
+    pub source: &'static str,
+    /// Element type and grouping in the graph: `UFIXED_POINT_4 block 32`.
     pub format: String,
+    /// What that did to their numbers.
+    pub change: Change,
+    /// Number of tensors.
+    pub n_tensors: u64,
     /// Number of elements.
     pub elements: u64,
     /// Stored bytes, scales and offsets included.
@@ -185,6 +191,17 @@ impl From<Quantized> for Constant {
 }
 
 impl Constant {
+    /// What making this constant out of a tensor in `format` did to its numbers.
+    pub(super) fn change(&self, format: ElementFormat, precision: Precision) -> Change {
+        match (format, precision.weights, self.data_type) {
+            (ElementFormat::Ggml(ggml), WeightType::Keep, _) if self.encoding.is_some() => ggml.change(),
+            (_, _, DataType::Float32)
+            | (ElementFormat::F16, _, DataType::Float16)
+            | (ElementFormat::Bf16, _, DataType::BFloat16) => Change::None,
+            _ => Change::Rounded,
+        }
+    }
+
     /// Element type and grouping, for a report.
     pub(super) fn format(&self) -> String {
         match &self.encoding {

@@ -9,7 +9,7 @@ use crate::{
     encoding::{BlockOffsets, Encoding, Floats},
     offline::{
         quantize_weights::{Bits, QuantizeError, Quantized, Scheme, pack_nibbles, quantize},
-        source::SourceTensor,
+        source::{Change, SourceTensor},
     },
     types::DataType,
 };
@@ -24,9 +24,13 @@ pub enum GgmlType {
     Q5_0 = 6,
     Q5_1 = 7,
     Q8_0 = 8,
+    Q2K = 10,
+    Q3K = 11,
     Q4K = 12,
     Q5K = 13,
     Q6K = 14,
+    Iq4Nl = 20,
+    Iq4Xs = 23,
 }
 
 /// One block, taken apart: codes, and a scale and minimum for each run of [`GgmlType::run`] of them.
@@ -36,16 +40,34 @@ struct Unpacked {
     mins: [f32; MAX_RUNS],
 }
 
+/// The encoding of ours that holds a format's grid.
+#[derive(Clone, Copy)]
+enum Grid {
+    /// Four bits, symmetric.
+    Four,
+    /// Four bits and a float minimum.
+    FourMin,
+    /// Eight bits, symmetric.
+    Eight,
+    /// None: five bits and a float minimum. Rounded to [`Grid::Eight`].
+    FiveMin,
+}
+
 impl GgmlType {
-    const ALL: &[GgmlType] = &[
+    /// Every format, in the order of its number.
+    pub const ALL: &[GgmlType] = &[
         GgmlType::Q4_0,
         GgmlType::Q4_1,
         GgmlType::Q5_0,
         GgmlType::Q5_1,
         GgmlType::Q8_0,
+        GgmlType::Q2K,
+        GgmlType::Q3K,
         GgmlType::Q4K,
         GgmlType::Q5K,
         GgmlType::Q6K,
+        GgmlType::Iq4Nl,
+        GgmlType::Iq4Xs,
     ];
 
     /// The format with GGML's number `number`.
@@ -61,16 +83,20 @@ impl GgmlType {
             GgmlType::Q5_0 => "Q5_0",
             GgmlType::Q5_1 => "Q5_1",
             GgmlType::Q8_0 => "Q8_0",
+            GgmlType::Q2K => "Q2_K",
+            GgmlType::Q3K => "Q3_K",
             GgmlType::Q4K => "Q4_K",
             GgmlType::Q5K => "Q5_K",
             GgmlType::Q6K => "Q6_K",
+            GgmlType::Iq4Nl => "IQ4_NL",
+            GgmlType::Iq4Xs => "IQ4_XS",
         }
     }
 
     /// Elements of one block.
     pub fn block_elements(self) -> usize {
         match self {
-            GgmlType::Q4K | GgmlType::Q5K | GgmlType::Q6K => 256,
+            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q4K | GgmlType::Q5K | GgmlType::Q6K | GgmlType::Iq4Xs => 256,
             _ => 32,
         }
     }
@@ -78,20 +104,44 @@ impl GgmlType {
     /// Bytes of one block.
     pub fn block_bytes(self) -> usize {
         match self {
-            GgmlType::Q4_0 => 18,
+            GgmlType::Q4_0 | GgmlType::Iq4Nl => 18,
             GgmlType::Q4_1 => 20,
             GgmlType::Q5_0 => 22,
             GgmlType::Q5_1 => 24,
             GgmlType::Q8_0 => 34,
+            GgmlType::Q2K => 84,
+            GgmlType::Q3K => 110,
             GgmlType::Q4K => 144,
             GgmlType::Q5K => 176,
             GgmlType::Q6K => 210,
+            GgmlType::Iq4Xs => 136,
         }
     }
 
     /// Elements that share a scale and minimum.
     pub fn run(self) -> usize {
-        if self == GgmlType::Q6K { 16 } else { 32 }
+        match self {
+            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q6K => 16,
+            _ => 32,
+        }
+    }
+
+    /// What [`GgmlType::keep_grid`] does to the numbers.
+    pub fn change(self) -> Change {
+        match self {
+            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q8_0 | GgmlType::Iq4Nl => Change::None,
+            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q4K | GgmlType::Q6K | GgmlType::Iq4Xs => Change::ScalesToF16,
+            GgmlType::Q5_1 | GgmlType::Q5K => Change::Rounded,
+        }
+    }
+
+    fn grid(self) -> Grid {
+        match self {
+            GgmlType::Q4_0 | GgmlType::Q3K => Grid::Four,
+            GgmlType::Q4_1 | GgmlType::Q2K | GgmlType::Q4K => Grid::FourMin,
+            GgmlType::Q5_0 | GgmlType::Q8_0 | GgmlType::Q6K | GgmlType::Iq4Nl | GgmlType::Iq4Xs => Grid::Eight,
+            GgmlType::Q5_1 | GgmlType::Q5K => Grid::FiveMin,
+        }
     }
 
     /// Writes the elements of whole blocks to `out`.
@@ -108,17 +158,19 @@ impl GgmlType {
 
     /// Brings `tensor`, which is in this format, to an encoding of ours that has the same grid.
     ///
-    /// Q4_0, Q4_1, Q5_0 and Q8_0 come out exactly. Q4_K and Q6_K keep their codes; their scales (and minima), products of
-    /// two numbers, are rounded to f16: a relative error of at most 2^-11 in the normal range. Q5_1 and Q5_K have no
-    /// such encoding and are rounded to symmetric eight bits in blocks of 32.
+    /// Q4_0, Q4_1, Q5_0, Q8_0 and IQ4_NL come out exactly. Q2_K, Q3_K, Q4_K, Q6_K and IQ4_XS keep their codes; their scales
+    /// (and minima), products of two numbers, are rounded to f16: a relative error of at most 2^-11 in the normal range.
+    /// Q5_1 and Q5_K have no such encoding and are rounded to symmetric eight bits in blocks of 32: an error of at most
+    /// 1/254 of the block's largest magnitude, below an eighth of the step of a block that has both signs.
     ///
     /// # Errors
     /// [`QuantizeError`] if a scale is not finite or too large for f16.
     pub fn keep_grid(self, tensor: &SourceTensor, workers: &Workers) -> Result<Quantized, QuantizeError> {
-        if matches!(self, GgmlType::Q5_1 | GgmlType::Q5K) {
-            return quantize(tensor, Scheme::Block { bits: Bits::Eight, block_size: 32 }, workers);
+        let grid = self.grid();
+        if let Grid::FiveMin = grid {
+            return quantize(tensor, Scheme::Block { bits: Bits::Eight, block_size: self.run() }, workers);
         }
-        let four = matches!(self, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4K);
+        let four = matches!(grid, Grid::Four | Grid::FourMin);
         let (n, k, runs) = (tensor.n(), tensor.k(), tensor.k() / self.run());
         let row_codes = if four { k / 2 } else { k };
         let (mut codes, mut scales, mut mins) = (vec![0; n * row_codes], vec![0.0; n * runs], vec![0.0; n * runs]);
@@ -139,10 +191,10 @@ impl GgmlType {
                 return Err(QuantizeError::TooLarge { tensor: tensor.name.clone(), row });
             }
         }
-        let (data_type, offsets) = match self {
-            GgmlType::Q4_0 => (DataType::SFixedPoint4, BlockOffsets::Symmetric),
-            GgmlType::Q4_1 | GgmlType::Q4K => (DataType::UFixedPoint4, BlockOffsets::Min(Floats::from_f16(&mins))),
-            _ => (DataType::SFixedPoint8, BlockOffsets::Symmetric),
+        let (data_type, offsets) = match grid {
+            Grid::Four => (DataType::SFixedPoint4, BlockOffsets::Symmetric),
+            Grid::FourMin => (DataType::UFixedPoint4, BlockOffsets::Min(Floats::from_f16(&mins))),
+            Grid::Eight | Grid::FiveMin => (DataType::SFixedPoint8, BlockOffsets::Symmetric),
         };
         let (bitwidth, block_size, scales) = (data_type.bits() as u8, self.run(), Floats::from_f16(&scales));
         let encoding = Encoding::Block { bitwidth, block_size, scales, offsets };
@@ -187,9 +239,16 @@ impl GgmlType {
                     *code = byte.cast_signed();
                 }
             }
+            GgmlType::Q2K => out.q2k(bytes),
+            GgmlType::Q3K => out.q3k(bytes),
             GgmlType::Q4K => out.k45(bytes, None, 16),
             GgmlType::Q5K => out.k45(bytes, Some(16), 48),
             GgmlType::Q6K => out.q6k(bytes),
+            GgmlType::Iq4Nl => {
+                (out.scales[0], out.mins[0]) = (half_at(bytes, 0), 0.0);
+                nonlinear(&bytes[2..18], &mut out.codes[..32]);
+            }
+            GgmlType::Iq4Xs => out.iq4xs(bytes),
         }
     }
 }
@@ -217,6 +276,43 @@ impl Unpacked {
             let fifth = |i: usize| ((high >> i & 1) as u8) << 4;
             self.codes[i] = (pair & 15 | fifth(i)).cast_signed() - at.zero;
             self.codes[i + 16] = (pair >> 4 | fifth(i + 16)).cast_signed() - at.zero;
+        }
+    }
+
+    /// Q2_K: sixteen runs of 16, a nibble of scale and one of minimum each, times two halves; codes as [`two_bits`] has them.
+    fn q2k(&mut self, bytes: &[u8]) {
+        let (scale, min) = (half_at(bytes, 80), half_at(bytes, 82));
+        for (run, pair) in bytes[..16].iter().enumerate() {
+            (self.scales[run], self.mins[run]) = (scale * f32::from(pair & 15), -(min * f32::from(pair >> 4)));
+        }
+        for (i, code) in self.codes.iter_mut().enumerate() {
+            *code = two_bits(&bytes[16..80], i).cast_signed();
+        }
+    }
+
+    /// Q3_K: sixteen runs of 16 with six-bit signed scales times one half; a third bit of each code lies apart, in bit
+    /// `i / 32` of byte `i % 32`, and without it 4 is taken off.
+    fn q3k(&mut self, bytes: &[u8]) {
+        let (high, codes, packed, scale) = (&bytes[..32], &bytes[32..96], &bytes[96..108], half_at(bytes, 108));
+        for run in 0..16 {
+            let low = if run < 8 { packed[run] & 15 } else { packed[run - 8] >> 4 };
+            let six = low | (packed[8 + run % 4] >> (run / 4 * 2) & 3) << 4;
+            (self.scales[run], self.mins[run]) = (scale * f32::from(six.cast_signed() - 32), 0.0);
+        }
+        for (i, code) in self.codes.iter_mut().enumerate() {
+            let third = high[i % 32] >> (i / 32) & 1;
+            *code = (two_bits(codes, i) | third << 2).cast_signed() - 4;
+        }
+    }
+
+    /// IQ4_XS: eight runs of 32 codes of the uneven grid, with six-bit signed scales times one half.
+    fn iq4xs(&mut self, bytes: &[u8]) {
+        let (scale, high) = (half_at(bytes, 0), u16::from_le_bytes([bytes[2], bytes[3]]));
+        for run in 0..8 {
+            let low = bytes[4 + run / 2] >> (run % 2 * 4) & 15;
+            let six = low | ((high >> (run * 2) & 3) as u8) << 4;
+            (self.scales[run], self.mins[run]) = (scale * f32::from(six.cast_signed() - 32), 0.0);
+            nonlinear(&bytes[8 + run * 16..][..16], &mut self.codes[run * 32..][..32]);
         }
     }
 
@@ -258,9 +354,24 @@ impl Unpacked {
     }
 }
 
+/// Code `i` of a block of two-bit codes: two halves of 128, each four rows of 32 in the same 32 bytes.
+fn two_bits(codes: &[u8], i: usize) -> u8 {
+    codes[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3
+}
+
+/// 32 codes of the uneven grid: the low halves of 16 bytes, then the high halves.
+fn nonlinear(pairs: &[u8], out: &mut [i8]) {
+    let (low, high) = out.split_at_mut(16);
+    for ((pair, low), high) in pairs.iter().zip(low).zip(high) {
+        (*low, *high) = (UNEVEN[usize::from(pair & 15)], UNEVEN[usize::from(pair >> 4)]);
+    }
+}
+
 fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
 const MAX_BLOCK: usize = 256;
 const MAX_RUNS: usize = 16;
+/// What the sixteen codes of IQ4_NL and IQ4_XS stand for, before the scale.
+const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];

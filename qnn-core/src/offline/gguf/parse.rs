@@ -226,6 +226,27 @@ impl GgufFile {
         }
     }
 
+    /// The f32s under `key`, if it is there.
+    ///
+    /// # Errors
+    /// [`GgufError::Metadata`] if it is no array of f32.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, GgufError> {
+        let Some((element, _, at)) = self.array(key)? else { return Ok(None) };
+        if element != ValueType::F32 {
+            return Err(wrong_type(key, &self.metadata[key], "an array of f32"));
+        }
+        let chunks = self.bytes[at].as_chunks::<4>().0;
+        Ok(Some(chunks.iter().map(|c| f32::from_le_bytes(*c)).collect()))
+    }
+
+    /// The length of the array under `key`, if it is there.
+    ///
+    /// # Errors
+    /// [`GgufError::Metadata`] if it is no array.
+    pub fn array_len(&self, key: &str) -> Result<Option<usize>, GgufError> {
+        Ok(self.array(key)?.map(|(_, len, _)| len))
+    }
+
     fn array(&self, key: &str) -> Result<Option<(ValueType, usize, Range<usize>)>, GgufError> {
         match self.value(key) {
             None => Ok(None),

@@ -4,18 +4,24 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value as Json, json};
 
+mod byte_level;
+mod sentencepiece;
+
 use super::{GgufError, GgufFile};
 use crate::offline::{config::ModelConfig, error::ImportError};
 
-/// `tokenizer.json`, `tokenizer_config.json`, `generation_config.json`.
+/// `tokenizer.json`, `tokenizer_config.json`, `generation_config.json`; none for a file without a tokenizer.
 ///
 /// # Errors
 /// [`ImportError::Unsupported`] for a tokenizer whose ids could not be reproduced; [`ImportError::Gguf`] for metadata that
 /// contradicts itself.
 pub(super) fn sidecars(file: &GgufFile, config: &ModelConfig) -> Result<Vec<(&'static str, Vec<u8>)>, ImportError> {
+    if !is_there(file)? {
+        return Ok(Vec::new());
+    }
     let tokenizer = Tokenizer::read(file)?;
-    if tokenizer.tokens.len() > config.vocab_size {
-        let (have, want) = (format!("{} tokens", tokenizer.tokens.len()), config.vocab_size);
+    if tokenizer.vocab.tokens.len() > config.vocab_size {
+        let (have, want) = (format!("{} tokens", tokenizer.vocab.tokens.len()), config.vocab_size);
         return Err(wrong(TOKENS, have, format!("at most {want}, the rows of the embedding")));
     }
     let pretty = |value: &Json| serde_json::to_vec_pretty(value).map_err(ImportError::Json);
@@ -26,18 +32,55 @@ pub(super) fn sidecars(file: &GgufFile, config: &ModelConfig) -> Result<Vec<(&'s
     ])
 }
 
+/// Whether the file has a tokenizer at all.
+pub(super) fn is_there(file: &GgufFile) -> Result<bool, ImportError> {
+    Ok(!matches!(file.string(MODEL)?, None | Some("none" | "no_vocab")))
+}
+
+/// Ids that end an answer: those that the metadata names, and control tokens that by their text end a turn or a text, which
+/// many files leave unnamed.
+pub(super) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, ImportError> {
+    let mut ends = Vec::new();
+    for role in ["eos", "eot", "eom"] {
+        let key = format!("tokenizer.ggml.{role}_token_id");
+        let Some(id) = file.unsigned(&key)? else { continue };
+        ends.push(u32::try_from(id).map_err(|_| wrong(&key, id, "a token id"))?);
+    }
+    let (texts, kinds) = (file.strings(TOKENS)?.unwrap_or_default(), file.integers(KINDS)?.unwrap_or_default());
+    let by_text = texts.iter().zip(&kinds).zip(0..);
+    ends.extend(by_text.filter(|((text, kind), _)| **kind == KIND_CONTROL && ENDS.contains(text)).map(|(_, id)| id));
+    let mut seen = std::collections::BTreeSet::new();
+    ends.retain(|id| seen.insert(*id));
+    Ok(ends)
+}
+
 /// What the metadata says, checked.
 struct Tokenizer<'a> {
-    /// Text of each id; `None` for ids that the tokenizer does not know (padding of the embedding).
-    tokens: Vec<Option<&'a str>>,
-    ids: HashMap<&'a str, u32>,
+    vocab: Vocabulary<'a>,
     /// Tokens that are found in the text before anything else.
     added: Vec<Added<'a>>,
-    merges: Vec<(&'a str, &'a str)>,
-    splitter: &'static Splitter,
+    parts: Parts,
     special: Special,
     add_bos: bool,
     add_eos: bool,
+}
+
+/// The tokens.
+struct Vocabulary<'a> {
+    /// Text of each id; `None` for ids that the tokenizer does not know (padding of the embedding).
+    tokens: Vec<Option<&'a str>>,
+    kinds: Vec<i64>,
+    ids: HashMap<&'a str, u32>,
+}
+
+/// The parts of a `tokenizer.json` that depend on the kind of tokenizer.
+struct Parts {
+    normalizer: Json,
+    pre_tokenizer: Json,
+    decoder: Json,
+    model: Json,
+    /// Whether a text begins with BOS when the metadata does not say.
+    add_bos: bool,
 }
 
 struct Added<'a> {
@@ -55,88 +98,36 @@ struct Special {
     padding: Option<u32>,
 }
 
-/// How text is cut before merging, by the name in `tokenizer.ggml.pre`.
-struct Splitter {
-    names: &'static [&'static str],
-    /// Unicode normalization of the text.
-    nfc: bool,
-    steps: &'static [Step],
-    /// A whole word that is a token is taken as it is.
-    ignore_merges: bool,
-    /// Whether a text begins with BOS when the metadata does not say.
-    add_bos: bool,
-}
-
-#[derive(Clone, Copy)]
-enum Step {
-    /// Every digit for itself.
-    Digits,
-    /// Matches of a regular expression for themselves.
-    Split(&'static str),
-    /// Bytes to characters, after GPT-2's own cut.
-    ByteLevelGpt2,
-    /// Bytes to characters.
-    ByteLevel,
-}
-
 impl<'a> Tokenizer<'a> {
     fn read(file: &'a GgufFile) -> Result<Tokenizer<'a>, ImportError> {
-        let model = file.string("tokenizer.ggml.model")?.unwrap_or("none");
-        if model != "gpt2" {
-            let (what, supported) = (format!("tokenizer model {model:?}"), "\"gpt2\" (byte-level BPE)".to_owned());
-            return Err(ImportError::Unsupported { what, supported });
-        }
-        let splitter = find_splitter(file.string("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-        let texts = file.strings(TOKENS)?.ok_or_else(|| wrong(TOKENS, "missing", "an array of strings"))?;
-        let kinds = file.integers(KINDS)?.unwrap_or_else(|| vec![KIND_NORMAL; texts.len()]);
-        if kinds.len() != texts.len() || u32::try_from(texts.len()).is_err() {
-            return Err(wrong(KINDS, format!("{} entries", kinds.len()), format!("{}, one a token", texts.len())));
-        }
-        let (mut tokens, mut ids, mut added) = (Vec::with_capacity(texts.len()), HashMap::new(), Vec::new());
-        for (id, (content, kind)) in texts.into_iter().zip(kinds).enumerate() {
-            let id = id as u32; // `texts.len()` fits
-            tokens.push((kind != KIND_UNUSED).then_some(content));
-            if kind == KIND_UNUSED {
-                continue;
+        let vocab = Vocabulary::read(file)?;
+        let parts = match file.string(MODEL)?.unwrap_or("none") {
+            "gpt2" => byte_level::read(file, &vocab.ids)?,
+            "llama" => sentencepiece::read(file, &vocab)?,
+            model => {
+                let supported = "\"gpt2\" (byte-level BPE), \"llama\" (SentencePiece)".to_owned();
+                return Err(ImportError::Unsupported { what: format!("tokenizer model {model:?}"), supported });
             }
-            if let Some(first) = ids.insert(content, id) {
-                return Err(wrong(TOKENS, format!("{content:?} as {first} and {id}"), "every token once"));
-            }
-            if matches!(kind, KIND_UNKNOWN | KIND_CONTROL | KIND_USER_DEFINED) {
-                added.push(Added { id, content, special: kind != KIND_USER_DEFINED });
-            }
-        }
-        let special = Special::read(file, &tokens)?;
-        let merges = read_merges(file, &ids)?;
-        let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(splitter.add_bos);
+        };
+        let added = vocab.added();
+        let special = Special::read(file, &vocab.tokens)?;
+        let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(parts.add_bos);
         let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
-        Ok(Tokenizer { tokens, ids, added, merges, splitter, special, add_bos, add_eos })
+        Ok(Tokenizer { vocab, added, parts, special, add_bos, add_eos })
     }
 
     fn json(&self) -> Result<Json, ImportError> {
-        let vocab: Map<String, Json> = self.ids.iter().map(|(text, id)| ((*text).to_owned(), json!(id))).collect();
-        let steps: Vec<Json> = self.splitter.steps.iter().map(|step| step.json()).collect();
+        let Parts { normalizer, pre_tokenizer, decoder, model, .. } = &self.parts;
         Ok(json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
             "added_tokens": self.added.iter().map(Added::json).collect::<Vec<Json>>(),
-            "normalizer": if self.splitter.nfc { json!({ "type": "NFC" }) } else { Json::Null },
-            "pre_tokenizer": { "type": "Sequence", "pretokenizers": steps },
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
             "post_processor": self.post_processor()?,
-            "decoder": byte_level(true),
-            "model": {
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": self.splitter.ignore_merges,
-                "vocab": vocab,
-                "merges": self.merges.iter().map(|(left, right)| json!([left, right])).collect::<Vec<Json>>(),
-            },
+            "decoder": decoder,
+            "model": model,
         }))
     }
 
@@ -206,7 +197,39 @@ impl<'a> Tokenizer<'a> {
     }
 
     fn text(&self, id: u32) -> Option<&'a str> {
-        self.tokens.get(id as usize).copied().flatten()
+        self.vocab.tokens.get(id as usize).copied().flatten()
+    }
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(file: &'a GgufFile) -> Result<Vocabulary<'a>, ImportError> {
+        let texts = file.strings(TOKENS)?.ok_or_else(|| wrong(TOKENS, "missing", "an array of strings"))?;
+        let kinds = file.integers(KINDS)?.unwrap_or_else(|| vec![KIND_NORMAL; texts.len()]);
+        if kinds.len() != texts.len() || u32::try_from(texts.len()).is_err() {
+            return Err(wrong(KINDS, format!("{} entries", kinds.len()), format!("{}, one a token", texts.len())));
+        }
+        let (mut tokens, mut ids) = (Vec::with_capacity(texts.len()), HashMap::new());
+        for (id, (content, kind)) in texts.into_iter().zip(&kinds).enumerate() {
+            let id = id as u32; // `texts.len()` fits
+            tokens.push((*kind != KIND_UNUSED).then_some(content));
+            if *kind == KIND_UNUSED {
+                continue;
+            }
+            if let Some(first) = ids.insert(content, id) {
+                return Err(wrong(TOKENS, format!("{content:?} as {first} and {id}"), "every token once"));
+            }
+        }
+        Ok(Vocabulary { tokens, kinds, ids })
+    }
+
+    fn added(&self) -> Vec<Added<'a>> {
+        let roles = self.tokens.iter().zip(&self.kinds).enumerate();
+        let added = roles.filter(|(_, (_, kind))| matches!(**kind, KIND_UNKNOWN | KIND_CONTROL | KIND_USER_DEFINED));
+        added
+            .filter_map(|(id, (content, kind))| {
+                Some(Added { id: id as u32, content: (*content)?, special: *kind != KIND_USER_DEFINED })
+            })
+            .collect()
     }
 }
 
@@ -232,100 +255,32 @@ impl Added<'_> {
     }
 }
 
-impl Step {
-    fn json(self) -> Json {
-        match self {
-            Step::Digits => json!({ "type": "Digits", "individual_digits": true }),
-            Step::Split(regex) => {
-                json!({ "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false })
-            }
-            Step::ByteLevelGpt2 => byte_level(true),
-            Step::ByteLevel => byte_level(false),
-        }
-    }
-}
-
-fn byte_level(use_regex: bool) -> Json {
-    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
-}
-
-/// Pairs in the order in which they are merged, each checked against the vocabulary.
-fn read_merges<'a>(file: &'a GgufFile, ids: &HashMap<&str, u32>) -> Result<Vec<(&'a str, &'a str)>, ImportError> {
-    let lines = file.strings(MERGES)?.ok_or_else(|| wrong(MERGES, "missing", "an array of strings"))?;
-    let mut joined = String::new();
-    let mut merges = Vec::with_capacity(lines.len());
-    for line in lines {
-        // The left part may itself begin with a space.
-        let first = line.chars().next().map_or(0, char::len_utf8);
-        let space = line[first..].find(' ').map(|at| at + first);
-        let (left, right) = space.map_or((line, ""), |at| (&line[..at], &line[at + 1..]));
-        joined.clear();
-        joined.extend([left, right]);
-        if ![left, right, &joined].into_iter().all(|text| ids.contains_key(text)) {
-            return Err(wrong(MERGES, format!("{line:?}"), "two tokens that make a third"));
-        }
-        merges.push((left, right));
-    }
-    Ok(merges)
-}
-
-fn find_splitter(name: &str) -> Result<&'static Splitter, ImportError> {
-    SPLITTERS.iter().find(|s| s.names.contains(&name)).ok_or_else(|| ImportError::Unsupported {
-        what: format!("pre-tokenizer {name:?}"),
-        supported: SPLITTERS.iter().flat_map(|s| s.names).copied().collect::<Vec<_>>().join(", "),
-    })
+/// The vocabulary of a model in a `tokenizer.json`.
+fn vocabulary(ids: &HashMap<&str, u32>) -> Map<String, Json> {
+    ids.iter().map(|(text, id)| ((*text).to_owned(), json!(id))).collect()
 }
 
 fn wrong(key: &str, have: impl ToString, want: impl Into<String>) -> ImportError {
     GgufError::Metadata { key: key.to_owned(), have: have.to_string(), want: want.into() }.into()
 }
 
-const SPLITTERS: &[Splitter] = &[
-    Splitter {
-        names: &["smollm"],
-        nfc: false,
-        steps: &[Step::Digits, Step::ByteLevelGpt2],
-        ignore_merges: false,
-        add_bos: false,
-    },
-    Splitter { names: &["gpt-2"], nfc: false, steps: &[Step::ByteLevelGpt2], ignore_merges: false, add_bos: false },
-    Splitter {
-        names: &["qwen2"],
-        nfc: true,
-        steps: &[Step::Split(QWEN2_WORDS), Step::ByteLevel],
-        ignore_merges: false,
-        add_bos: false,
-    },
-    Splitter {
-        names: &["llama-bpe", "llama3", "llama-v3"],
-        nfc: false,
-        steps: &[Step::Split(LLAMA3_WORDS), Step::ByteLevel],
-        ignore_merges: true,
-        add_bos: true,
-    },
-    // What llama.cpp does for a file that does not say how its text was cut.
-    Splitter {
-        names: &["default"],
-        nfc: false,
-        steps: &[
-            Step::Split(r"[\p{P}\$\+<=>\^~\|]+"),
-            Step::Split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
-            Step::Split(r"\p{N}+"),
-            Step::Split("[0-9][0-9][0-9]"),
-            Step::ByteLevel,
-        ],
-        ignore_merges: false,
-        add_bos: false,
-    },
+/// How the families end a turn or a text.
+const ENDS: &[&str] = &[
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
 ];
-const QWEN2_WORDS: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const KINDS: &str = "tokenizer.ggml.token_type";
-const MERGES: &str = "tokenizer.ggml.merges";
 const KIND_NORMAL: i64 = 1;
 const KIND_UNKNOWN: i64 = 2;
 const KIND_CONTROL: i64 = 3;
 const KIND_USER_DEFINED: i64 = 4;
 const KIND_UNUSED: i64 = 5;
+const KIND_BYTE: i64 = 6;
