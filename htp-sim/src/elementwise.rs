@@ -167,7 +167,7 @@ fn unary(cx: &Cx<'_>, function: Unary, x: &[f32], out: &mut [f32]) -> Result<(),
 }
 
 /// Calls `f` with parts of `out` and where they lie in it.
-fn in_parts(cx: &Cx<'_>, out: &mut [f32], f: impl Fn(Range<usize>, &mut [f32]) + Sync) {
+pub(crate) fn in_parts(cx: &Cx<'_>, out: &mut [f32], f: impl Fn(Range<usize>, &mut [f32]) + Sync) {
     let len = out.len();
     if len <= PART_VALUES {
         f(0..len, out);

@@ -139,6 +139,17 @@ pub(crate) struct QuantizedRowMut<'a> {
     pub(crate) sums: &'a mut [i32],
     pub(crate) sum_block: usize,
     pub(crate) plane_sums: &'a mut [i32; 2],
+    /// The fixed steps, or `None` for a scale from the row's largest magnitude.
+    pub(crate) steps: Option<Steps>,
+}
+
+/// Fixed steps of a row: `code = clamp(x / scale, low, high), rounded, - center`.
+#[derive(Clone, Copy)]
+pub(crate) struct Steps {
+    pub(crate) scale: f32,
+    pub(crate) low: i32,
+    pub(crate) high: i32,
+    pub(crate) center: i32,
 }
 
 impl Kernels {

@@ -46,7 +46,7 @@ pub use norm::{rms_norm, rms_norm_quantize};
 pub use packed::{
     BlockOffset, Offsets, PackedLayout, PackedWeights, Packer, WeightFormat, pack_float, pack_quantized, round_to_f16,
 };
-pub use quantize::{ActBits, QuantizedRows, quantize_rows};
+pub use quantize::{ActBits, Grid, QuantizedRows, quantize_rows, snap};
 pub use rope::{rotary_table, rotate};
 pub use workers::{MAX_WORKERS, Workers};
 

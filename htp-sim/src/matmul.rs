@@ -193,6 +193,9 @@ fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError>
             {
                 return Err(ShapeError::new("block of sums in x", rows.sum_block(), Needed::Exactly(block)));
             }
+            if rows.shift() != 0.0 {
+                expect_len("sums of rows of weights", half.weights.row_sums().len(), layout.n())?;
+            }
         }
     }
     if let Some(bias) = half.bias {

@@ -173,6 +173,7 @@ impl PackedLayout {
             codes: &blob[..self.panels() * self.panel_code_bytes()],
             scales: &blob[self.scales_at_bytes()..][..self.panels() * self.panel_scale_bytes()],
             offsets: &blob[self.offsets_at_bytes()..],
+            row_sums: &[],
         })
     }
 
@@ -212,9 +213,36 @@ pub struct PackedWeights<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
     offsets: &'a [u8],
+    /// `[n]`, or empty.
+    row_sums: &'a [f32],
 }
 
 impl<'a> PackedWeights<'a> {
+    /// The same weights with the sum of each row, which products with rows on a shifted grid need (see
+    /// [`crate::QuantizedRows::shift`]).
+    ///
+    /// # Errors
+    /// [`ShapeError`] unless there are `n` sums.
+    pub fn with_row_sums(self, row_sums: &'a [f32]) -> Result<PackedWeights<'a>, ShapeError> {
+        expect_len("sums of rows of weights", row_sums.len(), self.layout.n)?;
+        Ok(PackedWeights { row_sums, ..self })
+    }
+
+    /// The sum of each row; empty unless they were given.
+    pub(crate) fn row_sums(&self) -> &'a [f32] {
+        self.row_sums
+    }
+
+    /// The sum of each row of the floats that the weights stand for, `[n]`.
+    pub fn sum_rows(&self) -> Vec<f32> {
+        let mut row = vec![0.0; self.layout.k];
+        let sum = |n: usize| {
+            self.dequantize_row(n, &mut row);
+            row.iter().map(|w| f64::from(*w)).sum::<f64>() as f32
+        };
+        (0..self.layout.n).map(sum).collect()
+    }
+
     /// The shape and format.
     pub fn layout(&self) -> PackedLayout {
         self.layout

@@ -1,8 +1,9 @@
-//! Dynamic quantization of activations, one scale per row.
+//! Quantization of activations: one scale per row, found in the row, or one fixed grid for all rows.
 
 use crate::Cx;
+use crate::elementwise::in_parts;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
-use crate::kernels::{QuantizedRowMut, RowValues};
+use crate::kernels::{QuantizedRowMut, RowValues, Steps};
 use crate::packed::MAX_INTEGER_K;
 use crate::scratch::Disjoint;
 
@@ -25,7 +26,63 @@ impl ActBits {
     }
 }
 
-/// Rows of activations as integers: `float = code · scale`, with one scale per row.
+/// A fixed grid: the floats `i · scale` for whole `i` from `low` to `high`.
+///
+/// A value goes to the nearest of them, ties to the even `i`, and to the end of the grid if it is outside.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Grid {
+    scale: f32,
+    low: i32,
+    high: i32,
+}
+
+impl Grid {
+    /// The grid from `low` to `high`, or `None` unless `scale` is a positive normal float and
+    /// `low <= 0 <= high <= low + 65535`.
+    pub fn new(scale: f32, low: i32, high: i32) -> Option<Grid> {
+        let steps = i64::from(high) - i64::from(low);
+        let fits = scale.is_normal() && scale > 0.0 && low <= 0 && high >= 0 && steps <= 0xffff;
+        fits.then_some(Grid { scale, low, high })
+    }
+
+    /// Distance of two neighbours.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The nearest float of the grid; NaN stays.
+    #[inline(always)]
+    pub fn nearest(&self, x: f32) -> f32 {
+        (x / self.scale).clamp(self.low as f32, self.high as f32).round_ties_even() * self.scale
+    }
+
+    /// The same in f64, for oracles.
+    pub fn nearest_f64(&self, x: f64) -> f64 {
+        let scale = f64::from(self.scale);
+        (x / scale).round_ties_even().clamp(f64::from(self.low), f64::from(self.high)) * scale
+    }
+
+    /// Whether codes of `bits` hold the grid with code 0 for 0: then products need no sums of weights.
+    pub fn is_centered(&self, bits: ActBits) -> bool {
+        self.center(bits) == Some(0)
+    }
+
+    /// Where code 0 lies, so that all codes fit `bits`, or `None` if there are too many. It is 0 if that fits.
+    fn center(&self, bits: ActBits) -> Option<i32> {
+        // Two signed bytes `256 · hi + lo` reach from -128 · 256 - 128 to 127 · 256 + 127.
+        let (least, most) = match bits {
+            ActBits::Eight => (-128, 127),
+            ActBits::Sixteen => (-32896, 32639),
+        };
+        let center = if self.low < least || self.high > most { self.low - least } else { 0 };
+        (self.high - center <= most).then_some(center)
+    }
+}
+
+/// Rows of activations as integers: `float = (code + center) · scale`, with one scale per row.
+///
+/// Without a grid each row gets a scale from its largest magnitude, and `center` is 0. With one, all rows have its scale,
+/// and `center` is what moves its codes into range, 0 for most grids.
 ///
 /// A 16-bit code is kept as two signed bytes, `256 · hi + lo`, in two planes: 8-bit multipliers take one at a time.
 /// A row of zeros has scale 0. A row with a NaN or an infinity has scale NaN and codes 0, so that all it makes is NaN.
@@ -44,6 +101,8 @@ pub struct QuantizedRows {
     /// Sums over multiples of `sum_block`, for weights of larger blocks.
     coarser: Vec<(usize, Vec<i32>)>,
     plane_sums: Vec<[i32; 2]>,
+    grid: Option<Grid>,
+    center: i32,
 }
 
 impl QuantizedRows {
@@ -77,6 +136,8 @@ impl QuantizedRows {
             sums: vec![0; max_rows * (k / sum_block)],
             coarser: Vec::new(),
             plane_sums: vec![[0; 2]; max_rows],
+            grid: None,
+            center: 0,
         })
     }
 
@@ -97,6 +158,21 @@ impl QuantizedRows {
     /// True if sums over each `block` values are kept.
     pub fn has_sums_over(&self, block: usize) -> bool {
         self.sum_block == block || self.coarser.iter().any(|(coarser, _)| *coarser == block)
+    }
+
+    /// Quantizes later rows on `grid`, or (`None`) each with a scale of its own.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if the grid has more steps than codes of these bits.
+    pub fn set_grid(&mut self, grid: Option<Grid>) -> Result<(), ShapeError> {
+        self.center = match grid {
+            None => 0,
+            Some(grid) => grid.center(self.bits).ok_or_else(|| {
+                ShapeError::new("steps of a grid for 8-bit codes", (grid.high - grid.low) as usize, Needed::AtMost(255))
+            })?,
+        };
+        self.grid = grid;
+        Ok(())
     }
 
     /// Rows that hold values now.
@@ -138,6 +214,16 @@ impl QuantizedRows {
         self.scales[row]
     }
 
+    /// The float at (`row`, `k`).
+    pub fn value(&self, row: usize, k: usize) -> f32 {
+        (self.code(row, k) + self.center) as f32 * self.scales[row]
+    }
+
+    /// What code 0 means; 0 without a grid. A product with weights lacks this times the sum of each output's weights.
+    pub fn shift(&self) -> f32 {
+        self.grid.map_or(0.0, |grid| self.center as f32 * grid.scale)
+    }
+
     /// The planes from row `row` on, with the sums over blocks of `block`; the finest if there are none of that block.
     pub(crate) fn from(&self, row: usize, block: usize) -> QuantizedRowsFrom<'_> {
         let at = row * self.k_padded;
@@ -164,7 +250,7 @@ pub(crate) struct QuantizedRowsFrom<'a> {
     pub(crate) plane_sums: &'a [[i32; 2]],
 }
 
-/// Quantizes the rows of `x`, `[m, k]`, into `out`: `code = round_half_even(x / scale)`.
+/// Quantizes the rows of `x`, `[m, k]`, into `out`: `code = round_half_even(x / scale) - center`.
 ///
 /// # Errors
 /// [`ShapeError`] if `x` is not a whole number of `out`'s rows, or more rows than fit.
@@ -172,6 +258,11 @@ pub fn quantize_rows(cx: &Cx<'_>, x: &[f32], out: &mut QuantizedRows) -> Result<
     let (k, rows) = (out.k, out.rows_in(x)?);
     quantize_each(cx, rows, out, |row| RowValues { x: &x[row * k..][..k], norm: None });
     Ok(())
+}
+
+/// Moves each value of `x` to the nearest one of `grid`.
+pub fn snap(cx: &Cx<'_>, x: &mut [f32], grid: Grid) {
+    in_parts(cx, x, |_, part| part.iter_mut().for_each(|value| *value = grid.nearest(*value)));
 }
 
 impl QuantizedRows {
@@ -195,6 +286,7 @@ pub(crate) fn quantize_each<'a>(
     let low_stride = if out.bits == ActBits::Sixteen { stride } else { 0 };
     let low_k = if out.bits == ActBits::Sixteen { k } else { 0 };
     let blocks = k / sum_block;
+    let steps = out.grid.map(|grid| Steps { scale: grid.scale, low: grid.low, high: grid.high, center: out.center });
     out.rows = rows;
     let hi = Disjoint::new(&mut out.hi);
     let lo = Disjoint::new(&mut out.lo);
@@ -211,6 +303,7 @@ pub(crate) fn quantize_each<'a>(
                 sums: sums.range(row * blocks, blocks),
                 sum_block,
                 plane_sums: &mut plane_sums.range(row, 1)[0],
+                steps,
             }
         };
         // SAFETY: the table exists only on a CPU that has its instruction set; the ranges above have the row's lengths.

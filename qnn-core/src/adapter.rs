@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{binary::Identity, tensor::Panels};
+use htp_sim::Grid;
+
+use crate::{binary::Identity, encoding::Encoding, tensor::Panels, types::DataType};
 
 /// Values for the updatable tensors of a context. Shared and immutable: an execute that runs with it is not disturbed
 /// by whatever is applied meanwhile.
@@ -17,6 +19,8 @@ pub struct Adapter {
     names: Arc<[String]>,
     /// Values in the order of `names`; `None` is all zeros.
     tensors: Vec<Option<Panels>>,
+    /// Static encodings of computed tensors that replace those of the graphs, sorted by name.
+    encodings: Vec<(String, TensorEncoding, Grid)>,
     description: Description,
     identity: Option<Identity>,
 }
@@ -45,6 +49,15 @@ pub struct Slot {
     pub scaling: Option<f32>,
 }
 
+/// The static encoding that an adapter brings for a computed tensor.
+#[derive(Debug, Clone)]
+pub struct TensorEncoding {
+    /// Element type: that of the graph.
+    pub data_type: DataType,
+    /// One scale and offset.
+    pub encoding: Encoding,
+}
+
 impl Adapter {
     /// Puts together the adapter `name` for a context whose updatable tensors are `names` (sorted).
     ///
@@ -60,13 +73,37 @@ impl Adapter {
             let Ok(index) = names.binary_search(&name) else { return Err(name) };
             tensors[index] = Some(panels);
         }
-        Ok(Adapter { name: name.into(), names, tensors, description: Description::default(), identity: None })
+        let (encodings, description) = (Vec::new(), Description::default());
+        Ok(Adapter { name: name.into(), names, tensors, encodings, description, identity: None })
     }
 
     /// The same values with a description.
     #[must_use]
     pub fn described(self, description: Description) -> Adapter {
         Adapter { description, ..self }
+    }
+
+    /// The same values with encodings of their own for computed tensors, by name. A context that the adapter is applied to
+    /// has to declare these tensors as updatable.
+    ///
+    /// # Errors
+    /// The first name that is there twice or whose encoding no computed tensor can have, and why.
+    pub fn with_encodings(
+        mut self,
+        encodings: impl IntoIterator<Item = (String, TensorEncoding)>,
+    ) -> Result<Adapter, (String, String)> {
+        self.encodings.clear();
+        for (name, own) in encodings {
+            match own.encoding.grid(own.data_type) {
+                Ok(grid) => self.encodings.push((name, own, grid)),
+                Err(why) => return Err((name, why)),
+            }
+        }
+        self.encodings.sort_by(|a, b| a.0.cmp(&b.0));
+        match self.encodings.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            Some(pair) => Err((pair[0].0.clone(), "two encodings".to_owned())),
+            None => Ok(self),
+        }
     }
 
     pub(crate) fn identified(self, identity: Identity) -> Adapter {
@@ -98,6 +135,17 @@ impl Adapter {
     pub fn values(&self) -> impl Iterator<Item = (&str, &Panels)> {
         let named = self.names.iter().zip(&self.tensors);
         named.filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
+    }
+
+    /// Names and encodings of the computed tensors that have their own with this adapter, in the order of their names.
+    pub fn encodings(&self) -> impl Iterator<Item = (&str, &TensorEncoding)> {
+        self.encodings.iter().map(|(name, own, _)| (name.as_str(), own))
+    }
+
+    /// The grid of computed tensor `name` with this adapter, if it is not the graph's.
+    pub(crate) fn grid(&self, name: &str) -> Option<Grid> {
+        let index = self.encodings.binary_search_by(|(own, ..)| own.as_str().cmp(name)).ok()?;
+        Some(self.encodings[index].2)
     }
 
     /// Number of tensors that have values.

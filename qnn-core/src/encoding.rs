@@ -1,8 +1,20 @@
 //! Quantization encodings: what a fixed-point number means.
 //!
 //! The law, everywhere: `float = (q + offset) * scale`. A zero point of ONNX or PyTorch is `-offset`.
+//!
+//! # Static encodings of computed tensors
+//!
+//! An input, an intermediate result or an output that has a [`Encoding::ScaleOffset`] holds only floats of that encoding:
+//! whatever computes it in whatever precision, the result `x` becomes `q = clamp(round(x / scale) - offset, least, most)`,
+//! where ties go to the even multiple of `scale`, and what reads it reads `(q + offset) * scale`. Codes of `bitwidth` bits
+//! are `0 ..= 2^bits - 1` in unsigned types and `-2^(bits - 1) ..= 2^(bits - 1) - 1` in signed ones. Zero has to be a code
+//! (`-most <= offset <= -least`), so that padding and an absent adapter stay exact. NaN stays NaN; infinities clamp.
+//!
+//! A tensor with an encoding is never fused away; one without is free to be. Both backends follow this, so a result of
+//! one is at most one step of the last encoding from the other's as long as no rounding before it went another way.
 
 use half::{bf16, f16};
+use htp_sim::Grid;
 
 use crate::{map::Bytes, types::DataType};
 
@@ -44,6 +56,34 @@ pub enum Encoding {
         /// Offsets in the same order.
         offsets: BlockOffsets,
     },
+}
+
+impl Encoding {
+    /// The floats that a computed tensor of `data_type` with this encoding can hold.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn grid(&self, data_type: DataType) -> Result<Grid, String> {
+        let Encoding::ScaleOffset { bitwidth, scale, offset } = *self else {
+            return Err("an encoding per axis or block, need one scale and offset for a computed tensor".to_owned());
+        };
+        let signed = match data_type {
+            DataType::SFixedPoint8 | DataType::SFixedPoint16 => true,
+            DataType::UFixedPoint8 | DataType::UFixedPoint16 => false,
+            _ => return Err(format!("an encoding on {data_type}, need a fixed-point type of 8 or 16 bits")),
+        };
+        if bitwidth < 2 || usize::from(bitwidth) > data_type.bits() {
+            return Err(format!("{bitwidth} bits in {data_type}, need 2 to {}", data_type.bits()));
+        }
+        if !(scale.is_normal() && scale > 0.0) {
+            return Err(format!("scale {scale}, need a positive number"));
+        }
+        let least = if signed { -(1i32 << (bitwidth - 1)) } else { 0 };
+        let most = least + ((1 << bitwidth) - 1);
+        let ends = least.checked_add(offset).zip(most.checked_add(offset));
+        ends.and_then(|(low, high)| Grid::new(scale, low, high))
+            .ok_or_else(|| format!("offset {offset}, need {} to {} so that zero is a code", -most, -least))
+    }
 }
 
 /// Offsets of a block encoding.

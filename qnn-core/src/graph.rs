@@ -228,10 +228,19 @@ impl Graph {
     }
 
     /// Sets the element type and encoding of a computed tensor, as a quantizer does.
-    pub fn set_encoding(&mut self, id: TensorId, data_type: DataType, encoding: Option<Encoding>) {
-        let tensor = &mut self.tensors[id.index()];
-        tensor.data_type = data_type;
-        tensor.encoding = encoding;
+    ///
+    /// # Errors
+    /// [`GraphError::Tensor`] if a computed tensor cannot have that encoding. Nothing has changed then.
+    pub fn set_encoding(
+        &mut self,
+        id: TensorId,
+        data_type: DataType,
+        encoding: Option<Encoding>,
+    ) -> Result<(), GraphError> {
+        let changed = Tensor { data_type, encoding, ..self.tensors[id.index()].clone() };
+        check_tensor(&changed, &self.tensors[..id.index()])?;
+        self.tensors[id.index()] = changed;
+        Ok(())
     }
 
     /// Checks what can only be checked when the graph is complete.
@@ -332,7 +341,21 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
             }
             Ok(())
         }
-        (None, false) => Ok(()),
+        (None, false) => check_computed(tensor),
+    }
+}
+
+/// Checks the static encoding of a computed tensor.
+fn check_computed(tensor: &Tensor) -> Result<(), GraphError> {
+    let Some(encoding) = &tensor.encoding else { return Ok(()) };
+    let refuse =
+        |have, want: &str| Err(GraphError::Tensor { tensor: tensor.name.clone(), have, want: want.to_owned() });
+    if tensor.tensor_type.is_state() {
+        return refuse("a static encoding".to_owned(), "none: rows of a cache have scales of their own");
+    }
+    match encoding.grid(tensor.data_type) {
+        Ok(_) => Ok(()),
+        Err(have) => refuse(have, "an encoding that a computed tensor can have"),
     }
 }
 

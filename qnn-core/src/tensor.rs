@@ -1,5 +1,7 @@
 //! Tensors of a graph: name, kind, type, shape, encoding and, for constants, data.
 
+use std::sync::{Arc, OnceLock};
+
 use htp_sim::{PackedLayout, PackedWeights};
 
 use crate::{
@@ -61,6 +63,8 @@ impl TensorData {
 pub struct Panels {
     layout: PackedLayout,
     bytes: Bytes,
+    /// Made when first asked for, and shared by clones.
+    row_sums: Arc<OnceLock<Vec<f32>>>,
 }
 
 impl Panels {
@@ -70,7 +74,7 @@ impl Panels {
     /// `ShapeError` if the number of bytes is not what the layout needs.
     pub fn new(layout: PackedLayout, bytes: Bytes) -> Result<Panels, htp_sim::ShapeError> {
         layout.view(&bytes)?;
-        Ok(Panels { layout, bytes })
+        Ok(Panels { layout, bytes, row_sums: Arc::default() })
     }
 
     /// The layout.
@@ -83,9 +87,19 @@ impl Panels {
         &self.bytes
     }
 
-    /// A view that the kernels take.
+    /// A view that the kernels take, with the sums of rows if [`Panels::sum_rows`] was called.
     pub fn view(&self) -> PackedWeights<'_> {
-        self.layout.view(&self.bytes).expect("`new` checked that the bytes fit the layout")
+        let view = self.layout.view(&self.bytes).expect("`new` checked that the bytes fit the layout");
+        match self.row_sums.get() {
+            None => view,
+            Some(sums) => view.with_row_sums(sums).expect("`sum_rows` makes one for each row"),
+        }
+    }
+
+    /// Makes the sums of rows that products with inputs on a shifted grid need, unless they are there: one pass over the
+    /// weights, for all clones.
+    pub fn sum_rows(&self) {
+        self.row_sums.get_or_init(|| self.view().sum_rows());
     }
 }
 

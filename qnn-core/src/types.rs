@@ -150,6 +150,24 @@ impl TensorType {
         matches!(self, TensorType::Static | TensorType::UpdateableStatic)
     }
 
+    /// The same, so that a binary section may replace the encodings.
+    #[must_use]
+    pub fn updateable(self) -> TensorType {
+        match self {
+            TensorType::AppWrite => TensorType::UpdateableAppWrite,
+            TensorType::AppRead => TensorType::UpdateableAppRead,
+            TensorType::AppReadWrite => TensorType::UpdateableAppReadWrite,
+            TensorType::Native => TensorType::UpdateableNative,
+            TensorType::Static => TensorType::UpdateableStatic,
+            other => other,
+        }
+    }
+
+    /// True if a binary section may replace the encodings (and, of a constant, the data).
+    pub fn is_updateable(self) -> bool {
+        self as u32 >= TensorType::UpdateableStatic as u32
+    }
+
     /// True for graph inputs, updateable or not.
     pub fn is_input(self) -> bool {
         matches!(self, TensorType::AppWrite | TensorType::UpdateableAppWrite)

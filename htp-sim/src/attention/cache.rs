@@ -310,6 +310,7 @@ fn quantize(kernels: &Kernels, x: &[f32], codes: &mut [i8; MAX_HEAD_DIM]) -> f32
         sums: std::slice::from_mut(&mut sum),
         sum_block: x.len(),
         plane_sums: &mut plane_sums,
+        steps: None,
     };
     // SAFETY: the table exists only on a CPU that has its instruction set; `hi` is as long as x.
     unsafe { (kernels.quantize)(RowValues { x, norm: None }, target) };

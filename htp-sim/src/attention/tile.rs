@@ -75,6 +75,7 @@ impl Problem<'_> {
                 sums: std::slice::from_mut(&mut sum),
                 sum_block: head_dim,
                 plane_sums: &mut scratch.plane_sums[row],
+                steps: None,
             };
             // SAFETY: the table exists only on a CPU that has its instruction set; both planes are as long as x.
             unsafe { (self.kernels.quantize)(RowValues { x, norm: None }, target) };

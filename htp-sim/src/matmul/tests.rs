@@ -71,6 +71,42 @@ fn integer_products_mean_what_the_encoding_says() {
     }
 }
 
+/// Products with rows on a grid whose code 0 is not 0 are those of the floats that the codes stand for, in every format and
+/// tier, and are refused without the sums of the weights' rows.
+#[test]
+fn products_on_a_shifted_grid_mean_what_the_grid_says() {
+    let workers = team(2);
+    let mut noise = Noise(11);
+    let (m, n, k) = (3, 21, 64);
+    for format in integer_formats(k) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 7);
+        let w = layout.view(&blob).expect("length matches");
+        let sums = w.sum_rows();
+        for (act, low, high) in
+            [(ActBits::Sixteen, 0, 65535), (ActBits::Sixteen, -60000, 5535), (ActBits::Eight, -10, 245)]
+        {
+            let x: Vec<f32> = noise.floats(m * k).iter().map(|x| (x + 0.4) * high as f32 * 0.7).collect();
+            each_tier(&workers, |cx| {
+                let sum_block = format.block().unwrap_or(k);
+                let mut rows = QuantizedRows::new(m, k, act, sum_block).expect("sizes are fine");
+                rows.set_grid(crate::Grid::new(0.01, low, high)).expect("the grid fits");
+                quantize_rows(cx, &x.iter().map(|x| x * 0.01).collect::<Vec<f32>>(), &mut rows).expect("lengths match");
+                assert!(linear(cx, Rows::Quantized(&rows), &mut [part(w, &mut vec![0.0; m * n])]).is_err());
+                let found = product(cx, Rows::Quantized(&rows), w.with_row_sums(&sums).expect("one for each row"));
+                let value = |r: usize, i: usize| f64::from(rows.value(r, i));
+                // The products of the codes and of the shift are large and cancel.
+                let expected: Vec<(f64, f64)> = oracle(value, m, w)
+                    .into_iter()
+                    .zip(oracle(|_, _| 660.0, m, w))
+                    .map(|((sum, size), (_, shifted))| (sum, size + shifted))
+                    .collect();
+                assert_near(&found, &expected, 4e-5, &format!("{format:?} {act:?} {low}..{high} {}", cx.kernels.name));
+            });
+        }
+    }
+}
+
 /// Every tier gives the bits of `portable` for integer weights, at every edge of a tile.
 #[test]
 fn tiers_agree_on_integer_products() {

@@ -29,7 +29,12 @@ pub(super) fn finish(cx: &Cx<'_>, x: Rows<'_>, half: &Gate<'_>, tile: &Tile, val
             let k = half.weights.layout().k();
             compute_floats(cx, FloatRows { x: &x[tile.row * k..], stride: k }, half.weights, tile, values);
         }
-        Rows::Quantized(rows) => compute_integers(cx, rows, half.weights, tile, values),
+        Rows::Quantized(rows) => {
+            compute_integers(cx, rows, half.weights, tile, values);
+            if rows.shift() != 0.0 {
+                add_shift(rows.shift(), half.weights.row_sums(), tile, values);
+            }
+        }
     }
     if let Some(bias) = half.bias {
         add_bias(bias, tile, values);
@@ -50,6 +55,14 @@ fn add_bias(bias: &[f32], tile: &Tile, values: &mut [f32]) {
     let bias = &bias[tile.panel * PANEL..];
     for row in values.chunks_exact_mut(tile.panels * PANEL) {
         row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+    }
+}
+
+/// Adds what code 0 of x stands for: `shift · Σ w` of each output.
+fn add_shift(shift: f32, row_sums: &[f32], tile: &Tile, values: &mut [f32]) {
+    let sums = &row_sums[tile.panel * PANEL..];
+    for row in values.chunks_exact_mut(tile.panels * PANEL) {
+        row.iter_mut().zip(sums).for_each(|(value, sum)| *value += shift * sum);
     }
 }
 

@@ -115,3 +115,48 @@ fn wrong_shapes_are_refused() {
     assert!(rms_norm(&cx, &[2.0; 8], &[1.0; 3], 1e-5, &mut [0.0; 8]).is_err());
     assert!(rms_norm(&cx, &[2.0; 8], &[1.0; 4], 1e-5, &mut [0.0; 7]).is_err());
 }
+
+/// On a fixed grid every value becomes the nearest float of the grid, ties to even, the ends beyond it, on every tier and
+/// whether or not the codes had to be moved into range; NaN stays NaN.
+#[test]
+fn rows_on_a_grid_hold_its_floats() {
+    let workers = team(2);
+    let mut noise = Noise(3);
+    let ends = [(-32768, 32767), (0, 65535), (-65535, 0), (-20000, 45535), (-128, 127), (0, 255), (-255, 0), (-3, 200)];
+    for (low, high) in ends {
+        let grid = Grid::new(0.0078125, low, high).expect("zero is on it");
+        for act in BITS {
+            let mut rows = QuantizedRows::new(4, 64, act, 32).expect("sizes are fine");
+            if act == ActBits::Eight && high - low > 255 {
+                assert!(rows.set_grid(Some(grid)).is_err(), "{low}..{high}");
+                continue;
+            }
+            let mut x: Vec<f32> = noise.floats(4 * 64).iter().map(|x| x * 300.0).collect();
+            // A tie, both infinities, and more than the grid has.
+            x[..5].copy_from_slice(&[0.00390625, f32::INFINITY, f32::NEG_INFINITY, 1e9, 0.01171875]);
+            each_tier(&workers, |cx| {
+                rows.set_grid(Some(grid)).expect("the grid fits");
+                quantize_rows(cx, &x, &mut rows).expect("lengths match");
+                let mut snapped = x.clone();
+                snap(cx, &mut snapped, grid);
+                for (i, x) in x.iter().enumerate() {
+                    let steps = (f64::from(*x) / 0.0078125).round_ties_even().clamp(f64::from(low), f64::from(high));
+                    let want = steps * 0.0078125;
+                    assert_eq!(f64::from(rows.value(i / 64, i % 64)), want, "{low}..{high} {act:?} {x}");
+                    assert_eq!((f64::from(snapped[i]), grid.nearest_f64(f64::from(*x))), (want, want));
+                }
+                let sum: i32 = (0..32).map(|k| rows.code(1, k)).sum();
+                assert_eq!(rows.sums[2], sum);
+                quantize_rows(cx, &[f32::NAN; 64], &mut rows).expect("lengths match");
+                assert!(rows.value(0, 3).is_nan());
+            });
+            rows.set_grid(None).expect("no grid always fits");
+            assert_eq!(rows.shift(), 0.0);
+        }
+    }
+    for (scale, low, high) in
+        [(0.0, -1, 1), (f32::NAN, -1, 1), (-1.0, -1, 1), (1.0, 1, 2), (1.0, -2, -1), (1.0, -1, 65535)]
+    {
+        assert!(Grid::new(scale, low, high).is_none(), "{scale} {low} {high}");
+    }
+}

@@ -10,9 +10,9 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use htp_sim::{Cx, Kernels, QuantizedRows, Workers};
+use htp_sim::{Cx, Grid, Kernels, QuantizedRows, Workers};
 
-use crate::graph::Graph;
+use crate::{adapter::Adapter, graph::Graph, tensor::Panels};
 
 use super::{Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm};
 
@@ -58,6 +58,15 @@ impl HtpBackend {
     }
 }
 
+/// Which tensors of `graph` this backend computes as such, by their index: the others are fused away, and static encodings
+/// on them would only undo that.
+///
+/// # Errors
+/// [`PrepareError`] naming the node or tensor that this backend cannot run.
+pub fn surviving_tensors(graph: &Graph) -> Result<Vec<bool>, PrepareError> {
+    lower::surviving(graph)
+}
+
 impl Backend for HtpBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
         let lowered = lower::lower(graph)?;
@@ -78,6 +87,10 @@ struct Htp {
     /// Index of each of the plan's slots among `names`, the updatable tensors of the context last run with.
     slots: Vec<usize>,
     names: Option<Arc<[String]>>,
+    /// The adapter that `grids` belong to.
+    adapter: Option<Arc<Adapter>>,
+    /// Its own grid of each of the plan's updatable encodings.
+    grids: Vec<Option<Grid>>,
 }
 
 /// Scratch memory of one executable, allocated when it is prepared.
@@ -90,7 +103,8 @@ impl Htp {
     fn new(backend: HtpBackend, plan: Plan) -> Result<Htp, PrepareError> {
         let floats = plan.float_capacity.iter().map(|n| Vec::with_capacity(*n)).collect();
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
-        Ok(Htp { backend, plan, memory: Memory { floats, quantized }, slots: Vec::new(), names: None })
+        let (slots, names, grids) = (Vec::new(), None, vec![None; plan.grid_slots.len()]);
+        Ok(Htp { backend, plan, memory: Memory { floats, quantized }, slots, names, adapter: None, grids })
     }
 }
 
@@ -111,6 +125,22 @@ impl Htp {
         self.names = Some(Arc::clone(names));
         Ok(())
     }
+
+    /// Takes over what an adapter has of its own beside its values, when it is another than before.
+    fn adopt(&mut self, adapter: &Arc<Adapter>) {
+        let nothing = self.plan.grid_slots.is_empty() && self.plan.summed_slots.is_empty();
+        if nothing || self.adapter.as_ref().is_some_and(|known| Arc::ptr_eq(known, adapter)) {
+            return;
+        }
+        for (grid, name) in self.grids.iter_mut().zip(&self.plan.grid_slots) {
+            *grid = adapter.grid(name);
+        }
+        for slot in &self.plan.summed_slots {
+            let panels = adapter.tensor(self.slots[*slot]).filter(|panels| !panels.layout().format().is_float());
+            panels.into_iter().for_each(Panels::sum_rows);
+        }
+        self.adapter = Some(Arc::clone(adapter));
+    }
 }
 
 impl Executable for Htp {
@@ -118,8 +148,10 @@ impl Executable for Htp {
         bindings.check_complete()?;
         if let Some(adapter) = bindings.adapter() {
             self.resolve(adapter.names())?;
+            self.adopt(adapter);
         }
-        let applied = Applied { adapter: bindings.adapter().map(|adapter| &**adapter), slots: &self.slots };
+        let adapter = bindings.adapter().map(|adapter| &**adapter);
+        let applied = Applied { adapter, slots: &self.slots, grids: &self.grids };
         let cx = Cx { kernels: self.backend.kernels, workers: &self.backend.workers };
         for step in &self.plan.steps {
             if cancel.load(Ordering::Relaxed) {

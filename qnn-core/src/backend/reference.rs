@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use htp_sim::Grid;
+
 use crate::{
     adapter::Adapter,
     graph::{Graph, Node},
@@ -25,11 +27,8 @@ pub struct ReferenceBackend;
 
 impl Backend for ReferenceBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
-        let mut constants = Vec::with_capacity(graph.tensors().len());
-        for tensor in graph.tensors() {
-            constants.push(dequantize_constant(tensor)?);
-        }
-        Ok(Box::new(Reference { graph: graph.clone(), values: constants }))
+        let constants = graph.tensors().iter().map(dequantize_constant).collect();
+        Ok(Box::new(Reference { graph: graph.clone(), values: constants, grids: base_grids(graph)? }))
     }
 
     fn new_state(&self, graphs: &[&Graph], capacity: usize) -> Result<State, PrepareError> {
@@ -41,18 +40,36 @@ struct Reference {
     graph: Graph,
     /// Row-major value of every tensor: constants from the start, the rest as the nodes run.
     values: Vec<Vec<f64>>,
+    /// The grid of every computed tensor with a static encoding.
+    grids: Vec<Option<Grid>>,
+}
+
+/// The static encodings of `graph` itself, by tensor.
+fn base_grids(graph: &Graph) -> Result<Vec<Option<Grid>>, PrepareError> {
+    let grid = |tensor: &Tensor| match &tensor.encoding {
+        Some(encoding) if !tensor.tensor_type.is_static() => encoding
+            .grid(tensor.data_type)
+            .map(Some)
+            .map_err(|why| PrepareError::Tensor { tensor: tensor.name.clone(), why }),
+        _ => Ok(None),
+    };
+    graph.tensors().iter().map(grid).collect()
 }
 
 impl Executable for Reference {
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
         bindings.check_complete()?;
+        let adapter = bindings.adapter().map(|adapter| &**adapter);
+        self.load_adapter(adapter);
+        let grids = self.grids_with(adapter);
         for input in bindings.inputs() {
-            self.values[input.id.index()] = match &input.value {
+            let values = match &input.value {
                 Value::I32(values) => values.iter().map(|v| f64::from(*v)).collect(),
                 Value::F32(values) => values.iter().map(|v| f64::from(*v)).collect(),
             };
+            let id = input.id;
+            self.values[id.index()] = as_stored(self.graph.tensor(id), grids[id.index()], values);
         }
-        self.load_adapter(bindings.adapter().map(|adapter| &**adapter));
         for i in 0..self.graph.nodes().len() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
@@ -60,7 +77,7 @@ impl Executable for Reference {
             let node = self.graph.nodes()[i].clone();
             let outputs = self.run(&node, state)?;
             for (id, value) in node.outputs.iter().zip(outputs) {
-                self.values[id.index()] = as_stored(self.graph.tensor(*id), value);
+                self.values[id.index()] = as_stored(self.graph.tensor(*id), grids[id.index()], value);
             }
         }
         for output in bindings.outputs_mut() {
@@ -72,6 +89,14 @@ impl Executable for Reference {
 }
 
 impl Reference {
+    /// The grids of an execute: the base's, where `adapter` does not bring its own.
+    fn grids_with(&self, adapter: Option<&Adapter>) -> Vec<Option<Grid>> {
+        let own = |(tensor, base): (&Tensor, &Option<Grid>)| {
+            base.map(|base| adapter.and_then(|adapter| adapter.grid(&tensor.name)).unwrap_or(base))
+        };
+        self.graph.tensors().iter().zip(&self.grids).map(own).collect()
+    }
+
     /// Gives every updatable constant its value of `adapter`, filled up with zeros to the extents of the graph.
     fn load_adapter(&mut self, adapter: Option<&Adapter>) {
         for id in self.graph.ids_where(|t| t.tensor_type == TensorType::UpdateableStatic) {
@@ -232,7 +257,10 @@ fn attend<'c>(
 }
 
 /// What a computed tensor really holds: its value on the grid of its type and encoding.
-fn as_stored(tensor: &Tensor, value: Vec<f64>) -> Vec<f64> {
+fn as_stored(tensor: &Tensor, grid: Option<Grid>, value: Vec<f64>) -> Vec<f64> {
+    if let Some(grid) = grid {
+        return value.iter().map(|v| grid.nearest_f64(*v)).collect();
+    }
     let most = match tensor.data_type {
         // One row's scale; 16 bit stops at 127 · 256, so that both byte planes of a code are signed bytes.
         DataType::SFixedPoint8 => 127.0,

@@ -159,19 +159,26 @@ fn quantize_values(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32, out: Quant
     // As integers the magnitudes of floats keep their order, and anything not finite is above all that is.
     let magnitudes = x.iter().zip(w).map(|(&x, &w)| f(x, w).to_bits() & 0x7fff_ffff);
     let absmax = magnitudes.fold(0, u32::max);
-    let limit = if out.lo.is_empty() { 127.0 } else { 127.0 * 256.0 };
-    let scale = f32::from_bits(absmax) / limit;
-    if absmax >= f32::INFINITY.to_bits() || scale == 0.0 {
+    let (scale, [low, high], center) = match out.steps {
+        Some(steps) if absmax <= f32::INFINITY.to_bits() => {
+            (steps.scale, [steps.low as f32, steps.high as f32], steps.center)
+        }
+        None if absmax < f32::INFINITY.to_bits() => {
+            let limit = if out.lo.is_empty() { 127.0 } else { 127.0 * 256.0 };
+            (f32::from_bits(absmax) / limit, [-limit, limit], 0)
+        }
+        _ => (f32::NAN, [0.0; 2], 0),
+    };
+    *out.scale = scale;
+    if scale == 0.0 || scale.is_nan() {
         out.hi.fill(0);
         out.lo.fill(0);
         out.sums.fill(0);
         *out.plane_sums = [0; 2];
-        *out.scale = if scale == 0.0 { 0.0 } else { f32::NAN };
         return;
     }
-    *out.scale = scale;
     // With a subnormal scale the quotient can pass the limit, so it is clamped.
-    let code = |x: f32, w: f32| round_to_i32((f(x, w) / scale).clamp(-limit, limit));
+    let code = |x: f32, w: f32| round_to_i32((f(x, w) / scale).clamp(low, high)) - center;
     if out.lo.is_empty() {
         for ((hi, &x), &w) in out.hi.iter_mut().zip(x).zip(w) {
             *hi = code(x, w) as i8;

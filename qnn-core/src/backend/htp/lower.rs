@@ -29,6 +29,10 @@ pub(super) struct Lowered {
     pub(super) outputs: Vec<(Float, usize)>,
     /// Names of the updatable tensors that steps read, by slot.
     pub(super) slots: Vec<String>,
+    /// Names of the computed tensors whose encodings an adapter may replace, by slot.
+    pub(super) grid_slots: Vec<String>,
+    /// Slots of the updatable tensors that meet inputs on a static grid.
+    pub(super) summed_slots: Vec<usize>,
 }
 
 /// Lowers `graph`.
@@ -43,6 +47,20 @@ pub(super) fn lower(graph: &Graph) -> Result<Lowered, PrepareError> {
         }
     }
     lowering.finish()
+}
+
+/// Which tensors of `graph` are computed as such: all but constants, caches, and what a fused operation never writes out.
+///
+/// # Errors
+/// As [`lower`].
+pub(super) fn surviving(graph: &Graph) -> Result<Vec<bool>, PrepareError> {
+    let mut lowering = Lowering::new(graph)?;
+    for at in 0..graph.nodes().len() {
+        if !lowering.done[at] {
+            lowering.node(at)?;
+        }
+    }
+    Ok(lowering.places.iter().map(|place| place.float.is_some() || place.quantized.is_some()).collect())
 }
 
 /// Where a tensor's value is.
@@ -82,13 +100,15 @@ impl<'g> Lowering<'g> {
             quantized: Vec::new(),
             outputs: Vec::new(),
             slots: Vec::new(),
+            grid_slots: Vec::new(),
+            summed_slots: Vec::new(),
         };
         let places = vec![Place::default(); graph.tensors().len()];
         let done = vec![false; graph.nodes().len()];
         let panels = pack_weights(graph)?;
         let mut lowering = Lowering { graph, readers, writers, done, places, panels, input_numbers, result };
         lowering.check_types()?;
-        lowering.load_inputs();
+        lowering.load_inputs()?;
         Ok(lowering)
     }
 
@@ -103,28 +123,32 @@ impl<'g> Lowering<'g> {
     /// Refuses element types and encodings of computed tensors that the steps do not know.
     fn check_types(&self) -> Result<(), PrepareError> {
         for tensor in self.graph.tensors().iter().filter(|t| !t.tensor_type.is_static() && !t.tensor_type.is_state()) {
-            let known = match tensor.data_type {
-                DataType::Float32 => true,
-                DataType::Int32 => tensor.tensor_type.is_input(),
-                DataType::SFixedPoint8 | DataType::SFixedPoint16 => !tensor.tensor_type.is_input(),
+            // A fixed-point tensor without an encoding is quantized dynamically; a client's cannot be.
+            let known = match (tensor.data_type, &tensor.encoding) {
+                (DataType::Float32, None) => true,
+                (DataType::Int32, None) => tensor.tensor_type.is_input(),
+                (DataType::SFixedPoint8 | DataType::SFixedPoint16, None) => !tensor.tensor_type.is_input(),
+                (data_type, Some(_)) => data_type.is_fixed_point(),
                 _ => false,
             };
-            if !known || tensor.encoding.is_some() {
+            if !known {
                 return Err(PrepareError::Tensor { tensor: tensor.name.clone(), why: unsupported(tensor) });
             }
         }
         Ok(())
     }
 
-    fn load_inputs(&mut self) {
+    fn load_inputs(&mut self) -> Result<(), PrepareError> {
         for (number, id) in self.graph.inputs().into_iter().enumerate() {
             let tensor = self.graph.tensor(id);
-            if tensor.data_type == DataType::Float32 {
+            if tensor.data_type != DataType::Int32 {
                 let out = self.new_float(tensor);
                 self.places[id.index()].float = Some(out);
                 self.push(&tensor.name, tensor.shape.0[0], Work::Load { input: number, out });
+                self.requantize(id)?;
             }
         }
+        Ok(())
     }
 
     fn node(&mut self, at: usize) -> Result<(), PrepareError> {
@@ -169,16 +193,17 @@ impl<'g> Lowering<'g> {
         let output = node.outputs[0];
         let width = self.graph.tensor(output).shape.last();
         let whole_rows = weight.len() == width;
-        let out = match self.quantized_spec(output)?.filter(|_| whole_rows) {
+        let spec = self.quantized_spec(output)?.filter(|_| whole_rows);
+        let out = match &spec {
             Some(spec) => {
-                let quantized = self.new_quantized(spec);
+                let quantized = self.new_quantized(spec.clone());
                 self.places[output.index()].quantized = Some(quantized);
-                NormOut::Quantized(quantized)
+                NormOut::Quantized(quantized, self.grid(output)?)
             }
             None => NormOut::Float(self.output(node, 0)),
         };
         self.push(&node.name, self.rows(node), Work::RmsNorm { x, width, weight, epsilon, out });
-        if whole_rows { Ok(()) } else { self.requantize(output) }
+        if spec.is_some() { Ok(()) } else { self.requantize(output) }
     }
 
     fn binary(&mut self, node: &Node, op: Binary) -> Result<(), PrepareError> {
@@ -207,7 +232,7 @@ impl<'g> Lowering<'g> {
         let inv_freq = floats_of(self.graph.tensor(node.inputs[1]))?;
         let (cos, sin) = (self.output(node, 0), self.output(node, 1));
         self.push(&node.name, self.rows(node), Work::RotaryTable { positions, inv_freq, scale, cos, sin });
-        Ok(())
+        node.outputs.iter().try_for_each(|output| self.requantize(*output))
     }
 
     /// Rotates in place when nobody else reads the input, else in a copy.

@@ -20,6 +20,10 @@ pub(super) struct Plan {
     pub(super) outputs: Vec<(usize, usize)>,
     /// Names of the updatable tensors that steps read, by slot.
     pub(super) slots: Vec<String>,
+    /// Names of the computed tensors whose encodings an adapter may replace, by slot.
+    pub(super) grid_slots: Vec<String>,
+    /// Slots of the updatable tensors that meet inputs on a static grid: their sums of rows may be needed.
+    pub(super) summed_slots: Vec<usize>,
 }
 
 /// The kernels' form of the attributes.
@@ -53,6 +57,8 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         outputs: lowered.outputs.iter().map(|(float, output)| (float_home[*float], *output)).collect(),
         steps: lowered.steps,
         slots: lowered.slots,
+        grid_slots: lowered.grid_slots,
+        summed_slots: lowered.summed_slots,
     }
 }
 

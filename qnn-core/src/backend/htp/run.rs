@@ -1,6 +1,6 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Branch, Cache, Cx, Gate, GateUp, Part, Rows, ShapeError, Write, elementwise};
+use htp_sim::{Branch, Cache, Cx, Gate, GateUp, Grid, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
     adapter::Adapter,
@@ -11,7 +11,9 @@ use crate::{
 use super::{
     Memory,
     place::attention_params,
-    step::{Binary, BranchPart, CacheRef, DownPart, LinearPart, MAX_PARTS, NormOut, Source, Step, Unary, Work},
+    step::{
+        Binary, BranchPart, CacheRef, DownPart, GridRef, LinearPart, MAX_PARTS, NormOut, Source, Step, Unary, Work,
+    },
 };
 
 /// Runs `step`. Steps of no rows are skipped.
@@ -50,11 +52,20 @@ pub(super) struct Applied<'a> {
     pub(super) adapter: Option<&'a Adapter>,
     /// Index in the adapter of each slot.
     pub(super) slots: &'a [usize],
+    /// The adapter's own grid of each updatable encoding.
+    pub(super) grids: &'a [Option<Grid>],
 }
 
 impl Applied<'_> {
     fn panels(&self, slot: usize) -> Option<&Panels> {
         self.adapter?.tensor(self.slots[slot])
+    }
+
+    /// The grid that holds now.
+    fn grid(&self, grid: Option<GridRef>) -> Option<Grid> {
+        let grid = grid?;
+        let own = grid.slot.filter(|_| self.adapter.is_some()).and_then(|slot| self.grids[slot]);
+        Some(own.unwrap_or(grid.base))
     }
 }
 
@@ -62,8 +73,9 @@ impl Run<'_> {
     fn elementwise(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
         let (cx, rows) = (self.cx, self.rows);
         match &self.step.work {
-            Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out), .. } => {
+            Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out, grid), .. } => {
                 let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
+                self.check(out.set_grid(self.adapter.grid(*grid)))?;
                 self.check(htp_sim::rms_norm_quantize(cx, &x[..rows * weight.len()], weight, *epsilon, out))
             }
             Work::RmsNorm { x, width, weight, epsilon, out: NormOut::Float(out) } => {
@@ -71,16 +83,22 @@ impl Run<'_> {
                     htp_sim::rms_norm(cx, &memory.floats[*x], weight, *epsilon, out)
                 })
             }
-            Work::Quantize { x, out } => {
+            Work::Quantize { x, out, grid } => {
                 let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
+                self.check(out.set_grid(self.adapter.grid(*grid)))?;
                 self.check(htp_sim::quantize_rows(cx, &x[..rows * out.k()], out))
+            }
+            Work::Snap { x, grid } => {
+                let grid = self.adapter.grid(Some(*grid)).unwrap_or(grid.base);
+                htp_sim::snap(cx, &mut memory.floats[*x], grid);
+                Ok(())
             }
             Work::Dequantize { x, out } => {
                 let k = memory.quantized[*x].k();
                 self.with_out(memory, *out, k, |memory, out| {
                     let codes = &memory.quantized[*x];
                     for (i, value) in out.iter_mut().enumerate() {
-                        *value = codes.code(i / k, i % k) as f32 * codes.scale(i / k);
+                        *value = codes.value(i / k, i % k);
                     }
                     Ok(())
                 })

@@ -1,6 +1,6 @@
 //! What a plan consists of: one call of an `htp-sim` operation each, over numbered buffers.
 
-use htp_sim::{ActBits, Activation, QuantizedRows, ShapeError};
+use htp_sim::{ActBits, Activation, Grid, QuantizedRows, ShapeError};
 
 use crate::{
     backend::PrepareError,
@@ -36,8 +36,10 @@ pub(super) enum Work {
     /// RMS norm of each run of `weight.len()` values in rows of `width`; the result is quantized at once if `out` says so,
     /// which takes one run a row.
     RmsNorm { x: Float, width: usize, weight: Vec<f32>, epsilon: f32, out: NormOut },
-    /// Float rows to quantized rows.
-    Quantize { x: Float, out: Quantized },
+    /// Float rows to quantized rows, on a fixed grid or (`None`) each with its own scale.
+    Quantize { x: Float, out: Quantized, grid: Option<GridRef> },
+    /// Each value to the nearest one of a fixed grid, in place.
+    Snap { x: Float, grid: GridRef },
     /// Quantized rows back to floats, for a consumer that takes no codes.
     Dequantize { x: Quantized, out: Float },
     /// `t = alpha · A x` for adapter branches that share their input. Without an adapter every `t` stays empty.
@@ -64,7 +66,16 @@ pub(super) enum Work {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum NormOut {
     Float(Float),
-    Quantized(Quantized),
+    Quantized(Quantized, Option<GridRef>),
+}
+
+/// The grid of a static encoding.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GridRef {
+    /// That of the graph.
+    pub(super) base: Grid,
+    /// Number among the plan's updatable encodings, if an adapter may bring its own.
+    pub(super) slot: Option<usize>,
 }
 
 /// What a linear layer reads.
@@ -164,7 +175,7 @@ impl Work {
     pub(super) fn floats(&mut self, visit: &mut dyn FnMut(&mut Float)) {
         match self {
             Work::Load { out, .. } | Work::Lookup { out, .. } | Work::Dequantize { out, .. } => visit(out),
-            Work::Quantize { x, .. } => visit(x),
+            Work::Quantize { x, .. } | Work::Snap { x, .. } => visit(x),
             Work::Select { x, out, .. } | Work::Unary { x, out, .. } | Work::Copy { x, out } => {
                 visit(x);
                 visit(out);
@@ -201,7 +212,7 @@ impl Work {
     /// Calls `visit` with every buffer of quantized rows the work touches.
     pub(super) fn quantized(&mut self, visit: &mut dyn FnMut(&mut Quantized)) {
         match self {
-            Work::RmsNorm { out: NormOut::Quantized(q), .. }
+            Work::RmsNorm { out: NormOut::Quantized(q, _), .. }
             | Work::Quantize { out: q, .. }
             | Work::Dequantize { x: q, .. }
             | Work::Down { x: Source::Quantized(q), .. }

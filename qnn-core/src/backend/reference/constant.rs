@@ -3,7 +3,6 @@
 use half::{bf16, f16};
 
 use crate::{
-    backend::PrepareError,
     encoding::{BlockOffsets, Encoding},
     map::Bytes,
     tensor::{Panels, Tensor, TensorData},
@@ -11,25 +10,18 @@ use crate::{
 };
 
 /// The value of constant `tensor` as f64, row-major; empty for every other kind of tensor.
-///
-/// # Errors
-/// [`PrepareError::Tensor`] for a computed tensor whose static encoding this backend does not apply.
-pub fn dequantize_constant(tensor: &Tensor) -> Result<Vec<f64>, PrepareError> {
+pub fn dequantize_constant(tensor: &Tensor) -> Vec<f64> {
     match &tensor.data {
-        None if tensor.encoding.is_some() => {
-            let why = "static activation encodings are not supported yet".to_owned();
-            Err(PrepareError::Tensor { tensor: tensor.name.clone(), why })
-        }
-        None => Ok(Vec::new()),
-        Some(TensorData::Panels(panels)) => Ok(dequantize_panels(panels)),
+        None => Vec::new(),
+        Some(TensorData::Panels(panels)) => dequantize_panels(panels),
         Some(TensorData::Flat(bytes)) => {
             let elements = tensor.shape.max_elements().unwrap_or(0);
             let k = tensor.shape.last().max(1);
             let raw = (0..elements).map(|i| element(bytes, tensor.data_type, i));
-            Ok(match &tensor.encoding {
+            match &tensor.encoding {
                 None => raw.collect(),
                 Some(encoding) => raw.enumerate().map(|(i, q)| decode(encoding, tensor, k, i, q)).collect(),
-            })
+            }
         }
     }
 }

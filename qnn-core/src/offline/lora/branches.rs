@@ -212,8 +212,8 @@ impl Weights {
         let sum = op("lora_add", OpKind::ElementWiseAdd, &[base, up])?;
         // What was said of the layer's result now holds for the sum.
         let own = graph.tensor(base).clone();
-        graph.set_encoding(sum, own.data_type, own.encoding);
-        graph.set_encoding(base, DataType::Float32, None);
+        graph.set_encoding(sum, own.data_type, own.encoding)?;
+        graph.set_encoding(base, DataType::Float32, None)?;
         Ok(sum)
     }
 

@@ -105,9 +105,8 @@ pub(super) fn residual(lowering: &Lowering<'_>, output: TensorId) -> Option<(usi
     let residual = *node.inputs.iter().find(|id| **id != output)?;
     let tensor = lowering.graph.tensor(residual);
     let dead = lowering.readers[residual.index()].iter().all(|reader| *reader == add || lowering.done[*reader]);
-    let floats = lowering.places[residual.index()].float.is_some()
-        && lowering.places[residual.index()].quantized.is_none()
-        && lowering.graph.tensor(node.outputs[0]).data_type == DataType::Float32;
+    let floats =
+        lowering.places[residual.index()].float.is_some() && lowering.places[residual.index()].quantized.is_none();
     (dead && floats && !tensor.tensor_type.is_output() && !tensor.tensor_type.is_static()).then_some((add, residual))
 }
 

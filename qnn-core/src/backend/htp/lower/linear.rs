@@ -17,7 +17,10 @@ impl Lowering<'_> {
     pub(super) fn fully_connected(&mut self, at: usize) -> Result<(), PrepareError> {
         let unit = fuse::owner(self, at).ok_or_else(|| {
             let node = &self.graph.nodes()[at];
-            let why = format!("updatable weight {} is in no adapter branch", self.graph.tensor(node.inputs[1]).name);
+            let why = format!(
+                "updatable weight {} is in no adapter branch (whose tensors, but for the sum, can have no encodings)",
+                self.graph.tensor(node.inputs[1]).name
+            );
             PrepareError::Node { node: node.name.clone(), op: node.op.name(), why }
         })?;
         match fuse::gated(self, unit.base) {
@@ -31,10 +34,11 @@ impl Lowering<'_> {
         let group = self.group(first, x);
         let weights: Vec<Panels> = group.iter().map(|unit| self.weights(unit)).collect();
         let source = self.linear_source(x, &weights)?;
+        self.sum_rows(x, source, &weights)?;
         let names: Vec<&str> = group.iter().map(|unit| self.graph.nodes()[unit.base].name.as_str()).collect();
         let (names, rows) = (names.join(" + "), self.rows(&self.graph.nodes()[group[0].base]));
         let branches = self.down(x, source, &group)?;
-        let mut parts = Vec::new();
+        let (mut parts, mut sums) = (Vec::new(), Vec::new());
         for ((unit, weights), branch) in group.iter().zip(weights).zip(branches) {
             unit.nodes().for_each(|at| self.done[at] = true);
             let bias = self.bias(unit)?;
@@ -44,22 +48,20 @@ impl Lowering<'_> {
                     let out = self.float(residual)?;
                     let sum = self.graph.nodes()[add_node].outputs[0];
                     self.places[sum.index()].float = Some(out);
+                    sums.push(sum);
                     (out, true)
                 }
                 None => {
                     let out = self.new_float(self.graph.tensor(unit.output));
                     self.places[unit.output.index()].float = Some(out);
+                    sums.push(unit.output);
                     (out, false)
                 }
             };
             parts.push(LinearPart { weights, bias, branch, out, add });
         }
-        let sums: Vec<bool> = parts.iter().map(|part| part.add).collect();
         self.push(&names, rows, Work::Linear { x: source, parts });
-        for (unit, _) in group.iter().zip(sums).filter(|(_, add)| !add) {
-            self.requantize(unit.output)?;
-        }
-        Ok(())
+        sums.into_iter().try_for_each(|output| self.requantize(output))
     }
 
     /// `first` and the other linear layers on `x` that can run in the same step.
@@ -85,6 +87,7 @@ impl Lowering<'_> {
         let units = [found.gate, found.up];
         let weights = [self.weights(&units[0]), self.weights(&units[1])];
         let source = self.linear_source(x, &weights)?;
+        self.sum_rows(x, source, &weights)?;
         let branches = self.down(x, source, &units)?;
         let out = self.output(product, 0);
         let mut halves = Vec::new();
@@ -115,6 +118,9 @@ impl Lowering<'_> {
             self.result.float_elements.push(rows.max().saturating_mul(tensor.shape.0[0].max()));
             let t = self.result.float_elements.len() - 1;
             let (down, up) = (self.slot(*down), self.slot(*up));
+            if matches!(source, Source::Quantized(_)) && self.is_shifted(x)? {
+                self.result.summed_slots.push(down);
+            }
             parts.push(DownPart { down, up, alpha, t });
             branches.push(Some(BranchPart { up, t }));
         }
@@ -123,6 +129,14 @@ impl Lowering<'_> {
             self.push(&format!("{}.lora", node.name), self.rows(node), Work::Down { x: source, parts });
         }
         Ok(branches)
+    }
+
+    /// Makes the sums of rows that products of `weights` with `x` may need.
+    fn sum_rows(&mut self, x: TensorId, source: Source, weights: &[Panels]) -> Result<(), PrepareError> {
+        if matches!(source, Source::Quantized(_)) && self.is_shifted(x)? {
+            weights.iter().for_each(Panels::sum_rows);
+        }
+        Ok(())
     }
 
     fn alpha_input(&self, alpha: TensorId) -> Result<usize, PrepareError> {

@@ -10,7 +10,7 @@ use crate::{
 };
 
 use super::{
-    super::step::{Float, Quantized, QuantizedSpec, Source, Work},
+    super::step::{Float, GridRef, Quantized, QuantizedSpec, Source, Work},
     Lowering,
 };
 
@@ -35,30 +35,73 @@ impl Lowering<'_> {
 
     /// After `id` was written as floats: quantizes it if its type says so.
     pub(super) fn requantize(&mut self, id: TensorId) -> Result<(), PrepareError> {
-        let Some(spec) = self.quantized_spec(id)? else { return Ok(()) };
-        let x = self.places[id.index()].float.expect("the node that writes it was lowered just now");
-        let out = self.new_quantized(spec);
-        self.places[id.index()].quantized = Some(out);
+        let grid = self.grid(id)?;
+        let Some(x) = self.places[id.index()].float else {
+            unreachable!("the node that writes {id:?} was lowered just now");
+        };
         let tensor = self.graph.tensor(id);
-        self.push(&tensor.name, tensor.shape.0[0], Work::Quantize { x, out });
+        let work = match (self.quantized_spec(id)?, grid) {
+            (Some(spec), grid) => {
+                let out = self.new_quantized(spec);
+                self.places[id.index()].quantized = Some(out);
+                Work::Quantize { x, out, grid }
+            }
+            (None, Some(grid)) => Work::Snap { x, grid },
+            (None, None) => return Ok(()),
+        };
+        self.push(&tensor.name, tensor.shape.0[0], work);
         Ok(())
     }
 
-    /// Extents of the codes of `id`, or `None` if it stays in floats.
+    /// The grid of `id`, if it has a static encoding.
+    pub(super) fn grid(&mut self, id: TensorId) -> Result<Option<GridRef>, PrepareError> {
+        let tensor = self.graph.tensor(id);
+        let Some(encoding) = &tensor.encoding else { return Ok(None) };
+        let refuse = |why| PrepareError::Tensor { tensor: tensor.name.clone(), why };
+        let base = encoding.grid(tensor.data_type).map_err(refuse)?;
+        let slot = tensor.tensor_type.is_updateable().then(|| {
+            let slots = &mut self.result.grid_slots;
+            slots.iter().position(|slot| *slot == tensor.name).unwrap_or_else(|| {
+                slots.push(tensor.name.clone());
+                slots.len() - 1
+            })
+        });
+        Ok(Some(GridRef { base, slot }))
+    }
+
+    /// Whether products with the codes of `id` may need the sums of the weights' rows: code 0 is not 0, or an adapter may
+    /// make it so.
+    pub(super) fn is_shifted(&mut self, id: TensorId) -> Result<bool, PrepareError> {
+        let bits = self.act_bits(id);
+        Ok(self.grid(id)?.zip(bits).is_some_and(|(grid, bits)| grid.slot.is_some() || !grid.base.is_centered(bits)))
+    }
+
+    fn act_bits(&self, id: TensorId) -> Option<ActBits> {
+        match self.graph.tensor(id).data_type {
+            DataType::SFixedPoint8 | DataType::UFixedPoint8 => Some(ActBits::Eight),
+            DataType::SFixedPoint16 | DataType::UFixedPoint16 => Some(ActBits::Sixteen),
+            _ => None,
+        }
+    }
+
+    /// Extents of the codes of `id`, or `None` if it stays in floats. With a static encoding it is kept as codes only where
+    /// a product takes them.
     pub(super) fn quantized_spec(&self, id: TensorId) -> Result<Option<QuantizedSpec>, PrepareError> {
         let tensor = self.graph.tensor(id);
-        let bits = match tensor.data_type {
-            DataType::SFixedPoint8 => ActBits::Eight,
-            DataType::SFixedPoint16 => ActBits::Sixteen,
-            _ => return Ok(None),
-        };
+        let Some(bits) = self.act_bits(id) else { return Ok(None) };
+        let mut taken = tensor.encoding.is_none();
         let mut blocks = Vec::new();
         for reader in &self.readers[id.index()] {
             let node = &self.graph.nodes()[*reader];
             let packed = node.op == OpKind::FullyConnected && self.panels.contains_key(&node.inputs[1]);
             if packed && node.inputs[0] == id {
-                blocks.extend(self.panels(node, 1).layout().format().block());
+                let format = self.panels(node, 1).layout().format();
+                taken |= !format.is_float();
+                blocks.extend(format.block());
             }
+        }
+        if !taken {
+            return Ok(None);
         }
         let k = tensor.shape.last();
         let sum_block = blocks.iter().copied().reduce(gcd).unwrap_or(k);
