@@ -7,7 +7,10 @@ use crate::{
     binary::{BinaryError, BinaryFault},
     context::SectionError,
     graph::GraphError,
-    offline::{ImportError, calibrate::CalibrateError, dlc::DlcError, generate::GenerateError, lora::LoraError},
+    offline::{
+        ImportError, calibrate::CalibrateError, dlc::DlcError, encodings::EncodingsError, generate::GenerateError,
+        lora::LoraError, quantize::QuantizeError,
+    },
 };
 
 /// Anything this crate can fail with.
@@ -94,6 +97,24 @@ pub enum Error {
     /// A graph cannot be run over calibration text.
     #[error("calibrate")]
     Calibrate(#[from] CalibrateError),
+    /// An encodings file cannot be read, or does not fit the model.
+    #[error("{path}: encodings")]
+    Encodings {
+        /// The file.
+        path: PathBuf,
+        /// Which tensor, and why.
+        #[source]
+        why: Box<EncodingsError>,
+    },
+    /// A graph cannot be quantized.
+    #[error("{path}: quantize")]
+    Quantize {
+        /// The DLC.
+        path: PathBuf,
+        /// Which tensor or file, and why.
+        #[source]
+        why: Box<QuantizeError>,
+    },
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),
@@ -122,6 +143,18 @@ impl Error {
     pub fn lora(path: impl Into<PathBuf>) -> impl FnOnce(LoraError) -> Error {
         let path = path.into();
         move |why| Error::Lora { path, why: Box::new(why) }
+    }
+
+    /// Adds the path to what is wrong with an encodings file.
+    pub fn encodings(path: impl Into<PathBuf>) -> impl FnOnce(EncodingsError) -> Error {
+        let path = path.into();
+        move |why| Error::Encodings { path, why: Box::new(why) }
+    }
+
+    /// Adds the path to why a graph cannot be quantized.
+    pub fn quantize(path: impl Into<PathBuf>) -> impl FnOnce(QuantizeError) -> Error {
+        let path = path.into();
+        move |why| Error::Quantize { path, why: Box::new(why) }
     }
 
     /// Adds the path to what is wrong with a context binary.

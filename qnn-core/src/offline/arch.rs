@@ -18,7 +18,7 @@ mod llama;
 mod phi3;
 mod qwen;
 mod smollm3;
-mod weights;
+pub(in crate::offline) mod weights;
 
 use blocks::Builder;
 pub use blocks::{DEFAULT_AR, DEFAULT_MAX_CL};

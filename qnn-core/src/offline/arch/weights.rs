@@ -102,17 +102,17 @@ pub struct WeightUse {
 }
 
 /// The value of a constant.
-pub(super) struct Constant {
-    pub(super) data_type: DataType,
-    pub(super) encoding: Option<Encoding>,
-    pub(super) bytes: Bytes,
+pub(in crate::offline) struct Constant {
+    pub(in crate::offline) data_type: DataType,
+    pub(in crate::offline) encoding: Option<Encoding>,
+    pub(in crate::offline) bytes: Bytes,
 }
 
 /// Makes a constant of `class` out of `tensor`.
 ///
 /// # Errors
 /// [`ImportError`] naming the tensor.
-pub(super) fn constant(
+pub(in crate::offline) fn constant(
     tensor: &SourceTensor,
     class: WeightClass,
     precision: Precision,

@@ -13,14 +13,14 @@ use crate::{
 /// without encodings. Float constants keep their type and are shared.
 ///
 /// # Errors
-/// [`CalibrateError`] naming a constant that is no row-major matrix of numbers.
+/// [`CalibrateError::Graph`]; no valid graph gives it.
 pub fn float_graph(graph: &Graph) -> Result<Graph, CalibrateError> {
     let mut result = Graph::new(graph.name());
     for (key, value) in graph.metadata() {
         result.set_metadata(key, value);
     }
     for tensor in graph.tensors() {
-        result.add_tensor(float_tensor(tensor)?)?;
+        result.add_tensor(float_tensor(tensor))?;
     }
     for node in graph.nodes() {
         result.add_node(node.clone())?;
@@ -29,19 +29,19 @@ pub fn float_graph(graph: &Graph) -> Result<Graph, CalibrateError> {
     Ok(result)
 }
 
-fn float_tensor(tensor: &Tensor) -> Result<Tensor, CalibrateError> {
+fn float_tensor(tensor: &Tensor) -> Tensor {
     let panels = matches!(tensor.data, Some(TensorData::Panels(_)));
     if !tensor.data_type.is_fixed_point() && !panels {
         let computed_float = tensor.data_type.is_float() && tensor.data.is_none();
         let data_type = if computed_float { DataType::Float32 } else { tensor.data_type };
-        return Ok(Tensor { data_type, ..tensor.clone() });
+        return Tensor { data_type, encoding: None, ..tensor.clone() };
     }
     let data = match &tensor.data {
         None => None,
         Some(_) => {
-            let values: Vec<f32> = dequantize_constant(tensor)?.into_iter().map(|value| value as f32).collect();
+            let values: Vec<f32> = dequantize_constant(tensor).into_iter().map(|value| value as f32).collect();
             Some(TensorData::Flat(Floats::from_f32(&values).bytes().clone()))
         }
     };
-    Ok(Tensor { data_type: DataType::Float32, encoding: None, data, ..tensor.clone() })
+    Tensor { data_type: DataType::Float32, encoding: None, data, ..tensor.clone() }
 }

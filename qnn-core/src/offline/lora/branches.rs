@@ -265,16 +265,10 @@ fn bits(graph: &Graph, plan: &LoraPlan) -> Result<LoraBits, LoraError> {
 
 /// With mode all, computed tensors that have an encoding become updatable.
 fn updatable_type(tensor: &Tensor, mode: UpdatableMode) -> TensorType {
-    if mode != UpdatableMode::All || tensor.encoding.is_none() {
+    if mode != UpdatableMode::All || tensor.encoding.is_none() || tensor.tensor_type.is_static() {
         return tensor.tensor_type;
     }
-    match tensor.tensor_type {
-        TensorType::Native => TensorType::UpdateableNative,
-        TensorType::AppWrite => TensorType::UpdateableAppWrite,
-        TensorType::AppRead => TensorType::UpdateableAppRead,
-        TensorType::AppReadWrite => TensorType::UpdateableAppReadWrite,
-        other => other,
-    }
+    tensor.tensor_type.updateable()
 }
 
 /// Most columns a branch may have.

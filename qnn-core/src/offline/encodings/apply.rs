@@ -1,0 +1,263 @@
+//! From a file to a graph and back.
+
+use htp_sim::round_to_f16;
+
+use super::{EncodingsError, EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers};
+use crate::{
+    backend::{htp::surviving_tensors, reference::dequantize_constant},
+    encoding::{BlockOffsets, Encoding, Floats},
+    graph::Graph,
+    offline::quantize_weights::{Bits, block_sizes},
+    tensor::{Tensor, TensorData, TensorId},
+    types::DataType,
+};
+
+/// What a file did to a graph.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OverrideReport {
+    /// Weights that have the file's encodings now.
+    pub weights: Vec<String>,
+    /// Computed tensors that have them.
+    pub activations: Vec<String>,
+    /// Names in the file that the graph does not have.
+    pub unknown: Vec<String>,
+    /// Tensors of both that keep what they have, and why.
+    pub passed_over: Vec<(String, &'static str)>,
+}
+
+/// `graph` with the encodings of `file`: weights as integers of its scales, whatever they were before, and static encodings
+/// for computed tensors.
+///
+/// Names that the graph does not have are reported, not refused: an export has many tensors that are one operation here.
+/// So are tensors that fusion removes, vectors (which stay floats) and caches (whose rows have scales of their own).
+/// An encoding of a layer's result goes to the sum with its adapter branch, where there is one.
+///
+/// # Errors
+/// [`EncodingsError::OtherModel`] if no name fits; [`EncodingsError::Misfits`] listing the tensors whose width, number of
+/// scales or block size does not fit.
+pub fn override_encodings(
+    graph: &Graph,
+    file: &EncodingsFile,
+) -> Result<(Graph, OverrideReport), EncodingsError> {
+    let mut report = OverrideReport::default();
+    let mut changes: Vec<(TensorId, Tensor)> = Vec::new();
+    let mut misfits = Vec::new();
+    // Which tensors survive is asked only where the file has encodings for computed ones.
+    let mut surviving: Option<Vec<bool>> = None;
+    for entry in &file.tensors {
+        let Some(id) = find(graph, &entry.name) else {
+            report.unknown.push(entry.name.clone());
+            continue;
+        };
+        let tensor = graph.tensor(id);
+        let pass = |why, report: &mut OverrideReport| report.passed_over.push((entry.name.clone(), why));
+        let Numbers::Integer(integers) = &entry.numbers else {
+            pass("the file has it as floats", &mut report);
+            continue;
+        };
+        let changed = if tensor.tensor_type.is_static() {
+            if tensor.shape.rank() != 2 {
+                pass("a vector: it stays in floats", &mut report);
+                continue;
+            }
+            if tensor.data.is_none() {
+                pass("an adapter's weight: its encodings come with its values", &mut report);
+                continue;
+            }
+            report.weights.push(entry.name.clone());
+            weight(tensor, integers)
+        } else if tensor.tensor_type.is_state() {
+            pass("a cache: its rows have scales of their own", &mut report);
+            continue;
+        } else if tensor.data_type == DataType::Int32 {
+            pass("whole numbers", &mut report);
+            continue;
+        } else {
+            let survive = surviving.get_or_insert_with(|| surviving_tensors(graph).unwrap_or_default());
+            if survive.get(id.index()) == Some(&false) {
+                pass("fused into the operation that reads it", &mut report);
+                continue;
+            }
+            report.activations.push(entry.name.clone());
+            activation(tensor, integers)
+        };
+        match changed {
+            Ok(changed) => changes.push((id, changed)),
+            Err(why) => misfits.push(format!("{}: {why}", entry.name)),
+        }
+    }
+    if !misfits.is_empty() {
+        return Err(EncodingsError::Misfits { list: misfits });
+    }
+    if report.unknown.len() == file.tensors.len() {
+        let like = graph.tensors().iter().find(|t| t.data.is_some()).map_or("none", |t| &t.name).to_owned();
+        return Err(EncodingsError::OtherModel { have: file.tensors.len(), want: graph.tensors().len(), like });
+    }
+    Ok((replaced(graph, changes)?, report))
+}
+
+/// The tensor that an encoding called `name` is for.
+fn find(graph: &Graph, name: &str) -> Option<TensorId> {
+    graph.find(&format!("{name}.lora_add")).or_else(|| graph.find(name))
+}
+
+/// `graph` with other versions of some of its tensors.
+///
+/// # Errors
+/// What the graph says of a tensor that does not fit.
+pub(in crate::offline) fn replaced(graph: &Graph, changes: Vec<(TensorId, Tensor)>) -> Result<Graph, EncodingsError> {
+    let mut changes: std::collections::HashMap<TensorId, Tensor> = changes.into_iter().collect();
+    let mut result = Graph::new(graph.name());
+    for (key, value) in graph.metadata() {
+        result.set_metadata(key, value);
+    }
+    for (i, tensor) in graph.tensors().iter().enumerate() {
+        result.add_tensor(changes.remove(&TensorId(i as u32)).unwrap_or_else(|| tensor.clone()))?;
+    }
+    for node in graph.nodes() {
+        result.add_node(node.clone())?;
+    }
+    result.finalize()?;
+    Ok(result)
+}
+
+fn activation(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
+    if integers.layout != Layout::PerTensor {
+        return Err("scales per channel, need one for a computed tensor".to_owned());
+    }
+    if !matches!(integers.bits, 8 | 16) {
+        return Err(format!("{} bits, need 8 or 16 for a computed tensor", integers.bits));
+    }
+    let integers = if integers.is_symmetric() { integers.clone().with_signed(true) } else { integers.clone() };
+    let data_type = match (integers.signed, integers.bits) {
+        (true, 8) => DataType::SFixedPoint8,
+        (true, _) => DataType::SFixedPoint16,
+        (false, 8) => DataType::UFixedPoint8,
+        (false, _) => DataType::UFixedPoint16,
+    };
+    let offset = i32::try_from(integers.offsets[0]).map_err(|_| format!("offset {}", integers.offsets[0]))?;
+    let encoding = Encoding::ScaleOffset { bitwidth: integers.bits, scale: integers.scales[0] as f32, offset };
+    encoding.grid(data_type)?;
+    Ok(Tensor { data_type, encoding: Some(encoding), ..tensor.clone() })
+}
+
+/// `tensor`, `[n, k]`, as integers of the given scales.
+fn weight(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
+    let (n, k) = (tensor.shape.max_dims()[0], tensor.shape.last());
+    let bits = match integers.bits {
+        4 => Bits::Four,
+        8 => Bits::Eight,
+        other => return Err(format!("{other} bits, need 4 or 8 for a weight")),
+    };
+    let is_symmetric = integers.is_symmetric();
+    let integers = integers.clone().with_signed(is_symmetric);
+    let (block, scales) = match &integers.layout {
+        Layout::PerTensor | Layout::PerChannel => (k, integers.scales.clone()),
+        Layout::PerBlock { block_size } => (*block_size, integers.scales.clone()),
+        Layout::Lpbq { block_size, block_scales, .. } => {
+            let blocks = block_scales.len().checked_div(n).filter(|b| b * n == block_scales.len());
+            let blocks = blocks.filter(|_| integers.scales.len() == n);
+            let blocks = blocks.ok_or_else(|| format!("{} scales of blocks in {n} rows", block_scales.len()))?;
+            let scale = |(i, whole): (usize, &u32)| integers.scales[i / blocks] * f64::from(*whole);
+            (*block_size, block_scales.iter().enumerate().map(scale).collect())
+        }
+    };
+    let per_channel = block == k && matches!(integers.layout, Layout::PerTensor | Layout::PerChannel);
+    if !per_channel && !block_sizes(bits, k).contains(&block) {
+        return Err(format!("blocks of {block} in rows of {k}, need one of {:?}", block_sizes(bits, k)));
+    }
+    let want = n * (k / block);
+    let scales = if scales.len() == 1 { vec![scales[0]; want] } else { scales };
+    if scales.len() != want {
+        return Err(format!("{} scales, need {want}", scales.len()));
+    }
+    if !is_symmetric && (per_channel || bits == Bits::Eight) {
+        return Err("offsets, need a symmetric encoding or blocks of 4 bits".to_owned());
+    }
+    // Blocks have f16 scales: rounded first, so that the codes are chosen for what is stored.
+    let stored = |scale: &f64| {
+        let scale = *scale as f32;
+        if per_channel { Some(scale) } else { round_to_f16(scale) }.ok_or_else(|| format!("scale {scale}, too large"))
+    };
+    let scales = scales.iter().map(stored).collect::<Result<Vec<f32>, String>>()?;
+    let offset = |i: usize| integers.offsets.get(i).or(integers.offsets.first()).copied().unwrap_or(0);
+    let offsets: Vec<i64> = (0..want).map(|i| if is_symmetric { 0 } else { offset(i) }).collect();
+    let (least, most) = integers.codes();
+    let code = |(i, value): (usize, f64)| {
+        let at = i / k * (k / block) + i % k / block;
+        let steps = if scales[at] == 0.0 { 0.0 } else { (value / f64::from(scales[at])).round_ties_even() };
+        (steps as i64).saturating_sub(offsets[at]).clamp(least, most) as u8
+    };
+    let codes: Vec<u8> = dequantize_constant(tensor).into_iter().enumerate().map(code).collect();
+    let bytes = match bits {
+        Bits::Eight => codes,
+        Bits::Four => codes.chunks(2).map(|pair| pair[0] & 15 | pair.get(1).map_or(0, |code| code << 4)).collect(),
+    };
+    let data_type = match (bits, is_symmetric) {
+        (Bits::Eight, _) => DataType::SFixedPoint8,
+        (Bits::Four, true) => DataType::SFixedPoint4,
+        (Bits::Four, false) => DataType::UFixedPoint4,
+    };
+    let bitwidth = integers.bits;
+    let encoding = if per_channel {
+        Encoding::AxisScaleOffset { bitwidth, axis: 0, scales: Floats::from_f32(&scales), offsets: Vec::new() }
+    } else {
+        let offsets = match is_symmetric {
+            true => BlockOffsets::Symmetric,
+            false => BlockOffsets::Integer(whole_offsets(&offsets)?.into()),
+        };
+        Encoding::Block { bitwidth, block_size: block, scales: Floats::from_f16(&scales), offsets }
+    };
+    let data = Some(TensorData::Flat(bytes.into()));
+    Ok(Tensor { data_type, encoding: Some(encoding), data, ..tensor.clone() })
+}
+
+fn whole_offsets(offsets: &[i64]) -> Result<Vec<u8>, String> {
+    let byte = |offset: &i64| i8::try_from(*offset).map(i8::cast_unsigned);
+    offsets.iter().map(|o| byte(o).map_err(|_| format!("offset {o} of a block, need -128 to 127"))).collect()
+}
+
+/// The encodings of `graph` as a file, and the names of weights whose encodings such a file cannot say (float minima).
+pub fn dump(graph: &Graph, version: FileVersion) -> (EncodingsFile, Vec<String>) {
+    let (mut tensors, mut left_out) = (Vec::new(), Vec::new());
+    for tensor in graph.tensors() {
+        let Some(encoding) = &tensor.encoding else { continue };
+        match integers(tensor, encoding) {
+            None => left_out.push(tensor.name.clone()),
+            Some(integers) => tensors.push(FileEncoding {
+                name: tensor.name.clone(),
+                is_param: Some(tensor.tensor_type.is_static()),
+                numbers: Numbers::Integer(integers),
+            }),
+        }
+    }
+    (EncodingsFile { version, tensors }, left_out)
+}
+
+fn integers(tensor: &Tensor, encoding: &Encoding) -> Option<Integers> {
+    let signed = tensor.data_type.name().starts_with('S');
+    let wide = |floats: &Floats| floats.to_vec().into_iter().map(f64::from).collect::<Vec<f64>>();
+    Some(match encoding {
+        Encoding::ScaleOffset { bitwidth, scale, offset } => Integers {
+            bits: *bitwidth,
+            signed,
+            layout: Layout::PerTensor,
+            scales: vec![f64::from(*scale)],
+            offsets: vec![i64::from(*offset)],
+        },
+        Encoding::AxisScaleOffset { bitwidth, scales, offsets, .. } => {
+            let offset = |i| offsets.get(i).map_or(0, |offset| i64::from(*offset));
+            let offsets = (0..scales.len()).map(offset).collect();
+            Integers { bits: *bitwidth, signed, layout: Layout::PerChannel, scales: wide(scales), offsets }
+        }
+        Encoding::Block { bitwidth, block_size, scales, offsets } => {
+            let offsets = match offsets {
+                BlockOffsets::Symmetric => vec![0; scales.len()],
+                BlockOffsets::Integer(bytes) => bytes.iter().map(|b| i64::from(b.cast_signed())).collect(),
+                BlockOffsets::Min(_) => return None,
+            };
+            let layout = Layout::PerBlock { block_size: *block_size };
+            Integers { bits: *bitwidth, signed, layout, scales: wide(scales), offsets }
+        }
+    })
+}

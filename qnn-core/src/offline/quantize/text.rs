@@ -1,0 +1,69 @@
+//! Text to token ids. The only place of this crate that knows of a tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use tokenizers::Tokenizer;
+
+use super::QuantizeError;
+
+/// The ids of the texts in `files`, one after the other, without special tokens; `tokenizer` is a `tokenizer.json`.
+///
+/// # Errors
+/// [`QuantizeError::Text`] naming the file.
+pub fn read_texts(files: &[PathBuf], tokenizer: &Path) -> Result<Vec<u32>, QuantizeError> {
+    let loaded = Tokenizer::from_file(tokenizer).map_err(|why| refused(tokenizer)(why.to_string()))?;
+    let mut ids = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(file).map_err(|why| refused(file)(why.to_string()))?;
+        let encoded = loaded.encode_fast(text, false).map_err(|why| refused(file)(why.to_string()))?;
+        ids.extend_from_slice(encoded.get_ids());
+    }
+    Ok(ids)
+}
+
+/// The files of an input list, one a line and relative to its folder: `name`, or `input_ids:=name`. Empty lines and lines
+/// that begin with `#` or `%` are passed over.
+///
+/// # Errors
+/// [`QuantizeError::Text`] naming the list and what is wrong in it.
+pub fn read_list(list: &Path) -> Result<Vec<PathBuf>, QuantizeError> {
+    let text = std::fs::read_to_string(list).map_err(|why| refused(list)(why.to_string()))?;
+    let folder = list.parent().unwrap_or(Path::new(""));
+    let mut files = Vec::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', '%'])) {
+        let name = match line.split_once(":=") {
+            None => line,
+            Some(("input_ids", name)) => name,
+            Some((input, _)) => return Err(refused(list)(format!("input {input:?}, need input_ids"))),
+        };
+        files.push(folder.join(name));
+    }
+    if files.is_empty() {
+        return Err(refused(list)("no files in the list, need at least one".to_owned()));
+    }
+    Ok(files)
+}
+
+/// The token ids in `file`: a JSON list (`.json`), or 32-bit little-endian integers (`.raw`, `.bin`). `None` for a text.
+///
+/// # Errors
+/// [`QuantizeError::Text`] naming the file and what is wrong in it.
+pub fn read_ids(file: &Path) -> Result<Option<Vec<u32>>, QuantizeError> {
+    let read = || std::fs::read(file).map_err(|why| refused(file)(why.to_string()));
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => serde_json::from_slice(&read()?).map(Some).map_err(|why| refused(file)(why.to_string())),
+        Some("raw" | "bin") => {
+            let bytes = read()?;
+            let (words, rest) = bytes.as_chunks::<4>();
+            if !rest.is_empty() {
+                return Err(refused(file)(format!("{} bytes, need a multiple of 4", bytes.len())));
+            }
+            Ok(Some(words.iter().map(|word| u32::from_le_bytes(*word)).collect()))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn refused(path: &Path) -> impl Fn(String) -> QuantizeError {
+    move |why| QuantizeError::Text { path: path.display().to_string(), why }
+}
