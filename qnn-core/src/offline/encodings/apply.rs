@@ -6,7 +6,7 @@ use super::{EncodingsError, EncodingsFile, FileEncoding, FileVersion, Integers, 
 use crate::{
     backend::{htp::surviving_tensors, reference::dequantize_constant},
     encoding::{BlockOffsets, Encoding, Floats},
-    graph::Graph,
+    graph::{Graph, GraphError},
     offline::quantize_weights::{Bits, block_sizes},
     tensor::{Tensor, TensorData, TensorId},
     types::DataType,
@@ -35,10 +35,7 @@ pub struct OverrideReport {
 /// # Errors
 /// [`EncodingsError::OtherModel`] if no name fits; [`EncodingsError::Misfits`] listing the tensors whose width, number of
 /// scales or block size does not fit.
-pub fn override_encodings(
-    graph: &Graph,
-    file: &EncodingsFile,
-) -> Result<(Graph, OverrideReport), EncodingsError> {
+pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph, OverrideReport), EncodingsError> {
     let mut report = OverrideReport::default();
     let mut changes: Vec<(TensorId, Tensor)> = Vec::new();
     let mut misfits = Vec::new();
@@ -105,7 +102,7 @@ fn find(graph: &Graph, name: &str) -> Option<TensorId> {
 ///
 /// # Errors
 /// What the graph says of a tensor that does not fit.
-pub(in crate::offline) fn replaced(graph: &Graph, changes: Vec<(TensorId, Tensor)>) -> Result<Graph, EncodingsError> {
+pub(in crate::offline) fn replaced(graph: &Graph, changes: Vec<(TensorId, Tensor)>) -> Result<Graph, GraphError> {
     let mut changes: std::collections::HashMap<TensorId, Tensor> = changes.into_iter().collect();
     let mut result = Graph::new(graph.name());
     for (key, value) in graph.metadata() {

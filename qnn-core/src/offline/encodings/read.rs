@@ -62,9 +62,10 @@ fn list<'a>(file: &'a Map<String, Value>, key: &'static str) -> Result<Vec<(Stri
             .iter()
             .map(|entry| match entry.get("name") {
                 Some(Value::String(name)) => Ok((name.clone(), entry)),
-                _ => {
-                    Err(EncodingsError::Form { have: format!("an entry of {key} without name"), want: "a name in each" })
-                }
+                _ => Err(EncodingsError::Form {
+                    have: format!("an entry of {key} without name"),
+                    want: "a name in each",
+                }),
             })
             .collect(),
         Some(_) => Err(EncodingsError::Form { have: format!("{key} of another kind"), want: "a list or an object" }),

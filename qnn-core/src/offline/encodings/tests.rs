@@ -49,7 +49,8 @@ fn versions_agree() {
 fn written_files_read_back() {
     let block = Layout::PerBlock { block_size: 32 };
     let lpbq = Layout::Lpbq { block_size: 64, decompressed_bits: 8, block_scales: vec![16, 3, 1, 9] };
-    let entry = |name: &str, is_param, numbers| FileEncoding { name: name.to_owned(), is_param: Some(is_param), numbers };
+    let entry =
+        |name: &str, is_param, numbers| FileEncoding { name: name.to_owned(), is_param: Some(is_param), numbers };
     let all = vec![
         entry("a", false, integers(16, false, Layout::PerTensor, &[1.5e-5], &[-30000])),
         entry("b", false, integers(8, true, Layout::PerTensor, &[0.25], &[0])),
@@ -85,11 +86,13 @@ fn written_files_read_back() {
 #[test]
 fn bad_files_are_refused() {
     let one = |key: &str, value: serde_json::Value| {
-        let mut entry = json!({"name": "x", "dtype": "INT", "bw": 8, "enc_type": "PER_TENSOR", "scale": [0.1], "offset": [0]});
+        let mut entry =
+            json!({"name": "x", "dtype": "INT", "bw": 8, "enc_type": "PER_TENSOR", "scale": [0.1], "offset": [0]});
         entry[key] = value;
         json!({"version": "1.0.0", "activation_encodings": [entry]}).to_string()
     };
-    let range = r#"{"version": "0.6.1", "param_encodings": {"x": [{"bitwidth": 8, "min": NUMBER, "scale": 1, "offset": 0}]}}"#;
+    let range =
+        r#"{"version": "0.6.1", "param_encodings": {"x": [{"bitwidth": 8, "min": NUMBER, "scale": 1, "offset": 0}]}}"#;
     let cases = [
         ("[]".to_owned(), "not the JSON"),
         ("{}".to_owned(), "an AIMET encodings file"),

@@ -69,11 +69,7 @@ fn fit((min, max): (f64, f64), bits: u8, schema: Schema) -> (DataType, Encoding)
         Schema::UnsignedSymmetric => min < 0.0,
     };
     let steps = f64::from((1u32 << bits) - 1);
-    let (scale, least) = if signed {
-        (max.max(-min) / ((steps - 1.0) / 2.0), 0.0)
-    } else {
-        ((max - min) / steps, min)
-    };
+    let (scale, least) = if signed { (max.max(-min) / ((steps - 1.0) / 2.0), 0.0) } else { ((max - min) / steps, min) };
     let scale = (scale as f32).max(f32::MIN_POSITIVE);
     // `+ 0.0` makes a minus zero plain.
     let offset = (least / f64::from(scale)).round_ties_even().clamp(-steps, 0.0) + 0.0;
@@ -212,7 +208,9 @@ mod tests {
         // A triangle from -2 to 4 and one value of 400 in a hundred thousand.
         let wave = |i: u32| (f64::from(i % 1000) / 1000.0 + f64::from(i * 7 % 997) / 997.0) as f32 * 3.0 - 2.0;
         let observer = seen((0..100_000).map(wave).chain([400.0]));
-        for (schema, low) in [(Schema::Asymmetric, -2.0), (Schema::Symmetric, -400.0), (Schema::UnsignedSymmetric, -400.0)] {
+        for (schema, low) in
+            [(Schema::Asymmetric, -2.0), (Schema::Symmetric, -400.0), (Schema::UnsignedSymmetric, -400.0)]
+        {
             let (min, max) = ends_of(&observer, 16, Calibration::MinMax, schema);
             assert!((min / low - 1.0).abs() < 0.01 && (max - 400.0).abs() < 0.1, "{schema:?} {min} {max}");
         }
