@@ -19,6 +19,7 @@ use crate::{
 
 mod apply;
 mod editor;
+pub(crate) mod encodings;
 mod section_error;
 mod updatable;
 

@@ -10,7 +10,11 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{
     Binary, BinaryError, BinaryFault, BinaryWriter, FileKind, Section, SectionKind, Verify, layout::TensorLayout, meta,
 };
-use crate::{map::Bytes, record::TensorRecord, tensor::Panels};
+use crate::{
+    map::Bytes,
+    record::{EncodingRecord, TensorRecord},
+    tensor::Panels,
+};
 
 /// META of an adapter section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,8 +34,21 @@ pub struct SectionMeta {
     pub targets: usize,
     /// Where the values come from.
     pub metadata: BTreeMap<String, String>,
-    /// Inputs and outputs of each graph that the section is for.
+    /// Inputs and outputs of each graph that the section is for, with the encodings that they have after an apply.
     pub io: Vec<GraphIo>,
+    /// Static encodings of computed tensors that replace those of the graphs, in the order of the names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub encodings: Vec<TensorEncodingRecord>,
+}
+
+/// A static encoding of a computed tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorEncodingRecord {
+    /// The tensor's name, in every graph that has it.
+    pub tensor: String,
+    /// One scale and offset.
+    pub encoding: EncodingRecord,
 }
 
 /// Columns of the strength tensor that one of several composed adapters has.

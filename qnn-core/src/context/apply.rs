@@ -5,13 +5,15 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Context, SectionError, StateError};
+use super::{Context, SectionError, StateError, encodings};
 use crate::{
     adapter::{Adapter, Description, Slot},
     binary::{
-        Binary, BinaryError, BinaryWriter, GraphIo, SectionFile, SectionMeta, SlotRecord, TOOL, Verify, Written,
+        Binary, BinaryError, BinaryWriter, GraphIo, SectionFile, SectionMeta, SlotRecord, TOOL, TensorEncodingRecord, Verify,
+        Written,
         section, write_section_file,
     },
+    encoding::Encoding,
     error::Error,
     graph::Graph,
     map::Bytes,
@@ -65,8 +67,10 @@ impl Context {
             metadata: meta.metadata.clone(),
         };
         let (name, identity) = (meta.name.clone(), file.binary().identity());
+        let encodings = encodings::read(&self.graphs, &meta.encodings)?;
         let adapter = Adapter::new(name, Arc::clone(&self.updatable.names), file.into_tensors())
             .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
+        let adapter = adapter.with_encodings(encodings).map_err(encodings::refused)?;
         Ok(Arc::new(adapter.described(description).identified(identity)))
     }
 
@@ -183,6 +187,8 @@ impl Context {
         let values: Vec<(String, Panels)> =
             adapter.values().map(|(name, panels)| (name.to_owned(), panels.clone())).collect();
         self.check_values(description.rank, &values)?;
+        let encodings = encodings::records(adapter);
+        encodings::read(&self.graphs, &encodings)?;
         let slot = |slot: &Slot| SlotRecord {
             name: slot.name.clone(),
             columns: [slot.columns.start, slot.columns.end],
@@ -196,7 +202,8 @@ impl Context {
             slots: description.slots.iter().map(slot).collect(),
             targets: adapter.n_targets(),
             metadata: description.metadata.clone(),
-            io: self.io(adapter.graph())?,
+            io: self.io(adapter.graph(), &encodings)?,
+            encodings,
         };
         section::check_meta(&meta, &values)
             .and_then(|()| section::write_section(writer, &meta, &values))
@@ -214,7 +221,7 @@ impl Context {
             return Err(SectionError::SdkVersion { have, want });
         }
         let meta = file.meta();
-        let want = self.io(meta.graph.as_deref())?;
+        let want = self.io(meta.graph.as_deref(), &meta.encodings)?;
         self.check_values(meta.rank, file.tensors())?;
         check_io(&meta.io, &want)
     }
@@ -245,19 +252,40 @@ impl Context {
         }
     }
 
-    /// The tensors that clients see, of one graph or of all.
-    fn io(&self, graph: Option<&str>) -> Result<Vec<GraphIo>, SectionError> {
+    /// The tensors that clients see, of one graph or of all, with the encodings they have after an apply.
+    fn io(&self, graph: Option<&str>, encodings: &[TensorEncodingRecord]) -> Result<Vec<GraphIo>, SectionError> {
         let at = self.graph_numbers(graph)?;
-        Ok(self.graphs[at].iter().map(graph_io).collect())
+        Ok(self.graphs[at].iter().map(|graph| graph_io(graph, encodings)).collect())
+    }
+
+    /// The encoding that a client has to use for the input or output `tensor` of the graph called `graph` now: the
+    /// applied adapter's, or the graph's own.
+    pub fn encoding(&self, graph: &str, tensor: &str) -> Option<Encoding> {
+        let adapter = self.adapter(graph);
+        let own = adapter.as_ref().and_then(|adapter| adapter.encodings().find(|(name, _)| *name == tensor));
+        match own {
+            Some((_, own)) => Some(own.encoding.clone()),
+            None => {
+                let graph = self.graph(graph)?;
+                graph.tensor(graph.find(tensor)?).encoding.clone()
+            }
+        }
     }
 }
 
-fn graph_io(graph: &Graph) -> GraphIo {
+fn graph_io(graph: &Graph, encodings: &[TensorEncodingRecord]) -> GraphIo {
     let seen = graph.tensors().iter().filter(|tensor| {
         let kind = tensor.tensor_type;
         kind.is_input() || kind.is_output() || kind == TensorType::UpdateableAppReadWrite
     });
-    let tensors = seen.map(|tensor| TensorRecord::from_tensor(tensor, graph)).collect();
+    let with_own = |tensor| {
+        let mut record = TensorRecord::from_tensor(tensor, graph);
+        if let Some(own) = encodings.iter().find(|own| own.tensor == tensor.name) {
+            record.encoding = Some(own.encoding.clone());
+        }
+        record
+    };
+    let tensors = seen.map(with_own).collect();
     GraphIo { graph: graph.name().to_owned(), tensors }
 }
 

@@ -44,7 +44,9 @@ pub enum SectionError {
     HalfPair { tensor: String, missing: String },
     #[error("tensor {tensor}: rank {have}, its partner {partner} has {want}")]
     PairRank { tensor: String, have: usize, partner: String, want: usize },
-    #[error("graph {graph:?}, tensor {tensor}: {have}, need {want}; encodings of the graph cannot be changed yet")]
+    #[error("encoding of tensor {tensor}: {have}, need {want}")]
+    Encoding { tensor: String, have: String, want: String },
+    #[error("graph {graph:?}, tensor {tensor}: {have}, need {want}")]
     Io { graph: String, tensor: String, have: String, want: String },
 }
 
@@ -68,6 +70,7 @@ impl SectionError {
             | SectionError::DataType { .. }
             | SectionError::HalfPair { .. }
             | SectionError::PairRank { .. }
+            | SectionError::Encoding { .. }
             | SectionError::Io { .. } => Code::TENSOR_INCOMPATIBLE_TENSOR_UPDATE,
         }
     }

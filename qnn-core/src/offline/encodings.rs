@@ -19,7 +19,7 @@ mod apply;
 mod read;
 mod write;
 
-pub(in crate::offline) use apply::replaced;
+pub(in crate::offline) use apply::{computed_encoding, replaced};
 pub use apply::{OverrideReport, dump, override_encodings};
 
 /// The three forms that AIMET has written.

@@ -33,6 +33,7 @@ pub use adapters::{AdapterError, SectionReport};
 pub use config_file::ConfigFile;
 
 use adapters::Adapters;
+pub(in crate::offline) use adapters::listed_adapters;
 pub(crate) use pack::Packing;
 pub(crate) use split::between;
 

@@ -31,6 +31,7 @@ use crate::{
     types::{DataType, TensorType},
 };
 
+pub mod adapters;
 pub mod observe;
 pub mod range;
 pub mod text;
@@ -73,6 +74,8 @@ pub enum QuantizeError {
     NoText { missing: Vec<String> },
     #[error("the graph has no matrix with integer weights: nothing to quantize for")]
     NothingToDo,
+    #[error("no computed tensor is updatable (quant_updatable_mode {mode}): convert with --quant_updatable_mode all")]
+    NothingUpdatable { mode: String },
     #[error("{path}: {why}")]
     Text { path: String, why: String },
     #[error(transparent)]
@@ -83,8 +86,6 @@ pub enum QuantizeError {
     Calibrate(#[from] CalibrateError),
     #[error(transparent)]
     Graph(#[from] GraphError),
-    #[error("worker threads")]
-    Workers(#[source] std::io::Error),
 }
 
 /// A step of the work, for a progress display.
@@ -92,6 +93,8 @@ pub enum QuantizeError {
 pub enum Progress<'a> {
     /// Work on this weight begins.
     Weight(&'a str),
+    /// Calibration with this adapter begins.
+    Adapter(&'a str),
     /// So many of so many windows of text were run.
     Window(usize, usize),
 }

@@ -119,13 +119,25 @@ pub(in crate::offline) fn replaced(graph: &Graph, changes: Vec<(TensorId, Tensor
 }
 
 fn activation(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
+    let (data_type, encoding) = computed_encoding(integers, integers.is_symmetric() || integers.signed)?;
+    Ok(Tensor { data_type, encoding: Some(encoding), ..tensor.clone() })
+}
+
+/// `integers` as the encoding of a computed tensor with signed or unsigned codes.
+///
+/// # Errors
+/// What a computed tensor cannot have, in words.
+pub(in crate::offline) fn computed_encoding(
+    integers: &Integers,
+    signed: bool,
+) -> Result<(DataType, Encoding), String> {
     if integers.layout != Layout::PerTensor {
         return Err("scales per channel, need one for a computed tensor".to_owned());
     }
     if !matches!(integers.bits, 8 | 16) {
         return Err(format!("{} bits, need 8 or 16 for a computed tensor", integers.bits));
     }
-    let integers = if integers.is_symmetric() { integers.clone().with_signed(true) } else { integers.clone() };
+    let integers = integers.clone().with_signed(signed);
     let data_type = match (integers.signed, integers.bits) {
         (true, 8) => DataType::SFixedPoint8,
         (true, _) => DataType::SFixedPoint16,
@@ -135,7 +147,7 @@ fn activation(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
     let offset = i32::try_from(integers.offsets[0]).map_err(|_| format!("offset {}", integers.offsets[0]))?;
     let encoding = Encoding::ScaleOffset { bitwidth: integers.bits, scale: integers.scales[0] as f32, offset };
     encoding.grid(data_type)?;
-    Ok(Tensor { data_type, encoding: Some(encoding), ..tensor.clone() })
+    Ok((data_type, encoding))
 }
 
 /// `tensor`, `[n, k]`, as integers of the given scales.

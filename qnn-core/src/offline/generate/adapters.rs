@@ -10,18 +10,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::json;
 
 use super::GenerateError;
 use crate::{
-    adapter::{Adapter, Description, Slot},
+    adapter::{Adapter, Description, Slot, TensorEncoding},
     binary::{BinaryError, Verify},
-    context::{Context, OpenOptions, SectionError, Updatable},
+    context::{Context, OpenOptions, SectionError, Updatable, encodings::fits},
     error::Error,
     graph::Graph,
     map::Bytes,
     offline::{
         ImportError,
+        encodings::{EncodingsError, EncodingsFile, Numbers, computed_encoding},
         lora::{
             self, LoraError, ParamEncodings, WeightEncoding,
             values::{self, Matrix},
@@ -60,8 +60,10 @@ pub enum AdapterError {
     Encoding { tensor: String, have: String, want: DataType },
     #[error("two encodings of {tensor}")]
     Twice { tensor: String },
-    #[error("encodings of activations, which an adapter cannot change yet")]
-    Activations,
+    #[error("encoding of computed tensor {tensor}: {have}, need {want}")]
+    Computed { tensor: String, have: String, want: String },
+    #[error(transparent)]
+    Encodings(#[from] EncodingsError),
     #[error(transparent)]
     Lora(#[from] LoraError),
     #[error(transparent)]
@@ -129,6 +131,7 @@ struct Prepared {
     name: String,
     description: Description,
     values: Vec<(String, Panels)>,
+    encodings: Vec<(String, TensorEncoding)>,
 }
 
 impl Adapters {
@@ -147,11 +150,15 @@ impl Adapters {
         }
         check_names(&files.use_case, model).map_err(&in_yaml)?;
         let folder = yaml.parent().unwrap_or(Path::new(""));
-        let none =
-            Prepared { name: DEFAULT_ADAPTER.to_owned(), description: Description::default(), values: Vec::new() };
+        let none = Prepared {
+            name: DEFAULT_ADAPTER.to_owned(),
+            description: Description::default(),
+            values: Vec::new(),
+            encodings: Vec::new(),
+        };
         let mut adapters = vec![none];
         for case in &files.use_case {
-            adapters.push(prepare(case, folder, &updatable)?);
+            adapters.push(prepare(case, folder, &updatable, model)?);
         }
         Ok(Adapters { share: files.share_adapters_between_graphs, adapters })
     }
@@ -197,6 +204,12 @@ impl Prepared {
         let values = self.values.iter().filter(|(name, _)| names.binary_search(name).is_ok());
         let adapter = Adapter::new(&self.name, Arc::clone(&names), values.cloned())
             .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
+        let has = |tensor: &str| context.graphs().filter_map(|name| context.graph(name)).any(|g| g.find(tensor).is_some());
+        let encodings = self.encodings.iter().filter(|(name, _)| has(name));
+        let adapter = adapter.with_encodings(encodings.cloned()).map_err(|(tensor, have)| {
+            let want = "one that a computed tensor can have".to_owned();
+            SectionError::Encoding { tensor, have, want }
+        })?;
         let graph = graph.map(str::to_owned);
         Ok(adapter.described(Description { graph, ..self.description.clone() }))
     }
@@ -230,11 +243,11 @@ fn check_names(cases: &[UseCase], model: &Graph) -> Result<(), AdapterError> {
     Ok(())
 }
 
-fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepared, GenerateError> {
+fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable, model: &Graph) -> Result<Prepared, GenerateError> {
     let encodings_path = case.encodings.as_ref().map(|path| folder.join(path));
-    let scales = match &encodings_path {
-        None => HashMap::new(),
-        Some(path) => read_encodings(path, updatable).map_err(refused(path))?,
+    let (scales, encodings) = match &encodings_path {
+        None => (HashMap::new(), Vec::new()),
+        Some(path) => read_encodings(path, updatable, model).map_err(refused(path))?,
     };
     let path = folder.join(&case.weights);
     let read = || -> Result<Prepared, AdapterError> {
@@ -253,7 +266,7 @@ fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable) -> Result<Prepa
         if description.rank > updatable.max_rank {
             return Err(SectionError::AdapterRank { have: description.rank, want: updatable.max_rank }.into());
         }
-        Ok(Prepared { name: case.name.clone(), description, values })
+        Ok(Prepared { name: case.name.clone(), description, values, encodings })
     };
     read().map_err(refused(&path))
 }
@@ -307,14 +320,12 @@ fn description(file: &SafetensorsFile, name: &str, rank: usize) -> Result<Descri
     Ok(lora::describe(rank, &slots))
 }
 
-/// Scales by tensor name.
-fn read_encodings(path: &Path, updatable: &Updatable) -> Result<HashMap<String, Vec<f32>>, AdapterError> {
+/// What an encodings file says of an adapter: scales of its weights by their names, and encodings of computed tensors.
+type AdapterEncodings = (HashMap<String, Vec<f32>>, Vec<(String, TensorEncoding)>);
+
+fn read_encodings(path: &Path, updatable: &Updatable, model: &Graph) -> Result<AdapterEncodings, AdapterError> {
     let text = read_text(path)?;
-    let encodings = ParamEncodings::from_json(&text, &|_| true)?;
-    let activations: Activations = serde_json::from_slice(&text).map_err(LoraError::Json)?;
-    if activations.activation_encodings.is_some_and(|all| all != json!([]) && all != json!({})) {
-        return Err(AdapterError::Activations);
-    }
+    let encodings = ParamEncodings::from_json(&text, &|name| !is_computed(model, name))?;
     let mut scales = HashMap::new();
     for (name, encoding) in encodings.0 {
         let Some(declared) = updatable.data_type(&name) else {
@@ -333,13 +344,60 @@ fn read_encodings(path: &Path, updatable: &Updatable) -> Result<HashMap<String, 
             return Err(AdapterError::Twice { tensor: name });
         }
     }
-    Ok(scales)
+    Ok((scales, computed_encodings(&text, model)?))
 }
 
-/// The part of an encodings file that adapters cannot have.
-#[derive(Deserialize)]
-struct Activations {
-    activation_encodings: Option<serde_json::Value>,
+/// The encodings of computed tensors, checked against what the model declares.
+fn computed_encodings(text: &[u8], model: &Graph) -> Result<Vec<(String, TensorEncoding)>, AdapterError> {
+    let mut found = Vec::new();
+    for entry in EncodingsFile::parse(text)?.tensors {
+        let name = entry.name;
+        if entry.is_param == Some(true) || entry.is_param.is_none() && !is_computed(model, &name) {
+            continue;
+        }
+        let refuse = |have, want| AdapterError::Computed { tensor: name.clone(), have, want };
+        let Some(tensor) = model.find(&name).map(|id| model.tensor(id)) else {
+            return Err(SectionError::UnknownTensor { tensor: name }.into());
+        };
+        let Numbers::Integer(integers) = entry.numbers else {
+            return Err(refuse("floats".to_owned(), "integers, as the model has it".to_owned()));
+        };
+        fits(tensor, integers.bits).map_err(|(have, want)| refuse(have, want))?;
+        let signed = matches!(tensor.data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16);
+        let (data_type, encoding) = computed_encoding(&integers, signed)
+            .map_err(|have| refuse(have, format!("an encoding of {}", tensor.data_type)))?;
+        found.push((name, TensorEncoding { data_type, encoding }));
+    }
+    Ok(found)
+}
+
+fn is_computed(model: &Graph, name: &str) -> bool {
+    model.find(name).is_some_and(|id| !model.tensor(id).tensor_type.is_static())
+}
+
+/// Name, weights and encodings of each adapter that `lora_output_files.yaml` lists.
+///
+/// # Errors
+/// The file and what is wrong with it.
+pub(in crate::offline) fn listed_adapters(yaml: &Path) -> Result<Vec<ListedAdapter>, GenerateError> {
+    let in_yaml = refused(yaml);
+    let text = read_text(yaml).map_err(&in_yaml)?;
+    let files: OutputFiles =
+        serde_saphyr::from_slice(&text).map_err(|why| in_yaml(AdapterError::Yaml(why.to_string())))?;
+    let folder = yaml.parent().unwrap_or(Path::new(""));
+    let listed = |case: UseCase| {
+        let weights = folder.join(case.weights);
+        let encodings = case.encodings.map_or(weights.with_extension("encodings"), |path| folder.join(path));
+        ListedAdapter { name: case.name, weights, encodings }
+    };
+    Ok(files.use_case.into_iter().map(listed).collect())
+}
+
+/// One adapter of `lora_output_files.yaml`.
+pub(in crate::offline) struct ListedAdapter {
+    pub(in crate::offline) name: String,
+    pub(in crate::offline) weights: PathBuf,
+    pub(in crate::offline) encodings: PathBuf,
 }
 
 fn read_text(path: &Path) -> Result<Bytes, AdapterError> {

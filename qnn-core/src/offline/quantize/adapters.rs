@@ -1,0 +1,143 @@
+//! Encodings per adapter: calibration with each one applied.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Activations, Progress, QuantizeError, Schema, Tools, encode, observe};
+use crate::{
+    adapter::Adapter,
+    atomic_file,
+    encoding::Encoding,
+    error::Error,
+    graph::Graph,
+    map::Bytes,
+    offline::{
+        encodings::{EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers},
+        generate::listed_adapters,
+        lora::{
+            LoraError, MODE_KEY,
+            values::{self, Matrix},
+        },
+        safetensors::SafetensorsFile,
+        source::{ElementFormat, SourceTensor},
+    },
+    tensor::TensorId,
+    types::{DataType, TensorType},
+};
+
+/// What became of one adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterReport {
+    /// Its name.
+    pub name: String,
+    /// Computed tensors that have encodings of its own.
+    pub tensors: usize,
+    /// Its encodings file.
+    pub path: PathBuf,
+}
+
+/// Runs `graph` over `windows` with each adapter of `list` (`lora_output_files.yaml`) at strength 1, and adds encodings for
+/// the computed tensors that `quantized`, its quantized version, declares as updatable to the adapter's encodings file. What
+/// else the file says stays.
+///
+/// # Errors
+/// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks.
+pub fn calibrate_adapters(
+    graph: &Graph,
+    quantized: &Graph,
+    list: &Path,
+    windows: &[&[u32]],
+    wanted: Activations,
+    tools: &mut Tools<'_>,
+) -> Result<Vec<AdapterReport>, Error> {
+    let refused = |why| Error::quantize(list)(why);
+    let taps: Vec<TensorId> = quantized.ids_where(|t| {
+        !t.tensor_type.is_static() && t.tensor_type.is_updateable() && t.encoding.is_some()
+    });
+    if taps.is_empty() {
+        let mode = graph.metadata().get(MODE_KEY).map_or("none", String::as_str).to_owned();
+        return Err(refused(QuantizeError::NothingUpdatable { mode }));
+    }
+    if windows.is_empty() {
+        let missing = taps.iter().map(|id| quantized.tensor(*id).name.clone()).collect();
+        return Err(refused(QuantizeError::NoText { missing }));
+    }
+    let mut reports = Vec::new();
+    for listed in listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })? {
+        (tools.progress)(Progress::Adapter(&listed.name));
+        let adapter = Arc::new(read_adapter(graph, &listed.name, &listed.weights)?);
+        let observers = observe(graph, &taps, windows, Some(&adapter), tools).map_err(refused)?;
+        let mut entries = Vec::new();
+        for (id, observer) in taps.iter().zip(observers) {
+            let tensor = quantized.tensor(*id);
+            let Some(Encoding::ScaleOffset { bitwidth, .. }) = tensor.encoding else { continue };
+            // A section keeps the graph's type and width.
+            let signed = matches!(tensor.data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16);
+            let schema = if signed { Schema::Symmetric } else { Schema::Asymmetric };
+            let own = Activations { bits: bitwidth, schema, least_sqnr_db: None, ..wanted };
+            let report = encode(&tensor.name, &observer, own).map_err(refused)?;
+            entries.push(entry(&tensor.name, &report.encoding));
+        }
+        let n = entries.len();
+        add_to_file(&listed.encodings, entries)?;
+        reports.push(AdapterReport { name: listed.name, tensors: n, path: listed.encodings });
+    }
+    Ok(reports)
+}
+
+/// The adapter in a file of `qairt-lora-importer`, in floats.
+fn read_adapter(graph: &Graph, name: &str, path: &Path) -> Result<Adapter, Error> {
+    let refused = |why: LoraError| Error::lora(path)(why);
+    let file = SafetensorsFile::parse(Bytes::map_file(path).map_err(Error::io(path))?)
+        .map_err(|why| refused(LoraError::Safetensors(why)))?;
+    let mut values: HashMap<String, crate::Panels> = HashMap::new();
+    for tensor_name in file.names() {
+        let Some(stored) = file.tensor(tensor_name) else { continue };
+        let format = match stored.dtype {
+            "F32" => ElementFormat::F32,
+            "F16" => ElementFormat::F16,
+            "BF16" => ElementFormat::Bf16,
+            other => {
+                let (tensor, have) = (tensor_name.to_owned(), format!("type {other}"));
+                return Err(refused(LoraError::Tensor { tensor, have, want: "F32, F16 or BF16".to_owned() }));
+            }
+        };
+        let tensor = SourceTensor::new(tensor_name, stored.shape, format, stored.bytes)
+            .map_err(|why| refused(LoraError::Import(Box::new(why))))?;
+        let floats = tensor.to_f32();
+        let matrix = Matrix { name: tensor_name.to_owned(), n: tensor.n(), k: tensor.k(), values: &floats };
+        values.insert(tensor_name.to_owned(), values::pack(&matrix, DataType::Float32).map_err(refused)?);
+    }
+    let updatable = graph.tensors().iter().filter(|t| t.tensor_type == TensorType::UpdateableStatic);
+    let mut names: Vec<String> = updatable.map(|tensor| tensor.name.clone()).collect();
+    names.sort_unstable();
+    Adapter::new(name, names.into(), values).map_err(|tensor| {
+        let why = "the graph has no adapter branch with it".to_owned();
+        refused(LoraError::NoPoint { tensor, why })
+    })
+}
+
+fn entry(name: &str, (data_type, encoding): &(DataType, Encoding)) -> FileEncoding {
+    let (bits, scale, offset) = match *encoding {
+        Encoding::ScaleOffset { bitwidth, scale, offset } => (bitwidth, scale, offset),
+        _ => unreachable!("`range::encoding` makes one scale and offset"),
+    };
+    let integers = Integers {
+        bits,
+        signed: matches!(data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16),
+        layout: Layout::PerTensor,
+        scales: vec![f64::from(scale)],
+        offsets: vec![i64::from(offset)],
+    };
+    FileEncoding { name: name.to_owned(), is_param: Some(false), numbers: Numbers::Integer(integers) }
+}
+
+/// Writes `entries` as the computed tensors of the file, beside the weights that it has; makes the file if it is not there.
+fn add_to_file(path: &Path, entries: Vec<FileEncoding>) -> Result<(), Error> {
+    let mut tensors = if path.is_file() { EncodingsFile::open(path)?.tensors } else { Vec::new() };
+    tensors.retain(|tensor| tensor.is_param == Some(true));
+    tensors.extend(entries);
+    let json = EncodingsFile { version: FileVersion::V1_0_0, tensors }.to_json();
+    atomic_file::write(path, |file| std::io::Write::write_all(file, format!("{json}\n").as_bytes())).map_err(Error::io(path))
+}
