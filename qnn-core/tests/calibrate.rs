@@ -95,7 +95,7 @@ fn taps_show_the_values_of_the_graph() {
         let want = expected(&graph, &taps, None);
         // What a converter leaves in a graph with integer weights.
         let attention = graph.find("model.layers.0.self_attn").expect("every tiny model has it");
-        graph.set_encoding(attention, DataType::SFixedPoint8, None);
+        graph.set_encoding(attention, DataType::SFixedPoint8, None).expect("no encoding always fits");
         for rows_per_run in [0, 1, 7, 100] {
             let mut calibrator = Calibrator::new(&graph, &probe(&taps, rows_per_run), &backend).expect("it is ready");
             let have = observed(&mut calibrator, taps.len(), Feed::Ids(&ids()));

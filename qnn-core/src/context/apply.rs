@@ -9,9 +9,8 @@ use super::{Context, SectionError, StateError, encodings};
 use crate::{
     adapter::{Adapter, Description, Slot},
     binary::{
-        Binary, BinaryError, BinaryWriter, GraphIo, SectionFile, SectionMeta, SlotRecord, TOOL, TensorEncodingRecord, Verify,
-        Written,
-        section, write_section_file,
+        Binary, BinaryError, BinaryWriter, GraphIo, SectionFile, SectionMeta, SlotRecord, TOOL, TensorEncodingRecord,
+        Verify, Written, section, write_section_file,
     },
     encoding::Encoding,
     error::Error,

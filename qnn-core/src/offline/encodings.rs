@@ -19,8 +19,8 @@ mod apply;
 mod read;
 mod write;
 
-pub(in crate::offline) use apply::{computed_encoding, replaced};
 pub use apply::{OverrideReport, dump, override_encodings};
+pub(in crate::offline) use apply::{computed_encoding, replaced};
 
 /// The three forms that AIMET has written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

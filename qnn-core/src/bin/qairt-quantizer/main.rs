@@ -1,7 +1,7 @@
 //! `qairt-quantizer`: a DLC and some text in, a DLC with integer weights and static encodings out.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -193,7 +193,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     let ids = cli.ids()?;
     let windows = match ids.is_empty() {
-        true if !cli.float_fallback => bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback"),
+        true if !cli.float_fallback => {
+            bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback")
+        }
         true => Vec::new(),
         false => spread_windows(&ids, cli.calibration_window, cli.calibration_windows)?,
     };
@@ -335,7 +337,8 @@ fn print_report(report: &QuantizeReport, windows: usize) {
         let ((min, max), name, db) = (tensor.range, &tensor.name, tensor.sqnr_db);
         println!("  {db:>6.1} dB  {name}: {min:.3} to {max:.3}, {bitwidth} bits, scale {scale:.3e}, offset {offset}");
     }
-    let wide = report.tensors.iter().filter(|t| matches!(t.encoding.1, Encoding::ScaleOffset { bitwidth: 16, .. })).count();
+    let wide =
+        report.tensors.iter().filter(|t| matches!(t.encoding.1, Encoding::ScaleOffset { bitwidth: 16, .. })).count();
     println!("  16 bits: {wide}, 8 bits: {}", report.tensors.len() - wide);
 }
 

@@ -127,10 +127,7 @@ fn activation(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
 ///
 /// # Errors
 /// What a computed tensor cannot have, in words.
-pub(in crate::offline) fn computed_encoding(
-    integers: &Integers,
-    signed: bool,
-) -> Result<(DataType, Encoding), String> {
+pub(in crate::offline) fn computed_encoding(integers: &Integers, signed: bool) -> Result<(DataType, Encoding), String> {
     if integers.layout != Layout::PerTensor {
         return Err("scales per channel, need one for a computed tensor".to_owned());
     }

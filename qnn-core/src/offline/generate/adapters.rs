@@ -204,7 +204,8 @@ impl Prepared {
         let values = self.values.iter().filter(|(name, _)| names.binary_search(name).is_ok());
         let adapter = Adapter::new(&self.name, Arc::clone(&names), values.cloned())
             .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
-        let has = |tensor: &str| context.graphs().filter_map(|name| context.graph(name)).any(|g| g.find(tensor).is_some());
+        let has =
+            |tensor: &str| context.graphs().filter_map(|name| context.graph(name)).any(|g| g.find(tensor).is_some());
         let encodings = self.encodings.iter().filter(|(name, _)| has(name));
         let adapter = adapter.with_encodings(encodings.cloned()).map_err(|(tensor, have)| {
             let want = "one that a computed tensor can have".to_owned();

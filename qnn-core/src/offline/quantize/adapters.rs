@@ -52,9 +52,8 @@ pub fn calibrate_adapters(
     tools: &mut Tools<'_>,
 ) -> Result<Vec<AdapterReport>, Error> {
     let refused = |why| Error::quantize(list)(why);
-    let taps: Vec<TensorId> = quantized.ids_where(|t| {
-        !t.tensor_type.is_static() && t.tensor_type.is_updateable() && t.encoding.is_some()
-    });
+    let taps: Vec<TensorId> =
+        quantized.ids_where(|t| !t.tensor_type.is_static() && t.tensor_type.is_updateable() && t.encoding.is_some());
     if taps.is_empty() {
         let mode = graph.metadata().get(MODE_KEY).map_or("none", String::as_str).to_owned();
         return Err(refused(QuantizeError::NothingUpdatable { mode }));
@@ -139,5 +138,6 @@ fn add_to_file(path: &Path, entries: Vec<FileEncoding>) -> Result<(), Error> {
     tensors.retain(|tensor| tensor.is_param == Some(true));
     tensors.extend(entries);
     let json = EncodingsFile { version: FileVersion::V1_0_0, tensors }.to_json();
-    atomic_file::write(path, |file| std::io::Write::write_all(file, format!("{json}\n").as_bytes())).map_err(Error::io(path))
+    atomic_file::write(path, |file| std::io::Write::write_all(file, format!("{json}\n").as_bytes()))
+        .map_err(Error::io(path))
 }
