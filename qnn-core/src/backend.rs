@@ -269,3 +269,6 @@ impl Binding {
         ExecuteError::Input { tensor: self.name.clone(), have: have.to_owned(), want: want.to_owned() }
     }
 }
+
+/// Why a cache with an encoding is refused.
+const STATIC_CACHE: &str = "a cache with a static encoding; its rows have scales of their own";

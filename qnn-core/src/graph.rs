@@ -348,15 +348,9 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
 /// Checks the static encoding of a computed tensor.
 fn check_computed(tensor: &Tensor) -> Result<(), GraphError> {
     let Some(encoding) = &tensor.encoding else { return Ok(()) };
-    let refuse =
-        |have, want: &str| Err(GraphError::Tensor { tensor: tensor.name.clone(), have, want: want.to_owned() });
-    if tensor.tensor_type.is_state() {
-        return refuse("a static encoding".to_owned(), "none: rows of a cache have scales of their own");
-    }
-    match encoding.grid(tensor.data_type) {
-        Ok(_) => Ok(()),
-        Err(have) => refuse(have, "an encoding that a computed tensor can have"),
-    }
+    let want = || "an encoding that a computed tensor can have".to_owned();
+    let refused = |have| GraphError::Tensor { tensor: tensor.name.clone(), have, want: want() };
+    encoding.grid(tensor.data_type).map(|_| ()).map_err(refused)
 }
 
 /// Checks that a flat constant's encoding has as many scales and offsets as its shape asks for.

@@ -13,7 +13,7 @@ use crate::{
 };
 
 use super::{
-    Backend, Bindings, Executable, ExecuteError, PrepareError, State, Value,
+    Backend, Bindings, Executable, ExecuteError, PrepareError, STATIC_CACHE, State, Value,
     state::{Cache, CacheForm},
 };
 
@@ -47,6 +47,9 @@ struct Reference {
 /// The static encodings of `graph` itself, by tensor.
 fn base_grids(graph: &Graph) -> Result<Vec<Option<Grid>>, PrepareError> {
     let grid = |tensor: &Tensor| match &tensor.encoding {
+        Some(_) if tensor.tensor_type.is_state() => {
+            Err(PrepareError::Tensor { tensor: tensor.name.clone(), why: STATIC_CACHE.to_owned() })
+        }
         Some(encoding) if !tensor.tensor_type.is_static() => encoding
             .grid(tensor.data_type)
             .map(Some)

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, hash_map::Entry};
 
 use crate::{
-    backend::PrepareError,
+    backend::{PrepareError, STATIC_CACHE},
     graph::{Graph, Node},
     op::{AttentionAttrs, OpKind},
     tensor::{Dim, Panels, Shape, Tensor, TensorId},
@@ -122,6 +122,9 @@ impl<'g> Lowering<'g> {
 
     /// Refuses element types and encodings of computed tensors that the steps do not know.
     fn check_types(&self) -> Result<(), PrepareError> {
+        if let Some(state) = self.graph.tensors().iter().find(|t| t.tensor_type.is_state() && t.encoding.is_some()) {
+            return Err(PrepareError::Tensor { tensor: state.name.clone(), why: STATIC_CACHE.to_owned() });
+        }
         for tensor in self.graph.tensors().iter().filter(|t| !t.tensor_type.is_static() && !t.tensor_type.is_state()) {
             // A fixed-point tensor without an encoding is quantized dynamically; a client's cannot be.
             let known = match (tensor.data_type, &tensor.encoding) {

@@ -74,7 +74,8 @@ impl Observer {
         let ascending = (half..self.bins.len()).rev().chain(0..half);
         let cell = |bin: usize| {
             let count = self.bins[bin];
-            let edge = |bits: u32| f64::from(f32::from_bits(bits));
+            // The outermost bins end where what was seen ends.
+            let edge = |bits: u32| f64::from(f32::from_bits(bits).clamp(self.min, self.max));
             let bits = (bin as u32) << SHIFT;
             let (a, b) = (edge(bits), edge(bits | ((1 << SHIFT) - 1)));
             (count > 0).then(|| Cell { middle: (a + b) / 2.0, width: (a - b).abs(), count })
