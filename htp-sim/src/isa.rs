@@ -36,3 +36,15 @@ pub(crate) fn has_avx512_vnni() -> bool {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vnni")
 }
+
+/// NEON's 8-bit dot product.
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn has_dotprod() -> bool {
+    std::arch::is_aarch64_feature_detected!("dotprod")
+}
+
+/// NEON's 8-bit matrix product.
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn has_i8mm() -> bool {
+    std::arch::is_aarch64_feature_detected!("i8mm")
+}

@@ -4,6 +4,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "aarch64")]
+use crate::arch::aarch64::{dotprod, i8mm, neon};
 use crate::arch::portable;
 #[cfg(target_arch = "x86_64")]
 use crate::arch::x86_64::{avx2, avx512_vnni};
@@ -195,6 +197,16 @@ impl Kernels {
             if isa::has_avx2() {
                 tiers.push(&avx2::KERNELS);
             }
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if isa::has_i8mm() {
+                tiers.push(&i8mm::KERNELS);
+            }
+            if isa::has_dotprod() {
+                tiers.push(&dotprod::KERNELS);
+            }
+            tiers.push(&neon::KERNELS);
         }
         tiers.push(&portable::KERNELS);
         tiers
