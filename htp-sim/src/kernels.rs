@@ -74,6 +74,9 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) codes: &'a [u8],
     /// Bytes from one panel's codes to the next.
     pub(crate) panel_bytes: usize,
+    /// Outputs of a panel as stored: 16, or, of per-channel weights and then with one panel in the tile, 4, 8 or 12. The
+    /// other columns of `out` may be left as they are.
+    pub(crate) width: usize,
     pub(crate) scales: &'a [u8],
     pub(crate) offsets: &'a [u8],
     /// Inputs per scale (block formats).

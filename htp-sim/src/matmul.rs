@@ -256,18 +256,23 @@ impl Grid {
     }
 
     fn groups(&self, half: &Gate<'_>) -> usize {
-        half.weights.layout().panels().div_ceil(self.tile_panels)
+        let panels = half.weights.layout().panels();
+        let wide = wide_panels(half.weights);
+        wide.div_ceil(self.tile_panels) + (panels - wide)
     }
 
     fn tile(&self, row_block: usize, group: usize, weights: PackedWeights<'_>) -> Tile {
-        let (row, panel) = (row_block * self.tile_rows, group * self.tile_panels);
-        Tile {
-            row,
-            rows: self.tile_rows.min(self.m - row),
-            panel,
-            panels: self.tile_panels.min(weights.layout().panels() - panel),
-        }
+        let row = row_block * self.tile_rows;
+        let wide = wide_panels(weights);
+        let panel = (group * self.tile_panels).min(wide);
+        Tile { row, rows: self.tile_rows.min(self.m - row), panel, panels: self.tile_panels.min(wide - panel).max(1) }
     }
+}
+
+/// Panels without a last one that could be narrow. That one is a tile of its own, whatever the layout, so that all weights
+/// of a tile are cut alike.
+fn wide_panels(weights: PackedWeights<'_>) -> usize {
+    weights.layout().n().next_multiple_of(4) / PANEL
 }
 
 /// Weights that one [`linear`] can take.

@@ -14,6 +14,10 @@
 //! A 4-bit byte holds two codes `u = 0..=15`: with `k` cut in groups of four, row `j` of 64 bytes has group `2j` in its
 //! low nibbles and group `2j + 1` in its high nibbles. In the integer formats `k` is padded to a multiple of 8 with codes
 //! that mean 0.
+//!
+//! A *tight* matrix ([`PackedLayout::tight`]) has less padding, for the few rows of an adapter's first half and the few
+//! columns of its second: its last panel is `width` outputs wide, what is left of `n` padded to 4, so that 16 in the codes'
+//! extents above becomes `width` there, and `k` of Int8PerChannel is padded to 4. Scales stay padded to 16.
 
 use half::{bf16, f16};
 
@@ -97,6 +101,7 @@ pub struct PackedLayout {
     n: usize,
     k: usize,
     format: WeightFormat,
+    tight: bool,
 }
 
 impl PackedLayout {
@@ -124,7 +129,20 @@ impl PackedLayout {
         }
         // The largest matrix we can index: 4 times the f32 size leaves room for all sections and their padding.
         size("bytes of a weight matrix", &[n.saturating_add(15), k.saturating_add(7), 16])?;
-        Ok(Self { n, k, format })
+        Ok(Self { n, k, format, tight: false })
+    }
+
+    /// The layout with the least padding, see the head of this module. Block formats have no other than [`new`](Self::new)'s.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn tight(n: usize, k: usize, format: WeightFormat) -> Result<Self, ShapeError> {
+        Ok(Self { tight: format.block().is_none(), ..Self::new(n, k, format)? })
+    }
+
+    /// Whether this is a [`tight`](Self::tight) layout.
+    pub fn is_tight(&self) -> bool {
+        self.tight
     }
 
     /// Outputs.
@@ -147,9 +165,18 @@ impl PackedLayout {
         self.n.div_ceil(PANEL)
     }
 
-    /// Inputs as stored: `k` padded to 8 in the integer formats.
+    /// Outputs of panel `panel` as stored: 16, or 4, 8 or 12 in the last one of a tight layout.
+    pub fn width(&self, panel: usize) -> usize {
+        if self.tight { (self.n - panel * PANEL).next_multiple_of(TIGHT_STEP).min(PANEL) } else { PANEL }
+    }
+
+    /// Inputs as stored: `k` padded to 8 in the integer formats, to 4 in tight 8-bit ones.
     pub fn k_padded(&self) -> usize {
-        if self.format.is_float() { self.k } else { self.k.next_multiple_of(8) }
+        match (self.format.is_float(), self.tight && !self.format.is_4bit()) {
+            (true, _) => self.k,
+            (false, true) => self.k.next_multiple_of(4),
+            (false, false) => self.k.next_multiple_of(8),
+        }
     }
 
     /// Blocks in one row: `k / block`, or 1 without blocks.
@@ -170,15 +197,21 @@ impl PackedLayout {
         expect_len("bytes of packed weights", blob.len(), self.size_bytes())?;
         Ok(PackedWeights {
             layout: *self,
-            codes: &blob[..self.panels() * self.panel_code_bytes()],
+            codes: &blob[..self.code_bytes()],
             scales: &blob[self.scales_at_bytes()..][..self.panels() * self.panel_scale_bytes()],
             offsets: &blob[self.offsets_at_bytes()..],
             row_sums: &[],
         })
     }
 
+    /// Bytes of a full panel's codes: where the next panel starts.
     pub(crate) fn panel_code_bytes(&self) -> usize {
         self.k_padded() * self.format.double_bytes_per_k() / 2
+    }
+
+    fn code_bytes(&self) -> usize {
+        let last = self.panels() - 1;
+        last * self.panel_code_bytes() + self.panel_code_bytes() / PANEL * self.width(last)
     }
 
     pub(crate) fn panel_scale_bytes(&self) -> usize {
@@ -198,7 +231,7 @@ impl PackedLayout {
     }
 
     fn scales_at_bytes(&self) -> usize {
-        (self.panels() * self.panel_code_bytes()).next_multiple_of(SECTION_ALIGN_BYTES)
+        self.code_bytes().next_multiple_of(SECTION_ALIGN_BYTES)
     }
 
     fn offsets_at_bytes(&self) -> usize {
@@ -267,13 +300,14 @@ impl<'a> PackedWeights<'a> {
     pub fn code(&self, row: usize, k: usize) -> i32 {
         let (panel, lane) = (row / PANEL, row % PANEL);
         let codes = &self.codes[panel * self.layout.panel_code_bytes()..];
+        let row_bytes = self.layout.width(panel) * 4;
         match self.layout.format {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
             WeightFormat::Int8PerChannel | WeightFormat::Int8Block { .. } => {
-                i32::from(codes[k / 4 * 64 + lane * 4 + k % 4].cast_signed())
+                i32::from(codes[k / 4 * row_bytes + lane * 4 + k % 4].cast_signed())
             }
             WeightFormat::Int4PerChannel | WeightFormat::Int4Block { .. } => {
-                let pair = codes[k / 8 * 64 + lane * 4 + k % 4];
+                let pair = codes[k / 8 * row_bytes + lane * 4 + k % 4];
                 i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 })
             }
         }
@@ -318,7 +352,8 @@ impl<'a> PackedWeights<'a> {
 
     /// The value at (`row`, `k`), given the scale and zero of its block.
     fn value(&self, row: usize, k: usize, scale: f32, zero: Zero) -> f32 {
-        let at = row / PANEL * PANEL * self.layout.k + k * PANEL + row % PANEL;
+        let panel = row / PANEL;
+        let at = panel * PANEL * self.layout.k + k * self.layout.width(panel) + row % PANEL;
         match (self.layout.format, zero) {
             (WeightFormat::F32, _) => f32_at(self.codes, at),
             (WeightFormat::F16, _) => f16_at(self.codes, at),
@@ -367,6 +402,9 @@ fn f16_at(bytes: &[u8], i: usize) -> f32 {
 
 /// Outputs in a panel.
 pub const PANEL: usize = 16;
+
+/// The last panel of a tight layout has a multiple of this many outputs: what the narrowest vector registers hold.
+const TIGHT_STEP: usize = 4;
 
 /// Largest number of inputs that share a scale: keeps a block's integer dot product inside i32.
 pub const MAX_BLOCK: usize = 256;

@@ -163,7 +163,7 @@ pub enum BinaryError {
     #[error("{what} is damaged: checksum {have:08x}, need {want:08x}")]
     Checksum { what: String, have: u32, want: u32 },
     #[error(
-        "format version {have}, written by SDK {sdk}; this is SDK {}, which reads version {}",
+        "format version {have}, written by SDK {sdk}; this is SDK {}, which reads versions 1 to {}",
         SdkVersion::CURRENT,
         layout::FORMAT_VERSION
     )]

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use qnn_core::{
     Adapter, Backend, Bindings, BlockOffsets, DataType, Dim, Encoding, Floats, Graph, OpKind, Panels, Shape, Tensor,
     TensorData, TensorId, TensorType,
-    backend::{ExecuteError, HtpBackend, ReferenceBackend, htp::pack_constant},
+    backend::{ExecuteError, HtpBackend, ReferenceBackend, htp::pack_update},
     op::AttentionAttrs,
 };
 
@@ -447,7 +447,7 @@ impl Builder {
         let data = Some(TensorData::Flat(bytes.into()));
         let (shape, tensor_type) = (Shape::fixed(&real), TensorType::Static);
         let value = Tensor { name: name.to_owned(), tensor_type, data_type, shape, encoding, data };
-        self.adapter.push((name.to_owned(), pack_constant(&value).unwrap()));
+        self.adapter.push((name.to_owned(), pack_update(&value).unwrap()));
         self.add(name, TensorType::UpdateableStatic, data_type, Shape::fixed(&declared), None)
     }
 

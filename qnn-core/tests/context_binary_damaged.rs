@@ -127,7 +127,7 @@ fn foreign_newer_and_adapter_files_say_what_they_are() {
         (file[..100].to_vec(), "header is cut: the file has 100 bytes, need 128"),
         (b"\x7fELF and so on".to_vec(), "not a genie context binary: it starts with [7f, 45, 4c, 46]"),
         (vec![0; 4096], "not a genie context binary: it starts with [00, 00, 00, 00]"),
-        (header(4, &[9, 0]), "format version 9, written by SDK 0.1.0; this is SDK 0.1.0, which reads version 1"),
+        (header(4, &[9, 0]), "format version 9, written by SDK 0.1.0; this is SDK 0.1.0, which reads versions 1 to 2"),
         (header(6, &[2, 0]), "at byte 6: is an adapter section, need a context binary"),
         (header(48, &[0]), "header is damaged"),
     ];

@@ -206,6 +206,7 @@ impl Problem<'_> {
                 plane_sums: &scratch.plane_sums,
                 codes,
                 panel_bytes: layout.key_panel_bytes(),
+                width: PANEL,
                 scales: self.cache.key_scales(tile.kv_head, first),
                 offsets: &[],
                 block: layout.key_head_dim(),

@@ -4,6 +4,11 @@ use crate::quantize::{ActBits, quantize_rows};
 use crate::testing::{FLOAT_FORMATS, Noise, bits, each_tier, integer_formats, portable, team, weights};
 use crate::{Kernels, Workers};
 
+/// Makes a layout of `n`, `k` and a format.
+type LayoutOf = fn(usize, usize, WeightFormat) -> Result<PackedLayout, ShapeError>;
+const NEW: LayoutOf = PackedLayout::new;
+const TIGHT: LayoutOf = PackedLayout::tight;
+
 const BITS: [ActBits; 2] = [ActBits::Eight, ActBits::Sixteen];
 
 fn part<'a>(weights: PackedWeights<'a>, out: &'a mut [f32]) -> Part<'a> {
@@ -134,6 +139,32 @@ fn tiers_agree_on_integer_products() {
     }
 }
 
+/// A tight layout changes where weights lie and nothing else: every tier gives the bits of the padded layout.
+#[test]
+fn tight_layouts_give_the_same_bits() {
+    let workers = team(2);
+    let mut noise = Noise(12);
+    for k in [1, 4, 5, 12, 36, 64, 100, 576] {
+        let formats = [WeightFormat::Int8PerChannel, WeightFormat::Int4PerChannel];
+        for (format, n) in formats.into_iter().flat_map(|f| [1, 4, 5, 8, 12, 13, 16, 24, 28, 140].map(|n| (f, n))) {
+            let padded = PackedLayout::new(n, k, format).expect("sizes are fine");
+            let tight = PackedLayout::tight(n, k, format).expect("sizes are fine");
+            let blobs = [weights(&padded, 59), weights(&tight, 59)];
+            let padded = padded.view(&blobs[0]).expect("length matches");
+            let tight = tight.view(&blobs[1]).expect("length matches");
+            for (m, act) in [1, 2, 3, 5, 9, 33].into_iter().flat_map(|m| BITS.map(|act| (m, act))) {
+                let x = noise.floats(m * k);
+                let rows = quantized(&portable(&workers), &x, &padded.layout(), act);
+                let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), padded));
+                each_tier(&workers, |cx| {
+                    let found = bits(&product(cx, Rows::Quantized(&rows), tight));
+                    assert_eq!(found, expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
+                });
+            }
+        }
+    }
+}
+
 /// The largest codes everywhere, in both signs, do not overflow or saturate on any tier.
 #[test]
 fn extreme_codes_do_not_saturate() {
@@ -176,11 +207,13 @@ fn extreme_codes_do_not_saturate() {
 fn float_products_are_within_the_bound() {
     let workers = team(2);
     let mut noise = Noise(3);
-    for (m, n, k) in [(0, 3, 8), (1, 1, 1), (1, 15, 8), (2, 130, 64), (5, 65, 129), (17, 64, 96), (6, 33, 576)] {
+    for (m, n, k) in
+        [(0, 3, 8), (1, 1, 1), (1, 15, 8), (3, 8, 129), (2, 130, 64), (5, 65, 129), (17, 64, 96), (6, 33, 576)]
+    {
         let mut formats = FLOAT_FORMATS.to_vec();
         formats.extend(integer_formats(k));
-        for format in formats {
-            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        for (format, layout_of) in formats.into_iter().flat_map(|f| [(f, NEW), (f, TIGHT)]) {
+            let layout = layout_of(n, k, format).expect("sizes are fine");
             let blob = weights(&layout, 13);
             let w = layout.view(&blob).expect("length matches");
             let x = noise.floats(m * k);

@@ -2,7 +2,7 @@
 
 use super::{Branch, Gate, PANEL, Rows, TILE_VALUES};
 use crate::Cx;
-use crate::kernels::{FloatTile, IntegerTile};
+use crate::kernels::{FloatFn, FloatTile, IntegerTile};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
 
@@ -107,6 +107,7 @@ fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, 
         plane_sums: from.plane_sums,
         codes: weights.codes_from(tile.panel),
         panel_bytes: layout.panel_code_bytes(),
+        width: layout.width(tile.panel),
         scales: weights.scales_from(tile.panel),
         offsets: weights.offsets_from(tile.panel),
         block: layout.format().block().unwrap_or(k),
@@ -119,6 +120,9 @@ fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, 
 
 fn compute_floats(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
     let layout = weights.layout();
+    if layout.width(tile.panel) < PANEL {
+        return compute_widened(cx, rows, weights, tile, values);
+    }
     let kernel = match layout.format() {
         WeightFormat::F32 => cx.kernels.matmul_f32_f32,
         WeightFormat::F16 => cx.kernels.matmul_f32_f16,
@@ -141,38 +145,79 @@ fn compute_floats(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, 
     unsafe { kernel(&tile, values) }
 }
 
-/// The slow path: some inputs of a panel at a time become floats on the stack, and the products of each piece are added.
+/// A narrow panel: some of its inputs at a time are copied to a full panel on the stack.
+fn compute_widened(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
+    let layout = weights.layout();
+    let (kernel, inputs_per_row, element_bytes) = match layout.format() {
+        WeightFormat::F32 => (cx.kernels.matmul_f32_f32, 1, 4),
+        WeightFormat::F16 => (cx.kernels.matmul_f32_f16, 1, 2),
+        WeightFormat::Bf16 => (cx.kernels.matmul_f32_bf16, 1, 2),
+        WeightFormat::Int8PerChannel => (cx.kernels.matmul_f32_w8c, 4, 4),
+        _ => return compute_dequantized(cx, rows, weights, tile, values),
+    };
+    let row_bytes = layout.width(tile.panel) * element_bytes;
+    values.fill(0.0);
+    for from in (0..layout.k()).step_by(PIECE) {
+        let k = PIECE.min(layout.k() - from);
+        let mut piece = [0; PIECE_BYTES];
+        let narrow = weights.codes_from(tile.panel)[from / inputs_per_row * row_bytes..].chunks_exact(row_bytes);
+        let wide = piece.chunks_exact_mut(PANEL * element_bytes).take(k.div_ceil(inputs_per_row));
+        wide.zip(narrow).for_each(|(wide, narrow)| wide[..row_bytes].copy_from_slice(narrow));
+        let piece = Piece { from, k, codes: &piece, scales: weights.scales_from(tile.panel) };
+        piece.add_product(kernel, rows, tile, values);
+    }
+}
+
+/// The slow path: some inputs of a panel at a time become floats on the stack.
 fn compute_dequantized(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
-    const PIECE: usize = 64;
     let layout = weights.layout();
     values.fill(0.0);
     for panel in 0..tile.panels {
         let first = (tile.panel + panel) * PANEL;
         for from in (0..layout.k()).step_by(PIECE) {
             let k = PIECE.min(layout.k() - from);
-            let mut piece = [0; PIECE * PANEL * 4];
+            let mut piece = [0; PIECE_BYTES];
             for (i, bytes) in piece.as_chunks_mut().0[..k * PANEL].iter_mut().enumerate() {
                 let (row, k) = (first + i % PANEL, from + i / PANEL);
                 *bytes = if row < layout.n() { weights.dequantize(row, k) } else { 0.0 }.to_le_bytes();
             }
-            let mut buffer = [0.0; TILE_VALUES];
-            let products = &mut buffer[..tile.rows * PANEL];
-            let piece = FloatTile {
-                rows: tile.rows,
-                panels: 1,
-                k,
-                x: &rows.x[from..],
-                x_stride: rows.stride,
-                codes: &piece,
-                panel_bytes: piece.len(),
-                scales: &[],
-            };
-            // SAFETY: as in `compute_floats`; the piece has `k` inputs of one panel.
-            unsafe { (cx.kernels.matmul_f32_f32)(&piece, products) };
-            for (row, products) in products.chunks_exact(PANEL).enumerate() {
-                let target = &mut values[(row * tile.panels + panel) * PANEL..][..PANEL];
-                target.iter_mut().zip(products).for_each(|(value, product)| *value += product);
-            }
+            let piece = Piece { from, k, codes: &piece, scales: &[] };
+            piece.add_product(cx.kernels.matmul_f32_f32, rows, tile, &mut values[panel * PANEL..]);
         }
     }
 }
+
+/// Inputs `from..from + k` of one panel.
+struct Piece<'a> {
+    from: usize,
+    k: usize,
+    codes: &'a [u8; PIECE_BYTES],
+    scales: &'a [u8],
+}
+
+impl Piece<'_> {
+    /// Adds the product of `rows` and the piece to the columns of one panel of the tile, which start at `values`.
+    fn add_product(&self, kernel: FloatFn, rows: FloatRows<'_>, tile: &Tile, values: &mut [f32]) {
+        let mut buffer = [0.0; TILE_VALUES];
+        let products = &mut buffer[..tile.rows * PANEL];
+        let piece = FloatTile {
+            rows: tile.rows,
+            panels: 1,
+            k: self.k,
+            x: &rows.x[self.from..],
+            x_stride: rows.stride,
+            codes: self.codes,
+            panel_bytes: PIECE_BYTES,
+            scales: self.scales,
+        };
+        // SAFETY: as in `compute_floats`; the piece has `k` inputs of one panel.
+        unsafe { kernel(&piece, products) };
+        for (values, products) in values.chunks_mut(tile.panels * PANEL).zip(products.chunks_exact(PANEL)) {
+            values.iter_mut().zip(products).for_each(|(value, product)| *value += product);
+        }
+    }
+}
+
+/// Inputs of a panel that are widened at a time, and their bytes as f32.
+const PIECE: usize = 64;
+const PIECE_BYTES: usize = PIECE * PANEL * 4;

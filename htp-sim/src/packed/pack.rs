@@ -101,10 +101,10 @@ impl<'a> Packer<'a> {
     pub fn float_panel(&mut self, panel: usize, rows: &[f32]) -> Result<(), ShapeError> {
         let k = self.layout.k;
         expect_len("weights of a panel", rows.len(), self.rows_of(panel)? * k)?;
-        let bytes = self.layout.panel_code_bytes();
-        let codes = &mut self.blob[panel * bytes..][..bytes];
+        let width = self.layout.width(panel);
+        let codes = &mut self.blob[panel * self.layout.panel_code_bytes()..];
         for (i, &value) in rows.iter().enumerate() {
-            let at = i % k * PANEL + i / k;
+            let at = i % k * width + i / k;
             let finite = match self.layout.format {
                 WeightFormat::F32 => {
                     codes[at * 4..at * 4 + 4].copy_from_slice(&value.to_le_bytes());
@@ -161,12 +161,12 @@ impl<'a> Packer<'a> {
     }
 
     fn write_codes(&mut self, panel: usize, codes: &[i8]) -> Result<(), ShapeError> {
-        let (k, bytes) = (self.layout.k, self.layout.panel_code_bytes());
-        let panel_codes = &mut self.blob[panel * bytes..][..bytes];
+        let (k, width, bytes) = (self.layout.k, self.layout.width(panel), self.layout.panel_code_bytes());
+        let panel_codes = &mut self.blob[panel * bytes..][..bytes / PANEL * width];
         if !self.layout.format.is_4bit() {
             for (i, &code) in codes.iter().enumerate() {
                 let (row, k) = (i / k, i % k);
-                panel_codes[k / 4 * 64 + row * 4 + k % 4] = code.cast_unsigned();
+                panel_codes[(k / 4 * width + row) * 4 + k % 4] = code.cast_unsigned();
             }
             return Ok(());
         }
@@ -177,7 +177,7 @@ impl<'a> Packer<'a> {
         panel_codes.fill(0x88);
         for (i, &code) in codes.iter().enumerate() {
             let (row, k) = (i / k, i % k);
-            let pair = &mut panel_codes[k / 8 * 64 + row * 4 + k % 4];
+            let pair = &mut panel_codes[(k / 8 * width + row) * 4 + k % 4];
             let code = code.cast_unsigned();
             *pair = if k % 8 < 4 { *pair & 0xf0 | code } else { *pair & 0x0f | code << 4 };
         }

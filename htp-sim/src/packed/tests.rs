@@ -4,9 +4,10 @@ use crate::testing::{FLOAT_FORMATS, Noise, integer_formats, weights};
 /// Every code, scale and offset comes back from where the packer put it, and `dequantize_row` is their formula.
 #[test]
 fn packed_values_come_back() {
-    for (n, k) in [(1, 8), (16, 24), (17, 32), (35, 256), (5, 13)] {
-        for format in integer_formats(k) {
-            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+    for (n, k) in [(1, 8), (16, 24), (17, 32), (35, 256), (5, 13), (24, 4)] {
+        for (format, tight) in integer_formats(k).into_iter().flat_map(|f| [(f, false), (f, true)]) {
+            let layout = if tight { PackedLayout::tight(n, k, format) } else { PackedLayout::new(n, k, format) };
+            let layout = layout.expect("sizes are fine");
             let four_bit = format.is_4bit();
             let mut noise = Noise(9);
             let codes: Vec<i8> =
@@ -53,8 +54,9 @@ fn packed_values_come_back() {
 #[test]
 fn packed_floats_come_back() {
     let values = Noise(3).floats(19 * 7);
-    for format in FLOAT_FORMATS {
-        let layout = PackedLayout::new(19, 7, format).expect("sizes are fine");
+    for (format, tight) in FLOAT_FORMATS.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let layout = if tight { PackedLayout::tight(19, 7, format) } else { PackedLayout::new(19, 7, format) };
+        let layout = layout.expect("sizes are fine");
         let blob = pack_float(&layout, &values).expect("lengths match");
         let w = layout.view(&blob).expect("length matches");
         let mut floats = [0.0; 7];
@@ -85,6 +87,21 @@ fn layout_is_as_documented() {
         (1, 8, block, 64 + 64 + 16),
     ] {
         assert_eq!(PackedLayout::new(n, k, format).expect("sizes are fine").size_bytes(), bytes, "{format:?}");
+    }
+    for (n, k, format, bytes) in [
+        (17, 3, WeightFormat::Bf16, (16 + 4) * 3 * 2),
+        (8, 4, WeightFormat::Int8PerChannel, 64 + 64),
+        (24, 12, WeightFormat::Int8PerChannel, 24 * 12 + 32 + 128),
+        (40, 12, WeightFormat::Int4PerChannel, 40 * 8 + 192),
+        (13, 4, WeightFormat::F32, 256),
+        (1, 8, block, 64 + 64 + 16),
+    ] {
+        let layout = PackedLayout::tight(n, k, format).expect("sizes are fine");
+        assert_eq!(
+            layout.size_bytes(),
+            usize::next_multiple_of(bytes, if format.is_float() { 64 } else { 16 }),
+            "{layout:?}"
+        );
     }
     let layout = PackedLayout::new(16, 16, WeightFormat::Int4PerChannel).expect("sizes are fine");
     let mut codes = vec![8; 16 * 16];

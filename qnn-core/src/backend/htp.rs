@@ -22,7 +22,7 @@ mod place;
 mod run;
 mod step;
 
-pub use pack::pack_constant;
+pub use pack::{pack_constant, pack_update};
 
 use place::Plan;
 use run::Applied;

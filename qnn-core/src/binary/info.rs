@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{
-    Binary, BinaryFault, FileKind, Meta, SectionFile, SectionKind, SectionMeta, Verify, layout::FORMAT_VERSION,
-};
+use super::{Binary, BinaryFault, FileKind, Meta, SectionFile, SectionKind, SectionMeta, Verify};
 use crate::{context::Context, graph::Graph, map::Bytes, record::TensorRecord, tensor::TensorId};
 
 /// Contents of a file of either kind.
@@ -86,7 +84,7 @@ impl SectionInfo {
             size_bytes: file.section(i).size_bytes,
         };
         SectionInfo {
-            format_version: FORMAT_VERSION,
+            format_version: binary.format_version(),
             sdk_version: binary.sdk_version().to_string(),
             identity: binary.identity().to_string(),
             base_identity: binary.base_identity().to_string(),
@@ -159,7 +157,7 @@ impl BinaryInfo {
         let sections = binary.sections();
         let is_part = |kind| !matches!(kind, SectionKind::Meta | SectionKind::Graph);
         BinaryInfo {
-            format_version: FORMAT_VERSION,
+            format_version: binary.format_version(),
             sdk_version: binary.sdk_version().to_string(),
             identity: binary.identity().to_string(),
             size_bytes: binary.size_bytes(),

@@ -45,7 +45,7 @@ pub(crate) struct TensorLayout {
     pub(crate) n: U32,
     pub(crate) k: U32,
     pub(crate) format: U32,
-    pub(crate) reserved_12: U32,
+    pub(crate) tight: U32,
 }
 
 impl Header {
@@ -57,8 +57,10 @@ impl Header {
 
 /// The first bytes of every file.
 pub(crate) const MAGIC: [u8; 4] = *b"GNCB";
-/// The version that is written, and the newest that is read.
-pub(crate) const FORMAT_VERSION: u16 = 1;
+/// The newest version that is read, and the one of adapter sections.
+pub(crate) const FORMAT_VERSION: u16 = 2;
+/// The version of contexts: nothing in them is new since.
+pub(crate) const CONTEXT_FORMAT_VERSION: u16 = 1;
 /// Size of [`Header`].
 pub(crate) const HEADER_BYTES: usize = size_of::<Header>();
 /// Size of [`Entry`].

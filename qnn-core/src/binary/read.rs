@@ -26,6 +26,7 @@ pub enum Verify {
 pub struct Binary {
     bytes: Bytes,
     kind: FileKind,
+    format_version: u16,
     sdk_version: SdkVersion,
     identity: Identity,
     base_identity: Identity,
@@ -80,9 +81,9 @@ impl Binary {
         let (entries, names) = read_table(&bytes, &header)?;
         let sections = read_sections(&header, entries, names)?;
         let by_name = sort_by_name(&header, &sections)?;
-        let sdk_version = sdk_version(&header);
+        let (format_version, sdk_version) = (header.format_version.get(), sdk_version(&header));
         let (identity, base_identity) = (Identity(header.identity), Identity(header.base_identity));
-        let binary = Binary { bytes, kind, sdk_version, identity, base_identity, sections, by_name };
+        let binary = Binary { bytes, kind, format_version, sdk_version, identity, base_identity, sections, by_name };
         binary.verify(verify)?;
         Ok(binary)
     }
@@ -124,6 +125,11 @@ impl Binary {
     /// Size of the whole file.
     pub fn size_bytes(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    /// Version of the file's format.
+    pub fn format_version(&self) -> u16 {
+        self.format_version
     }
 
     /// Version of the crate that wrote the file.
@@ -202,7 +208,7 @@ fn read_header(bytes: &[u8]) -> Result<(Header, FileKind), BinaryFault> {
     };
     check_crc(|| "header".to_owned(), header.crc32(), header.header_crc32.get(), 0)?;
     let version = header.format_version.get();
-    if version != FORMAT_VERSION {
+    if version == 0 || version > FORMAT_VERSION {
         return Err(BinaryError::Version { have: version, sdk: sdk_version(&header) }.at(4));
     }
     let kind = match header.kind.get() {

@@ -151,7 +151,7 @@ pub(crate) fn write_section<W: Write + Seek>(
             n: extent("n", layout.n())?.into(),
             k: extent("k", layout.k())?.into(),
             format: number.ok_or_else(|| refuse("format", 0, "a float format or one scale per row"))?.into(),
-            reserved_12: 0.into(),
+            tight: u32::from(layout.is_tight()).into(),
         });
     }
     if !layouts.is_empty() {
@@ -198,10 +198,12 @@ fn panels(section: &Section, layout: &TensorLayout, bytes: Bytes) -> Result<Pane
     let number = layout.format.get();
     let format = FORMATS.iter().find(|(known, _)| *known == number).map(|(_, format)| *format);
     let format = format.ok_or_else(|| entry("format", number, "1 to 5"))?;
-    if layout.reserved_12.get() != 0 {
-        return Err(entry("reserved", layout.reserved_12.get(), "0"));
-    }
-    PackedLayout::new(layout.n.get() as usize, layout.k.get() as usize, format)
+    let new = match layout.tight.get() {
+        0 => PackedLayout::new,
+        1 => PackedLayout::tight,
+        other => return Err(entry("tight", other, "0 or 1")),
+    };
+    new(layout.n.get() as usize, layout.k.get() as usize, format)
         .and_then(|layout| Panels::new(layout, bytes))
         .map_err(|why| BinaryError::Panels { section: section.label(), why })
 }

@@ -10,7 +10,7 @@ use crate::atomic_file::{AtomicFile, BUFFER_BYTES};
 
 use super::{
     BinaryError, FileKind, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
-    layout::{ALIGN_BYTES, Entry, FORMAT_VERSION, HEADER_BYTES, Header, MAGIC},
+    layout::{ALIGN_BYTES, CONTEXT_FORMAT_VERSION, Entry, FORMAT_VERSION, HEADER_BYTES, Header, MAGIC},
 };
 
 /// Writes a context binary or an adapter section to `out`, which must be empty. Holds one section at a time.
@@ -117,7 +117,11 @@ impl<W: Write + Seek> BinaryWriter<W> {
         let sdk = SdkVersion::CURRENT;
         let mut header = Header {
             magic: MAGIC,
-            format_version: FORMAT_VERSION.into(),
+            format_version: match self.kind {
+                FileKind::Context => CONTEXT_FORMAT_VERSION,
+                FileKind::AdapterSection => FORMAT_VERSION,
+            }
+            .into(),
             kind: (self.kind as u16).into(),
             sdk_version: [sdk.major.into(), sdk.minor.into(), sdk.patch.into()],
             reserved_14: 0.into(),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::{Context, ContextBuilder, SectionError, StateError, Updatable};
 use crate::{
     adapter::{Adapter, Description, Slot},
-    backend::htp::pack_constant,
+    backend::htp::pack_update,
     binary::{BinaryFault, Verify},
     graph::Graph,
     map::Bytes,
@@ -221,7 +221,7 @@ impl ContextEditor {
             let value = match &tensor.data {
                 None => None,
                 Some(_) => {
-                    let panels = pack_constant(tensor)?;
+                    let panels = pack_update(tensor)?;
                     updatable.check_one(&tensor.name, &panels)?;
                     Some(panels)
                 }

@@ -7,7 +7,7 @@ use qnn_core::{
     Adapter, Backend, Bindings, BlockOffsets, Bytes, Context, DataType, Dim, Encoding, Executable, Floats, Graph,
     OpKind, Panels, Shape, State, Tensor, TensorData, TensorId, TensorType,
     adapter::{Description, Slot},
-    backend::htp::pack_constant,
+    backend::htp::pack_update,
     op::AttentionAttrs,
 };
 
@@ -219,7 +219,7 @@ pub(crate) fn random_values(context: &Context, seed: u64, rank: usize, modules: 
         let (data_type, encoding, bytes) = random_weight(&mut rng, n, k, form);
         let (shape, data) = (Shape::fixed(&[n, k]), Some(TensorData::Flat(bytes.into())));
         let tensor = Tensor { name: name.clone(), tensor_type: TensorType::Static, data_type, shape, encoding, data };
-        values.push((name.clone(), pack_constant(&tensor).expect("these formats have kernels")));
+        values.push((name.clone(), pack_update(&tensor).expect("these formats have kernels")));
     }
     values
 }

@@ -90,14 +90,14 @@ impl CodeBits for Bits4 {
     }
 }
 
-/// `Σ x · code` of one row of x and one panel over the groups of four inputs from `from` to `to`.
+/// `Σ x · code` of one row of x and one panel, `WIDTH` outputs wide, over the groups of four inputs from `from` to `to`.
 #[inline(always)]
-fn dot<B: CodeBits>(codes: &[u8], plane: &[i8], from: usize, to: usize) -> [i32; PANEL] {
+fn dot<B: CodeBits, const WIDTH: usize>(codes: &[u8], plane: &[i8], from: usize, to: usize) -> [i32; PANEL] {
     let mut acc = [0_i32; PANEL];
     for group in from..to {
-        let row = &codes[group * B::HALF_ROWS_PER_GROUP / 2 * 64..][..64];
+        let row = &codes[group * B::HALF_ROWS_PER_GROUP / 2 * WIDTH * 4..][..WIDTH * 4];
         let x = &plane[group * 4..group * 4 + 4];
-        for (lane, acc) in acc.iter_mut().enumerate() {
+        for (lane, acc) in acc[..WIDTH].iter_mut().enumerate() {
             let mut sum = 0;
             for (i, &x) in x.iter().enumerate() {
                 sum += i32::from(x) * B::code(row, group, lane * 4 + i);
@@ -109,14 +109,23 @@ fn dot<B: CodeBits>(codes: &[u8], plane: &[i8], from: usize, to: usize) -> [i32;
 }
 
 fn per_channel<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    match tile.width {
+        4 => per_channel_wide::<B, 4>(tile, out),
+        8 => per_channel_wide::<B, 8>(tile, out),
+        12 => per_channel_wide::<B, 12>(tile, out),
+        _ => per_channel_wide::<B, PANEL>(tile, out),
+    }
+}
+
+fn per_channel_wide<B: CodeBits, const WIDTH: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let codes = &tile.codes[panel * tile.panel_bytes..];
         for row in 0..tile.rows {
             let [hi_sum, lo_sum] = tile.plane_sums[row];
-            let hi = dot::<B>(codes, &tile.hi[row * tile.x_stride..], 0, tile.k / 4);
+            let hi = dot::<B, WIDTH>(codes, &tile.hi[row * tile.x_stride..], 0, tile.k / 4);
             let lo = match tile.lo {
                 [] => [0; PANEL],
-                lo => dot::<B>(codes, &lo[row * tile.x_stride..], 0, tile.k / 4),
+                lo => dot::<B, WIDTH>(codes, &lo[row * tile.x_stride..], 0, tile.k / 4),
             };
             for lane in 0..PANEL {
                 let hi = hi[lane].wrapping_sub(B::ZERO.wrapping_mul(hi_sum)) as f32;
@@ -137,9 +146,9 @@ fn per_block<B: CodeBits>(tile: &IntegerTile<'_>, out: &mut [f32]) {
             let mut acc = [0.0_f32; PANEL];
             for block in 0..blocks {
                 let (from, to) = (block * tile.block / 4, (block + 1) * tile.block / 4);
-                let mut dots = dot::<B>(codes, &tile.hi[row * tile.x_stride..], from, to);
+                let mut dots = dot::<B, PANEL>(codes, &tile.hi[row * tile.x_stride..], from, to);
                 if !tile.lo.is_empty() {
-                    let lo = dot::<B>(codes, &tile.lo[row * tile.x_stride..], from, to);
+                    let lo = dot::<B, PANEL>(codes, &tile.lo[row * tile.x_stride..], from, to);
                     for (dot, lo) in dots.iter_mut().zip(lo) {
                         *dot = dot.wrapping_mul(256).wrapping_add(lo);
                     }

@@ -19,6 +19,22 @@ use crate::{
 /// # Errors
 /// [`PrepareError::Tensor`] if it is no matrix, or its type and encoding have no kernel.
 pub fn pack_constant(tensor: &Tensor) -> Result<Panels, PrepareError> {
+    pack_as(tensor, PackedLayout::new)
+}
+
+/// As [`pack_constant`], for the value of an updatable tensor: with the least padding, so that an adapter of a small rank is
+/// a small file.
+///
+/// # Errors
+/// As [`pack_constant`].
+pub fn pack_update(tensor: &Tensor) -> Result<Panels, PrepareError> {
+    pack_as(tensor, PackedLayout::tight)
+}
+
+fn pack_as(
+    tensor: &Tensor,
+    layout: fn(usize, usize, WeightFormat) -> Result<PackedLayout, ShapeError>,
+) -> Result<Panels, PrepareError> {
     let refuse = |why: String| PrepareError::Tensor { tensor: tensor.name.clone(), why };
     let bytes = match &tensor.data {
         Some(TensorData::Panels(panels)) => return Ok(panels.clone()),
@@ -30,7 +46,7 @@ pub fn pack_constant(tensor: &Tensor) -> Result<Panels, PrepareError> {
     };
     let format = weight_format(tensor).map_err(refuse)?;
     let pack = || -> Result<Panels, ShapeError> {
-        let layout = PackedLayout::new(n, k, format)?;
+        let layout = layout(n, k, format)?;
         let mut blob = vec![0; layout.size_bytes()];
         let mut packer = Packer::new(layout, &mut blob)?;
         let source = Source { tensor, bytes, k };

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::LoraError;
 use crate::{
-    backend::htp::pack_constant,
+    backend::htp::pack_update,
     encoding::{Encoding, Floats},
     tensor::{Panels, Shape, Tensor, TensorData},
     types::{DataType, TensorType},
@@ -82,7 +82,7 @@ pub fn pack(matrix: &Matrix<'_>, data_type: DataType) -> Result<Panels, LoraErro
 /// # Errors
 /// [`LoraError::Pack`] naming the tensor.
 pub fn panels(tensor: &Tensor) -> Result<Panels, LoraError> {
-    pack_constant(tensor).map_err(|why| LoraError::Pack(Box::new(why)))
+    pack_update(tensor).map_err(|why| LoraError::Pack(Box::new(why)))
 }
 
 /// The scale of each row: for 8 bits that of its largest magnitude, for 4 bits the one of a few with the least squared

@@ -11,22 +11,22 @@ use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, false>(tile, out);
+    per_channel::<false>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, false>(tile, out);
+    per_channel::<true>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, true>(tile, out);
+    integer::<false, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, true>(tile, out);
+    integer::<true, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -44,19 +44,28 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<BF16>(tile, out);
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+fn per_channel<const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if tile.width == PANEL {
+        integer::<FOUR_BIT, CHANNELS>(tile, out);
+    } else {
+        integer::<FOUR_BIT, NARROW_CHANNELS>(tile, out);
+    }
+}
+
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn integer<const FOUR_BIT: bool, const BLOCKS: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+fn integer<const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
             let at = Place { panel, row };
             row += match (tile.lo.is_empty(), tile.rows - row) {
-                (true, 4..) => panel_rows::<FOUR_BIT, BLOCKS, 1, 4>(tile, at, out),
-                (true, 2..) => panel_rows::<FOUR_BIT, BLOCKS, 1, 2>(tile, at, out),
-                (true, _) => panel_rows::<FOUR_BIT, BLOCKS, 1, 1>(tile, at, out),
-                (false, 2..) => panel_rows::<FOUR_BIT, BLOCKS, 2, 2>(tile, at, out),
-                (false, _) => panel_rows::<FOUR_BIT, BLOCKS, 2, 1>(tile, at, out),
+                (true, 4..) => panel_rows::<FOUR_BIT, SCALES, 1, 4>(tile, at, out),
+                (true, 2..) => panel_rows::<FOUR_BIT, SCALES, 1, 2>(tile, at, out),
+                (true, _) => panel_rows::<FOUR_BIT, SCALES, 1, 1>(tile, at, out),
+                (false, 2..) => panel_rows::<FOUR_BIT, SCALES, 2, 2>(tile, at, out),
+                (false, _) => panel_rows::<FOUR_BIT, SCALES, 2, 1>(tile, at, out),
             };
         }
     }
@@ -71,16 +80,17 @@ struct Place {
 
 /// One panel by `ROWS` rows; returns `ROWS`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, const ROWS: usize>(
+fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     out: &mut [f32],
 ) -> usize {
-    for half in 0..2 {
-        let values = if BLOCKS {
-            block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half)
-        } else {
-            channel_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half)
+    let halves = if SCALES == NARROW_CHANNELS { tile.width.div_ceil(LANES) } else { 2 };
+    for half in 0..halves {
+        let values = match SCALES {
+            BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half),
+            CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
+            _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
         };
         for (i, values) in values.into_iter().enumerate() {
             store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
@@ -91,14 +101,16 @@ fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, con
 
 /// The finished floats of half a panel and `ROWS` rows, per-channel weights.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
 ) -> [__m256; ROWS] {
     let zero = if FOUR_BIT { 8 } else { 128 };
     let planes = Planes::<PLANES>::new(tile, at.row);
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k)];
+    let width = if NARROW { tile.width } else { PANEL };
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k) / PANEL * width];
+    let codes = Codes { bytes: codes, row_bytes: width * 4, half };
     let mut start = [[_mm256_setzero_si256(); PLANES]; ROWS];
     for (row, start) in start.iter_mut().enumerate() {
         for (plane, start) in start.iter_mut().enumerate() {
@@ -106,7 +118,7 @@ fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
         }
     }
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
-    let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, half, &planes, 0, start) };
+    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
     let scales = load_f32(&tile.scales[(at.panel * PANEL + half * LANES) * 4..]);
     let mut values = [_mm256_setzero_ps(); ROWS];
     for (row, value) in values.iter_mut().enumerate() {
@@ -146,8 +158,9 @@ fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
         for (row, start) in start.iter_mut().enumerate() {
             start[PLANES - 1] = _mm256_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
         }
+        let codes = Codes { bytes: codes, row_bytes: 64, half };
         // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
-        let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, half, &planes, block * tile.block, start) };
+        let dots = unsafe { dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
         let mut dots = dots.map(|dots| match PLANES {
             1 => dots[0],
             _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
@@ -206,15 +219,22 @@ impl<const PLANES: usize> Planes<PLANES> {
     }
 }
 
+/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and which half is meant.
+#[derive(Clone, Copy)]
+struct Codes<'a> {
+    bytes: &'a [u8],
+    row_bytes: usize,
+    half: usize,
+}
+
 /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x.
 ///
 /// # Safety
 /// Each plane of each row has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
-    codes: &[u8],
-    half: usize,
+unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
     start: [[__m256i; PLANES]; ROWS],
@@ -225,11 +245,13 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
     let flip = _mm256_set1_epi8(8);
     let (step, high_weight) = if FOUR_BIT { (8, 1) } else { (4, 16) };
     // 32 inputs: as many sums as 16 bits hold.
-    for codes in codes.as_chunks::<64>().0.chunks(32 / step) {
+    let row_bytes = if NARROW { codes.row_bytes } else { 64 };
+    let half = codes.half * LANES * 4;
+    for codes in codes.bytes.chunks(32 / step * row_bytes) {
         let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
         let mut high = [[_mm256_setzero_si256(); PLANES]; ROWS];
-        for codes in codes {
-            let codes = load_bytes(&codes.as_chunks().0[half]);
+        for codes in codes.chunks_exact(row_bytes) {
+            let codes = load_half::<NARROW>(&codes[half..]);
             let first = _mm256_and_si256(codes, low_mask);
             let mut second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
             if !FOUR_BIT {
@@ -406,6 +428,20 @@ unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m256 {
     }
 }
 
+/// The first 32 bytes, or 16 and zeros where a narrow panel has no more.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_half<const NARROW: bool>(from: &[u8]) -> __m256i {
+    match from.first_chunk() {
+        Some(from) => load_bytes(from),
+        None if NARROW => {
+            // SAFETY: the slice has 16 bytes (checked here), unaligned.
+            _mm256_zextsi128_si256(unsafe { _mm_loadu_si128(from[..16].as_ptr().cast()) })
+        }
+        None => unreachable!("half a row of a full panel has 32 bytes"),
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load_bytes(from: &[u8; 32]) -> __m256i {
@@ -448,3 +484,8 @@ const BF16: u8 = 2;
 
 /// Outputs in a register.
 const LANES: usize = 8;
+
+/// What scales the codes have: one for each output, the same in a narrow panel, or one for each block.
+const CHANNELS: u8 = 0;
+const NARROW_CHANNELS: u8 = 1;
+const BLOCKS: u8 = 2;

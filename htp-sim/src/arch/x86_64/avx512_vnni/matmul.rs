@@ -11,22 +11,22 @@ use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, false>(tile, out);
+    per_channel::<false>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, false>(tile, out);
+    per_channel::<true>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, true>(tile, out);
+    integer::<false, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, true>(tile, out);
+    integer::<true, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -44,31 +44,37 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<BF16>(tile, out);
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn per_channel<const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if tile.width == PANEL {
+        integer::<FOUR_BIT, CHANNELS>(tile, out);
+    } else {
+        integer::<FOUR_BIT, NARROW_CHANNELS>(tile, out);
+    }
+}
+
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn integer<const FOUR_BIT: bool, const BLOCKS: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+fn integer<const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if tile.lo.is_empty() {
-        integer_rows::<FOUR_BIT, BLOCKS, 1>(tile, out);
+        integer_rows::<FOUR_BIT, SCALES, 1>(tile, out);
     } else {
-        integer_rows::<FOUR_BIT, BLOCKS, 2>(tile, out);
+        integer_rows::<FOUR_BIT, SCALES, 2>(tile, out);
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn integer_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize>(
-    tile: &IntegerTile<'_>,
-    out: &mut [f32],
-) {
+fn integer_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
             let at = Place { panel, row };
             row += match tile.rows - row {
-                8.. => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 8>(tile, at, out),
-                4.. => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 4>(tile, at, out),
-                3 => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 3>(tile, at, out),
-                2 => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 2>(tile, at, out),
-                _ => panel_rows::<FOUR_BIT, BLOCKS, PLANES, 1>(tile, at, out),
+                8.. => panel_rows::<FOUR_BIT, SCALES, PLANES, 8>(tile, at, out),
+                4.. => panel_rows::<FOUR_BIT, SCALES, PLANES, 4>(tile, at, out),
+                3 => panel_rows::<FOUR_BIT, SCALES, PLANES, 3>(tile, at, out),
+                2 => panel_rows::<FOUR_BIT, SCALES, PLANES, 2>(tile, at, out),
+                _ => panel_rows::<FOUR_BIT, SCALES, PLANES, 1>(tile, at, out),
             };
         }
     }
@@ -83,15 +89,15 @@ struct Place {
 
 /// One panel by `ROWS` rows; returns `ROWS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, const ROWS: usize>(
+fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     out: &mut [f32],
 ) -> usize {
-    let values = if BLOCKS {
-        block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at)
-    } else {
-        channel_floats::<FOUR_BIT, PLANES, ROWS>(tile, at)
+    let values = match SCALES {
+        BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at),
+        CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at),
+        _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at),
     };
     for (i, values) in values.into_iter().enumerate() {
         store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
@@ -101,13 +107,13 @@ fn panel_rows<const FOUR_BIT: bool, const BLOCKS: bool, const PLANES: usize, con
 
 /// The finished floats of one panel and `ROWS` rows, per-channel weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
     let zero = if FOUR_BIT { 8 } else { 128 };
     let planes = Planes::<PLANES>::new(tile, at.row);
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k)];
+    let codes = Codes::new::<FOUR_BIT, NARROW>(tile, at.panel);
     let mut start = [[_mm512_setzero_si512(); PLANES]; ROWS];
     for (row, start) in start.iter_mut().enumerate() {
         for (plane, start) in start.iter_mut().enumerate() {
@@ -115,7 +121,7 @@ fn channel_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
         }
     }
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
-    let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, &planes, 0, start) };
+    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
     let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
     let mut values = [_mm512_setzero_ps(); ROWS];
     for (row, value) in values.iter_mut().enumerate() {
@@ -154,8 +160,9 @@ fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
         for (row, start) in start.iter_mut().enumerate() {
             start[PLANES - 1] = _mm512_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
         }
+        let codes = Codes { bytes: codes, row_bytes: 64 };
         // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
-        let dots = unsafe { dots::<FOUR_BIT, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        let dots = unsafe { dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
         let mut dots = dots.map(|dots| match PLANES {
             1 => dots[0],
             _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
@@ -213,14 +220,29 @@ impl<const PLANES: usize> Planes<PLANES> {
     }
 }
 
+/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow.
+#[derive(Clone, Copy)]
+struct Codes<'a> {
+    bytes: &'a [u8],
+    row_bytes: usize,
+}
+
+impl<'a> Codes<'a> {
+    fn new<const FOUR_BIT: bool, const NARROW: bool>(tile: &IntegerTile<'a>, panel: usize) -> Self {
+        let width = if NARROW { tile.width } else { PANEL };
+        let bytes = &tile.codes[panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k) / PANEL * width];
+        Self { bytes, row_bytes: width * 4 }
+    }
+}
+
 /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x.
 ///
 /// # Safety
 /// Each plane of each row has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
-    codes: &[u8],
+unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
     start: [[__m512i; PLANES]; ROWS],
@@ -229,7 +251,9 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
     // With few rows the four cycles of `vpdpbusd` show: a second set of sums makes the chains half as long.
     let mut odd = [[_mm512_setzero_si512(); PLANES]; ROWS];
     let (low_mask, flip) = (_mm512_set1_epi8(15), _mm512_set1_epi8(-128));
-    let mut rows = codes.as_chunks::<64>().0.iter();
+    let row_bytes = if NARROW { codes.row_bytes } else { 64 };
+    let lanes = (u32::from(u16::MAX) >> (PANEL - row_bytes / 4)) as u16;
+    let mut rows = codes.bytes.chunks_exact(row_bytes);
     while let Some(row) = rows.next() {
         if ROWS <= 4 {
             // A decode step reads weights once, and so do the few query heads that share keys and values. On Sapphire Rapids
@@ -240,7 +264,7 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
                 _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES + 64).cast());
             }
         }
-        let codes = load_bytes(row);
+        let codes = load_lanes::<NARROW>(row, lanes);
         let (first, second) = if FOUR_BIT {
             (_mm512_and_si512(codes, low_mask), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_mask))
         } else {
@@ -254,7 +278,7 @@ unsafe fn dots<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
                 }
                 break;
             };
-            (_mm512_xor_si512(codes, flip), _mm512_xor_si512(load_bytes(next), flip))
+            (_mm512_xor_si512(codes, flip), _mm512_xor_si512(load_lanes::<NARROW>(next, lanes), flip))
         };
         for r in 0..ROWS {
             for plane in 0..PLANES {
@@ -414,6 +438,18 @@ unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m512 {
     }
 }
 
+/// 64 bytes, or 4 for each of the first `lanes`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_lanes<const NARROW: bool>(from: &[u8], lanes: __mmask16) -> __m512i {
+    if !NARROW {
+        return load_bytes(from.first_chunk().expect("a row of a full panel has 64 bytes"));
+    }
+    assert!(from.len() >= 4 * lanes.count_ones() as usize);
+    // SAFETY: the first lanes are in the slice (checked here), the others are not read; unaligned.
+    unsafe { _mm512_maskz_loadu_epi32(lanes, from.as_ptr().cast()) }
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load_bytes(from: &[u8; 64]) -> __m512i {
@@ -456,3 +492,8 @@ const BF16: u8 = 2;
 
 /// How far ahead a decode step asks for weights.
 const PREFETCH_BYTES: usize = 4096;
+
+/// What scales the codes have: one for each output, the same in a narrow panel, or one for each block.
+const CHANNELS: u8 = 0;
+const NARROW_CHANNELS: u8 = 1;
+const BLOCKS: u8 = 2;
