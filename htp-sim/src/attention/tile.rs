@@ -134,6 +134,7 @@ impl Problem<'_> {
             plane_sums: &scratch.p_sums,
             codes: self.cache.value_panels(tile.kv_head, span.first),
             panel_bytes: RANGE * PANEL,
+            width: PANEL,
             scales: ONES.as_flattened(),
             offsets: &[],
             block: span.width,
