@@ -239,7 +239,11 @@ fn unsupported_models_are_refused_by_name() {
     check("rope_scaling", serde_json::json!({ "factor": 8.0 }), &["rope_scaling/rope_type"]);
     check("rope_scaling", serde_json::json!({ "type": "linear", "factor": -1 }), &["rope_scaling/factor is -1"]);
     check("partial_rotary_factor", 0.5.into(), &["partial_rotary_factor 0.5"]);
-    check("quantization_config", serde_json::json!({ "quant_method": "gptq" }), &["gptq"]);
+    check("quantization_config", serde_json::json!({ "quant_method": "fp8" }), &["\"fp8\"", "\"gptq\" and \"awq\""]);
+    check("quantization_config", serde_json::json!({ "quant_method": "gptq", "bits": 8 }), &["gptq of 8 bits"]);
+    check("quantization_config", serde_json::json!({ "quant_method": "gptq", "bits": 4 }), &["group_size is missing"]);
+    let gemv = serde_json::json!({ "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv" });
+    check("quantization_config", gemv, &["awq version \"gemv\"", "gemm"]);
     check("num_key_value_heads", 2.into(), &["num_key_value_heads is 2", "divisor"]);
     check("num_hidden_layers", 1.into(), &["model.layers.1.", "used by nothing"]);
     check("num_hidden_layers", 3.into(), &["model.layers.2.", "missing"]);

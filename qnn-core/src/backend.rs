@@ -16,6 +16,7 @@ pub mod state;
 pub use htp::HtpBackend;
 pub use reference::ReferenceBackend;
 pub use state::State;
+pub(crate) use state::cache_format;
 
 /// Turns a graph into something that runs.
 pub trait Backend {

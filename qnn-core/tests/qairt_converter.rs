@@ -27,6 +27,8 @@ fn help_shows_the_flags() {
         "--lora_max_rank",
         "--lora_weights_bitwidth",
         "--quant_updatable_mode",
+        "--dry_run",
+        "--list_architectures",
     ] {
         assert!(out.contains(flag), "{flag} is not in {out}");
     }
@@ -62,4 +64,29 @@ fn wrong_input_is_refused() {
     check(&["-i", &broken, "--quant_updatable_mode", "some"], 2, &["none, adapter_only, all"]);
     check(&["-i", &broken, "--weights_bitwidth", "5"], 2, &["--weights_bitwidth", "4, 8, 16, 32"]);
     check(&["-i", &broken, "--quantization_overrides", "x"], 2, &["--quantization_overrides"]);
+    check(&["-i", &broken, "--dry_run"], 1, &["broken.gguf", "at byte 8", "number of tensors"]);
+    check(&["--dry_run"], 2, &["--input_network"]);
+}
+
+/// Guards: a dry run says on standard output what there is to know, and writes nothing; families are listed by name.
+#[test]
+fn dry_run_and_list() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out/model.dlc");
+    let input = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/families/phi3");
+    let adapter = format!("{input}/adapter");
+    let arguments = ["-i", input, "-o", output.to_str().unwrap(), "--dry_run", "--lora_adapter", &adapter];
+    let (code, out, err) = run(&arguments);
+    assert_eq!(code, Some(0), "{err}");
+    for words in
+        ["phi3 (2 layers)", "x F16 ", "expected size", "KV cache at 64 positions", "self_attn.q_proj", "14 layers"]
+    {
+        assert!(out.contains(words), "{words} is not in {out}");
+    }
+    assert!(!folder.path().join("out").exists());
+    let (code, out, err) = run(&["--list_architectures"]);
+    assert_eq!(code, Some(0), "{err}");
+    for name in ["llama", "qwen3", "gemma3_text", "phi3", "smollm3"] {
+        assert!(out.contains(name), "{name} is not in {out}");
+    }
 }

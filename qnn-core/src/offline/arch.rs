@@ -27,6 +27,10 @@ pub use weights::{ActivationBits, CacheType, Grouping, Precision, WeightClass, W
 /// A family of models that can be imported.
 #[derive(Debug)]
 pub struct Architecture {
+    /// What people call the family.
+    pub title: &'static str,
+    /// What of its configuration is built, and what is refused or limited.
+    pub notes: &'static str,
     /// Values of `model_type` in `config.json`.
     pub model_types: &'static [&'static str],
     /// Values of `general.architecture` in a GGUF.
@@ -54,7 +58,24 @@ pub fn build(
     progress: &mut dyn FnMut(&str),
 ) -> Result<(Graph, Vec<WeightUse>), ImportError> {
     let architecture = find(&source.config.model_type)?;
-    let mut builder = Builder::new(source, precision, workers, progress)?;
+    let mut builder = Builder::new(source, precision, workers, weights::constant, progress)?;
+    (architecture.build)(&mut builder)?;
+    builder.finish()
+}
+
+/// As [`build`], but only some rows of each weight are converted, and the graph's weights are all zeros: what there is to
+/// know before the work is done.
+///
+/// # Errors
+/// As [`build`], as far as these rows show it.
+pub fn outline(
+    source: &Source,
+    precision: Precision,
+    workers: &Workers,
+) -> Result<(Graph, Vec<WeightUse>), ImportError> {
+    let architecture = find(&source.config.model_type)?;
+    let mut progress = |_: &str| {};
+    let mut builder = Builder::new(source, precision, workers, weights::outline, &mut progress)?;
     (architecture.build)(&mut builder)?;
     builder.finish()
 }

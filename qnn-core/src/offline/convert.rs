@@ -46,6 +46,8 @@ pub struct ConvertReport {
     pub sidecars: Vec<PathBuf>,
     /// The adapter branches of the graph.
     pub lora: Option<LoraReport>,
+    /// What a user should know before relying on the model.
+    pub warnings: Vec<String>,
 }
 
 /// Adapter branches of a converted graph.
@@ -93,21 +95,10 @@ pub fn convert_with_lora(
     let source = Source::open(&options.input)?;
     let workers = Workers::new(options.threads.max(1)).map_err(Error::io("worker threads"))?;
     progress(Progress::Weights(source.names().map_err(import_error)?.len()));
-    let (mut graph, weights) =
+    let (graph, weights) =
         arch::build(&source, options.precision, &workers, &mut |name| progress(Progress::Weight(name)))
             .map_err(import_error)?;
-    let lora = match plan {
-        None => None,
-        Some((mut plan, mut adapters)) => {
-            graph = add_branches(options, &graph, &mut plan, &mut adapters)?;
-            let branch = lora::attach_points(&graph).into_iter().find_map(|point| point.branch);
-            branch.map(|branch| LoraReport {
-                targets: plan.targets.len(),
-                max_rank: branch.max_rank,
-                data_type: branch.data_type,
-            })
-        }
-    };
+    let (graph, lora) = with_branches(options, graph, plan)?;
     progress(Progress::Writing);
     if let Some(folder) = options.output.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
@@ -121,22 +112,31 @@ pub fn convert_with_lora(
         weights,
         sidecars,
         lora,
+        warnings: source.config.warnings,
     })
 }
 
-fn add_branches(
+/// `graph` with the branches of `plan`, if there is one, and what they are. The plan's adapters have to fit.
+pub(super) fn with_branches(
     options: &ConvertOptions,
-    graph: &Graph,
-    plan: &mut LoraPlan,
-    adapters: &mut [PeftAdapter],
-) -> Result<Graph, Error> {
-    let points = lora::attach_points(graph);
+    graph: Graph,
+    plan: Option<(LoraPlan, Vec<PeftAdapter>)>,
+) -> Result<(Graph, Option<LoraReport>), Error> {
+    let Some((mut plan, adapters)) = plan else { return Ok((graph, None)) };
+    let points = lora::attach_points(&graph);
     plan.split_fused(&points);
-    for adapter in adapters {
+    for mut adapter in adapters {
         adapter.split_fused(&points).map_err(Error::lora(&adapter.path))?;
         adapter.fits(&points).map_err(Error::lora(&adapter.path))?;
     }
-    lora::add_branches(graph, plan).map_err(Error::lora(&options.input))
+    let graph = lora::add_branches(&graph, &plan).map_err(Error::lora(&options.input))?;
+    let branch = lora::attach_points(&graph).into_iter().find_map(|point| point.branch);
+    let report = branch.map(|branch| LoraReport {
+        targets: plan.targets.len(),
+        max_rank: branch.max_rank,
+        data_type: branch.data_type,
+    });
+    Ok((graph, report))
 }
 
 fn write_sidecars(source: &Source, dlc: &Path) -> Result<Vec<PathBuf>, Error> {

@@ -59,6 +59,15 @@ pub fn write_dlc(path: &Path, graph: &Graph) -> Result<(), Error> {
     .map_err(Error::io(path))
 }
 
+/// Bytes that [`write_dlc`] would write.
+///
+/// # Errors
+/// [`DlcError`] if a constant is in panels or the graph's JSON is too large.
+pub fn size_bytes(graph: &Graph) -> Result<u64, DlcError> {
+    let (header, blobs) = layout(graph)?;
+    Ok(8 + header.len() as u64 + blobs.iter().map(|blob| blob.len() as u64).sum::<u64>())
+}
+
 /// Reads the graph in the file at `path`. Constants are parts of the mapped file: nothing is copied.
 ///
 /// # Errors

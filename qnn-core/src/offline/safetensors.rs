@@ -11,6 +11,7 @@ use crate::{
     map::Bytes,
     offline::{
         error::ImportError,
+        int4::Int4Grids,
         source::{ElementFormat, SourceTensor},
     },
 };
@@ -101,6 +102,8 @@ pub struct HfWeights {
     files: Vec<(String, SafetensorsFile)>,
     /// Tensor name -> index in `files`.
     index: BTreeMap<String, usize>,
+    /// How matrices are packed, if they are.
+    grids: Option<Int4Grids>,
 }
 
 /// `model.safetensors.index.json`.
@@ -110,15 +113,18 @@ struct ShardIndex {
 }
 
 impl HfWeights {
-    /// Opens the weights in `folder`, which stay mapped.
+    /// Opens the weights in `folder`, which stay mapped. `grids` is how its matrices are packed, if they are.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Import`] naming the file that is missing or damaged, or the tensor that its shard lacks.
-    pub fn open(folder: &Path) -> Result<HfWeights, Error> {
+    pub fn open(folder: &Path, grids: Option<Int4Grids>) -> Result<HfWeights, Error> {
         let index_path = folder.join(INDEX_FILE);
-        if index_path.is_file() {
-            return Self::open_shards(folder, &index_path);
-        }
+        let weights =
+            if index_path.is_file() { Self::open_shards(folder, &index_path) } else { Self::open_single(folder) };
+        Ok(HfWeights { grids, ..weights? })
+    }
+
+    fn open_single(folder: &Path) -> Result<HfWeights, Error> {
         let path = folder.join(SINGLE_FILE);
         if !path.is_file() {
             let why = ImportError::NoWeights { files: vec![SINGLE_FILE, INDEX_FILE] };
@@ -126,7 +132,7 @@ impl HfWeights {
         }
         let file = open_file(&path)?;
         let index = file.names().map(|name| (name.to_owned(), 0)).collect();
-        Ok(HfWeights { files: vec![(SINGLE_FILE.to_owned(), file)], index })
+        Ok(HfWeights { files: vec![(SINGLE_FILE.to_owned(), file)], index, grids: None })
     }
 
     fn open_shards(folder: &Path, index_path: &Path) -> Result<HfWeights, Error> {
@@ -152,21 +158,40 @@ impl HfWeights {
             }
             index.insert(tensor, at);
         }
-        Ok(HfWeights { files, index })
+        Ok(HfWeights { files, index, grids: None })
     }
 
-    /// Names of all tensors.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.index.keys().map(String::as_str)
+    /// Names of all tensors; of a packed matrix `<module>.weight`, in place of its parts.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let name = |name: &String| match self.packed_module(name) {
+            None => Some(name.clone()),
+            Some((module, "qweight")) => Some(format!("{module}.weight")),
+            Some(_) => None,
+        };
+        self.index.keys().filter_map(name)
+    }
+
+    /// The module and the part of its packed matrix that the stored tensor `name` is.
+    fn packed_module<'n>(&self, name: &'n str) -> Option<(&'n str, &'n str)> {
+        let (module, part) = name.rsplit_once('.')?;
+        let packed = self.grids.is_some() && self.index.contains_key(&format!("{module}.qweight"));
+        (packed && matches!(part, "qweight" | "qzeros" | "scales" | "g_idx")).then_some((module, part))
+    }
+
+    fn stored(&self, name: &str) -> Option<StoredTensor> {
+        self.files[*self.index.get(name)?].1.tensor(name)
     }
 
     /// The tensor called `name`, or `None` if there is none.
     ///
     /// # Errors
-    /// [`ImportError::Unsupported`] if its elements are neither f32, f16 nor bf16.
+    /// [`ImportError`] if its elements are neither f32, f16 nor bf16, or the parts of a packed matrix do not fit together.
     pub fn tensor(&self, name: &str) -> Result<Option<SourceTensor>, ImportError> {
-        let Some(at) = self.index.get(name) else { return Ok(None) };
-        let Some(stored) = self.files[*at].1.tensor(name) else { return Ok(None) };
+        let packed = name.strip_suffix(".weight").filter(|m| self.index.contains_key(&format!("{m}.qweight")));
+        if let (Some(grids), Some(module)) = (&self.grids, packed) {
+            return grids.weight(module, &|part| self.stored(part)).map(Some);
+        }
+        let Some(stored) = self.stored(name) else { return Ok(None) };
         let format = match stored.dtype {
             "F32" => ElementFormat::F32,
             "F16" => ElementFormat::F16,
@@ -174,7 +199,7 @@ impl HfWeights {
             other => {
                 return Err(ImportError::Unsupported {
                     what: format!("tensor {name} of type {other}"),
-                    supported: "F32, F16, BF16".to_owned(),
+                    supported: "F32, F16, BF16; GPTQ and AWQ of 4 bits; GGUF".to_owned(),
                 });
             }
         };
@@ -212,6 +237,9 @@ fn dtype_name(dtype: Dtype) -> &'static str {
         Dtype::U16 => "U16",
         Dtype::U8 => "U8",
         Dtype::BOOL => "BOOL",
+        Dtype::F8_E4M3 => "F8_E4M3",
+        Dtype::F8_E5M2 => "F8_E5M2",
+        Dtype::F8_E8M0 => "F8_E8M0",
         _ => "of another kind",
     }
 }

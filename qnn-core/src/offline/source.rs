@@ -13,6 +13,7 @@ use crate::{
         error::ImportError,
         fused,
         gguf::{self, GgmlType, GgufFile, GgufModel},
+        int4::{self, Int4Grids},
         safetensors::{HfWeights, read_text},
     },
 };
@@ -62,8 +63,9 @@ impl Source {
         let generation_path = folder.join("generation_config.json");
         let generation =
             if generation_path.is_file() { Some(read_text(&generation_path, MAX_CONFIG_BYTES)?) } else { None };
-        let config = config::from_hf(&read_text(&config_path, MAX_CONFIG_BYTES)?, generation.as_deref())
-            .map_err(Error::import(&config_path))?;
+        let text = read_text(&config_path, MAX_CONFIG_BYTES)?;
+        let config = config::from_hf(&text, generation.as_deref()).map_err(Error::import(&config_path))?;
+        let grids = int4_grids(folder, &text)?;
         let mut sidecars = Vec::new();
         let tokenizer = folder.join(TOKENIZER);
         if tokenizer.is_file() {
@@ -73,7 +75,7 @@ impl Source {
             sidecars.push((TOKENIZER_CONFIG, bytes));
         }
         sidecars.extend(generation.map(|bytes| (GENERATION_CONFIG, bytes)));
-        Ok(Source { config, sidecars, kind: "hf", weights: Weights::Hf(HfWeights::open(folder)?) })
+        Ok(Source { config, sidecars, kind: "hf", weights: Weights::Hf(HfWeights::open(folder, grids)?) })
     }
 
     fn open_gguf(path: &Path) -> Result<Source, Error> {
@@ -94,7 +96,7 @@ impl Source {
     /// [`ImportError::UnusedTensor`] for a GGUF tensor that has no such name.
     pub fn names(&self) -> Result<Vec<String>, ImportError> {
         let names: Vec<String> = match &self.weights {
-            Weights::Hf(weights) => weights.names().map(str::to_owned).collect(),
+            Weights::Hf(weights) => weights.names().collect(),
             Weights::Gguf(model) => model.names(),
         };
         let parts = |name: String| {
@@ -143,6 +145,26 @@ impl Source {
     }
 }
 
+/// How the weights in `folder` are packed, as its `config.json` says, of which `config` is the text, or a file beside it.
+fn int4_grids(folder: &Path, config: &[u8]) -> Result<Option<Int4Grids>, Error> {
+    let read = |path: &Path, text: &[u8], key: Option<&str>| {
+        let refuse = |why| Error::import(path)(why);
+        let value: serde_json::Value = serde_json::from_slice(text).map_err(|why| refuse(ImportError::Json(why)))?;
+        let found = key.map_or(Some(&value), |key| value.get(key)).filter(|value| !value.is_null());
+        found.map(Int4Grids::from_config).transpose().map_err(refuse)
+    };
+    if let Some(grids) = read(&folder.join("config.json"), config, Some("quantization_config"))? {
+        return Ok(Some(grids));
+    }
+    for name in ["quantize_config.json", "quant_config.json"] {
+        let path = folder.join(name);
+        if path.is_file() {
+            return read(&path, &read_text(&path, MAX_CONFIG_BYTES)?, None);
+        }
+    }
+    Ok(None)
+}
+
 /// `tokenizer_config.json`, with the chat template that newer models keep in a file of its own.
 fn tokenizer_config(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
     let (path, template_path) = (folder.join(TOKENIZER_CONFIG), folder.join("chat_template.jinja"));
@@ -166,6 +188,10 @@ pub enum ElementFormat {
     F16,
     Bf16,
     Ggml(GgmlType),
+    /// GPTQ's and AWQ's grids: see [`int4`].
+    Int4 {
+        block_size: usize,
+    },
 }
 
 impl ElementFormat {
@@ -175,6 +201,7 @@ impl ElementFormat {
             ElementFormat::F32 => (1, 4),
             ElementFormat::F16 | ElementFormat::Bf16 => (1, 2),
             ElementFormat::Ggml(ggml) => (ggml.block_elements(), ggml.block_bytes()),
+            ElementFormat::Int4 { block_size } => (block_size, int4::block_bytes(block_size)),
         }
     }
 
@@ -185,6 +212,7 @@ impl ElementFormat {
             ElementFormat::F16 => "F16",
             ElementFormat::Bf16 => "BF16",
             ElementFormat::Ggml(ggml) => ggml.name(),
+            ElementFormat::Int4 { .. } => "INT4",
         }
     }
 }
@@ -313,6 +341,7 @@ impl SourceTensor {
                 }
             }
             ElementFormat::Ggml(ggml) => ggml.dequantize(bytes, out),
+            ElementFormat::Int4 { block_size } => int4::dequantize(bytes, block_size, out),
         }
     }
 

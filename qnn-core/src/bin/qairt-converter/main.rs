@@ -1,18 +1,21 @@
 //! `qairt-converter`: a model's files in, a DLC and the tokenizer's files out.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use qnn_core::offline::{
-    arch::{ActivationBits, CacheType, Grouping, Precision, WeightClass, WeightType},
-    convert::{ConvertOptions, ConvertReport, Progress, convert_with_lora},
+    arch::{ActivationBits, CacheType, Grouping, Precision, WeightType},
+    convert::{ConvertOptions, Progress, convert_with_lora},
+    dry_run::dry_run,
     lora::{LoraBits, LoraOptions, UpdatableMode},
     quantize_weights::Bits,
 };
+
+mod print;
 
 /// Converts a model to a DLC: one file with the graph and its weights.
 ///
@@ -21,17 +24,17 @@ use qnn_core::offline::{
 #[derive(Parser)]
 #[command(name = "qairt-converter", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Cli {
-    /// The model: a Hugging Face directory (config.json, model.safetensors or its shards) or a .gguf file (any part of a
-    /// split one).
-    #[arg(short, long, value_name = "PATH")]
-    input_network: PathBuf,
+    /// The model: a Hugging Face directory (config.json, model.safetensors or its shards; GPTQ and AWQ of 4 bits too) or a
+    /// .gguf file (any part of a split one).
+    #[arg(short, long, value_name = "PATH", required_unless_present = "list_architectures")]
+    input_network: Option<PathBuf>,
 
     /// The DLC to write. Default: model.dlc in the current directory.
     #[arg(short, long, value_name = "FILE", default_value = "model.dlc")]
     output_path: PathBuf,
 
-    /// Bits of a weight: 4 and 8 are integers, 16 and 32 floats. Default: as the source has them, a GGUF's own grids
-    /// included. With 4, embedding and head get 8.
+    /// Bits of a weight: 4 and 8 are integers, 16 and 32 floats. Default: as the source has them, the grids of GGUF, GPTQ
+    /// and AWQ included. With 4, embedding and head get 8.
     #[arg(long, value_name = "BITS")]
     weights_bitwidth: Option<WeightBits>,
 
@@ -74,6 +77,14 @@ struct Cli {
     /// tensors that have one.
     #[arg(long, value_name = "MODE", default_value = "adapter_only")]
     quant_updatable_mode: Mode,
+
+    /// Print what the conversion would give (formats, sizes, memory, where adapters attach, warnings) and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Print the families of models that can be converted.
+    #[arg(long, exclusive = true)]
+    list_architectures: bool,
 
     /// Threads that share the work. Default: all the machine has.
     #[arg(long, value_name = "N")]
@@ -141,8 +152,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
+    if cli.list_architectures {
+        print::architectures();
+        return Ok(());
+    }
     let options = ConvertOptions {
-        input: cli.input_network.clone(),
+        input: cli.input_network.clone().unwrap_or_default(),
         output: cli.output_path.clone(),
         precision: cli.precision()?,
         threads: cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
@@ -151,11 +166,16 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         bail!("{} is a folder; name the file, as in {0}/model.dlc", options.output.display());
     }
     let lora = cli.lora()?;
+    if cli.dry_run {
+        let found = dry_run(&options, lora.as_ref());
+        print::dry_run(&found.with_context(|| format!("cannot convert {}", options.input.display()))?);
+        return Ok(());
+    }
     let mut display = Display::new();
     let report = convert_with_lora(&options, lora.as_ref(), &mut |progress| display.show(progress))
         .with_context(|| format!("cannot convert {}", options.input.display()));
     display.end();
-    print_summary(&report?, &options.output);
+    print::summary(&report?, &options.output);
     Ok(())
 }
 
@@ -262,30 +282,9 @@ impl Display {
     }
 }
 
-fn print_summary(report: &ConvertReport, output: &Path) {
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    println!("architecture: {}", report.architecture);
-    println!("parameters:   {:.1} M", report.parameters as f64 / 1e6);
-    for weights in &report.weights {
-        let class = match weights.class {
-            WeightClass::Embedding => "embedding",
-            WeightClass::Linear => "linear",
-            WeightClass::Vector => "vectors",
-        };
-        let (source, format, change) = (weights.source, &weights.format, weights.change.name());
-        let (n, elements, size) = (weights.n_tensors, weights.elements as f64 / 1e6, mib(weights.size_bytes));
-        println!("  {class:<10} {n:>4} x {source:<6} -> {format:<39} {elements:>8.1} M {size:>9.1} MiB  {change}");
-    }
-    if let Some(lora) = report.lora {
-        println!("adapter branches: {} layers, rank up to {}, {}", lora.targets, lora.max_rank, lora.data_type);
-    }
-    println!("wrote {} ({:.1} MiB)", output.display(), mib(report.size_bytes));
-    for path in &report.sidecars {
-        println!("wrote {}", path.display());
-    }
-}
-
 const EXAMPLES: &str = "Examples:
+  qairt-converter --list_architectures
+  qairt-converter -i SmolLM2-135M-Instruct/ --weights_bitwidth 4 --lora_adapter adapters/json --dry_run
   qairt-converter -i SmolLM2-135M-Instruct.Q4_1.gguf -o out/model.dlc
   qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 4
   qairt-converter -i SmolLM2-135M-Instruct/ -o out/model.dlc --weights_bitwidth 8 --use_per_channel_quantization

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use htp_sim::Workers;
 
-use super::weights::{self, ActivationBits, CacheType, Constant, Precision, WeightClass, WeightUse};
+use super::weights::{ActivationBits, CacheType, Constant, MakeConstant, Precision, WeightClass, WeightUse};
 use crate::{
     graph::{Graph, Node},
     offline::{
@@ -26,6 +26,7 @@ pub(super) struct Builder<'a> {
     source: &'a Source,
     precision: Precision,
     workers: &'a Workers,
+    make_constant: MakeConstant,
     progress: &'a mut dyn FnMut(&str),
     graph: Graph,
     inputs: Inputs,
@@ -46,11 +47,12 @@ struct Inputs {
 }
 
 impl<'a> Builder<'a> {
-    /// A builder with the inputs in its graph. `progress` is told the name of each weight.
+    /// A builder with the inputs in its graph. `make_constant` converts the weights; `progress` is told the name of each weight.
     pub(super) fn new(
         source: &'a Source,
         precision: Precision,
         workers: &'a Workers,
+        make_constant: MakeConstant,
         progress: &'a mut dyn FnMut(&str),
     ) -> Result<Builder<'a>, ImportError> {
         let config = &source.config;
@@ -63,6 +65,7 @@ impl<'a> Builder<'a> {
             source,
             precision,
             workers,
+            make_constant,
             progress,
             graph,
             inputs,
@@ -347,12 +350,11 @@ impl<'a> Builder<'a> {
 
     /// The matrix called `name`, whatever its shape.
     fn matrix(&mut self, name: &str) -> Result<TensorId, ImportError> {
-        let shape = match self.graph.find(name) {
-            Some(id) => return Ok(id),
-            None => self.fetch(name)?.shape,
-        };
-        let class = self.class_of(name);
-        self.weight(name, &shape, class)
+        if let Some(id) = self.graph.find(name) {
+            return Ok(id);
+        }
+        let tensor = self.fetch(name)?;
+        self.add_weight(&tensor, &tensor.shape, self.class_of(name))
     }
 
     fn class_of(&self, weight: &str) -> WeightClass {
@@ -384,7 +386,7 @@ impl<'a> Builder<'a> {
             let (have, want) = (format!("shape {:?}", tensor.shape), format!("{shape:?}"));
             return Err(ImportError::Tensor { name: name.clone(), have, want });
         }
-        let constant = weights::constant(tensor, class, self.precision, self.workers)?;
+        let constant = (self.make_constant)(tensor, class, self.precision, self.workers)?;
         self.report(class, tensor, &constant);
         self.used.insert(name.clone());
         let Constant { data_type, encoding, bytes } = constant;

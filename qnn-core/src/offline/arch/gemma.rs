@@ -9,6 +9,8 @@ use crate::offline::{
 
 /// Gemma 2: soft caps, every other layer slides.
 pub(super) const GEMMA2: Architecture = Architecture {
+    title: "Gemma 2",
+    notes: "norms around each block, scaled embeddings, soft caps of scores and logits, alternating windows",
     model_types: &["gemma2"],
     gguf_names: &["gemma2"],
     gguf_interleaves_qk: false,
@@ -31,6 +33,9 @@ pub(super) const GEMMA2: Architecture = Architecture {
 
 /// Gemma 3: normed heads, five layers that slide for each that does not, and a rotary base for either kind.
 pub(super) const GEMMA3: Architecture = Architecture {
+    title: "Gemma 3 (text)",
+    notes: "as Gemma 2, with normed heads and a rotary base of their own for layers with a window; \
+            attn_logit_softcapping has no effect, as in transformers; no images",
     model_types: &["gemma3_text"],
     gguf_names: &["gemma3"],
     defaults: HfDefaults { rope_theta: 1_000_000.0, ..GEMMA2.defaults },

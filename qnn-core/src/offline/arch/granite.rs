@@ -5,6 +5,8 @@ use crate::offline::config::config_error;
 
 /// Granite, dense.
 pub(super) const GRANITE: Architecture = Architecture {
+    title: "Granite 3 (dense)",
+    notes: "factors on embeddings, scores, residuals and logits; biases",
     model_types: &["granite"],
     gguf_names: &["granite"],
     apply_hf: |config, hf| {

@@ -8,6 +8,8 @@ use crate::offline::{
 
 /// Llama: no bias unless the configuration asks for it.
 pub(super) const LLAMA: Architecture = Architecture {
+    title: "Llama, SmolLM, SmolLM2",
+    notes: "biases; head size of its own; tied or untied head",
     model_types: &["llama", "smollm"],
     gguf_names: &["llama"],
     gguf_interleaves_qk: true,
@@ -33,6 +35,8 @@ pub(super) fn apply_biases(config: &mut ModelConfig, hf: &HfConfig) {
 
 /// Mistral: llama without bias, and a sliding window that is 4096 unless the configuration says otherwise.
 pub(super) const MISTRAL: Architecture = Architecture {
+    title: "Mistral",
+    notes: "sliding window on every layer",
     model_types: &["mistral"],
     gguf_names: &[],
     apply_hf: |config, hf| {

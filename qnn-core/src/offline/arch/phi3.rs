@@ -4,6 +4,9 @@ use super::{Architecture, llama};
 
 /// Phi-3. With LongRoPE the context ends at the original length: see [`crate::offline::config::RopeBase::scaled`].
 pub(super) const PHI3: Architecture = Architecture {
+    title: "Phi-3, Phi-3.5 (mini)",
+    notes: "fused projections are split at import, adapters on them too; heads rotated in part; with LongRoPE the \
+            context ends at the original length",
     model_types: &["phi3"],
     gguf_names: &["phi3"],
     gguf_interleaves_qk: false,

@@ -8,6 +8,8 @@ use crate::offline::{
 
 /// Qwen2 and Qwen2.5.
 pub(super) const QWEN2: Architecture = Architecture {
+    title: "Qwen2, Qwen2.5",
+    notes: "bias on q, k, v; sliding window on upper or listed layers",
     model_types: &["qwen2"],
     gguf_names: &["qwen2"],
     gguf_interleaves_qk: false,
@@ -21,6 +23,8 @@ pub(super) const QWEN2: Architecture = Architecture {
 
 /// Qwen3, dense.
 pub(super) const QWEN3: Architecture = Architecture {
+    title: "Qwen3 (dense)",
+    notes: "normed heads; sliding window on upper or listed layers",
     model_types: &["qwen3"],
     gguf_names: &["qwen3"],
     apply_hf: |config, hf| {

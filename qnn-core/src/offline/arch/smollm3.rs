@@ -8,6 +8,8 @@ use crate::offline::{
 
 /// SmolLM3: every fourth layer is without rotary embedding, unless the configuration lists them.
 pub(super) const SMOLLM3: Architecture = Architecture {
+    title: "SmolLM3",
+    notes: "layers without rotary embedding; biases; sliding window",
     model_types: &["smollm3"],
     gguf_names: &["smollm3"],
     defaults: HfDefaults { rope_theta: 2_000_000.0, tied_head: true, ..llama::LLAMA.defaults },

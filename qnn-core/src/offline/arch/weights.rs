@@ -4,10 +4,11 @@ use half::f16;
 use htp_sim::Workers;
 
 use crate::{
-    encoding::{Encoding, Floats},
+    encoding::{BlockOffsets, Encoding, Floats},
     map::Bytes,
     offline::{
         error::ImportError,
+        int4,
         quantize_weights::{Bits, Quantized, Scheme, block_sizes, quantize},
         source::{Change, ElementFormat, SourceTensor},
     },
@@ -28,7 +29,7 @@ pub struct Precision {
 /// Precision of the matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
-    /// As the source has them: floats stay, the grids of a GGUF stay.
+    /// As the source has them: floats stay, and so do the grids of GGUF, GPTQ and AWQ.
     Keep,
     /// f32.
     F32,
@@ -108,6 +109,9 @@ pub(in crate::offline) struct Constant {
     pub(in crate::offline) bytes: Bytes,
 }
 
+/// [`constant`] or [`outline`].
+pub(super) type MakeConstant = fn(&SourceTensor, WeightClass, Precision, &Workers) -> Result<Constant, ImportError>;
+
 /// Makes a constant of `class` out of `tensor`.
 ///
 /// # Errors
@@ -127,6 +131,7 @@ pub(in crate::offline) fn constant(
         (WeightType::Keep | WeightType::F16, ElementFormat::F16) => float(DataType::Float16, tensor.bytes.clone()),
         (WeightType::Keep | WeightType::F16, ElementFormat::Bf16) => float(DataType::BFloat16, tensor.bytes.clone()),
         (WeightType::Keep, ElementFormat::Ggml(ggml)) => Ok(ggml.keep_grid(tensor, workers)?.into()),
+        (WeightType::Keep, ElementFormat::Int4 { block_size }) => Ok(int4::keep_grid(tensor, block_size).into()),
         (WeightType::F32, _) => float(DataType::Float32, to_f32(tensor, workers)),
         (WeightType::F16, _) => float(DataType::Float16, to_f16(tensor)?),
         (WeightType::Int { bits, grouping }, _) => {
@@ -134,6 +139,43 @@ pub(in crate::offline) fn constant(
             Ok(quantize(tensor, scheme(bits, grouping, tensor.k()), workers)?.into())
         }
     }
+}
+
+/// The constant that [`constant`] would make, with zeros for values: only the first rows are converted, to see what comes
+/// out.
+///
+/// # Errors
+/// As [`constant`], as far as these rows show it.
+pub(super) fn outline(
+    tensor: &SourceTensor,
+    class: WeightClass,
+    precision: Precision,
+    workers: &Workers,
+) -> Result<Constant, ImportError> {
+    let rows = tensor.n().min(OUTLINE_ROWS);
+    if class == WeightClass::Vector || tensor.shape.len() != 2 {
+        return constant(tensor, class, precision, workers);
+    }
+    let sample = constant(&tensor.slice(&tensor.name, 0..rows)?, class, precision, workers)?;
+    // Zeroed memory costs nothing until somebody writes to it.
+    let zeros = |len: usize| vec![0u8; len / rows * tensor.n()];
+    let floats = |f: &Floats| Floats::new(zeros(f.bytes().len()).into(), f.data_type()).expect("whole rows of floats");
+    let encoding = sample.encoding.map(|encoding| match encoding {
+        Encoding::AxisScaleOffset { bitwidth, axis, scales, offsets } => {
+            let offsets = vec![0; offsets.len() / rows * tensor.n()];
+            Encoding::AxisScaleOffset { bitwidth, axis, scales: floats(&scales), offsets }
+        }
+        Encoding::Block { bitwidth, block_size, scales, offsets } => {
+            let offsets = match offsets {
+                BlockOffsets::Symmetric => BlockOffsets::Symmetric,
+                BlockOffsets::Integer(bytes) => BlockOffsets::Integer(zeros(bytes.len()).into()),
+                BlockOffsets::Min(mins) => BlockOffsets::Min(floats(&mins)),
+            };
+            Encoding::Block { bitwidth, block_size, scales: floats(&scales), offsets }
+        }
+        per_tensor => per_tensor,
+    });
+    Ok(Constant { data_type: sample.data_type, encoding, bytes: zeros(sample.bytes.len()).into() })
 }
 
 fn scheme(bits: Bits, grouping: Grouping, k: usize) -> Scheme {
@@ -195,7 +237,8 @@ impl Constant {
     pub(super) fn change(&self, format: ElementFormat, precision: Precision) -> Change {
         match (format, precision.weights, self.data_type) {
             (ElementFormat::Ggml(ggml), WeightType::Keep, _) if self.encoding.is_some() => ggml.change(),
-            (_, _, DataType::Float32)
+            (ElementFormat::Int4 { .. }, WeightType::Keep, _)
+            | (_, _, DataType::Float32)
             | (ElementFormat::F16, _, DataType::Float16)
             | (ElementFormat::Bf16, _, DataType::BFloat16) => Change::None,
             _ => Change::Rounded,
@@ -210,9 +253,9 @@ impl Constant {
             Some(Encoding::AxisScaleOffset { .. }) => format!("{} per channel", self.data_type),
             Some(Encoding::Block { block_size, offsets, .. }) => {
                 let offsets = match offsets {
-                    crate::BlockOffsets::Symmetric => "",
-                    crate::BlockOffsets::Integer(_) => ", whole offsets",
-                    crate::BlockOffsets::Min(_) => ", float minima",
+                    BlockOffsets::Symmetric => "",
+                    BlockOffsets::Integer(_) => ", whole offsets",
+                    BlockOffsets::Min(_) => ", float minima",
                 };
                 format!("{} block {block_size}{offsets}", self.data_type)
             }
@@ -228,9 +271,9 @@ impl Constant {
             Some(Encoding::Block { scales, offsets, .. }) => {
                 floats(scales)
                     + match offsets {
-                        crate::BlockOffsets::Symmetric => 0,
-                        crate::BlockOffsets::Integer(bytes) => bytes.len(),
-                        crate::BlockOffsets::Min(mins) => floats(mins),
+                        BlockOffsets::Symmetric => 0,
+                        BlockOffsets::Integer(bytes) => bytes.len(),
+                        BlockOffsets::Min(mins) => floats(mins),
                     }
             }
         };
@@ -240,3 +283,5 @@ impl Constant {
 
 /// Block size where none is asked for and the rows allow it.
 const DEFAULT_BLOCK: usize = 32;
+/// Rows that an outline converts.
+const OUTLINE_ROWS: usize = 16;

@@ -54,7 +54,6 @@ pub struct HfConfig {
     pub attention_multiplier: Option<f32>,
     pub residual_multiplier: Option<f32>,
     pub logits_scaling: Option<f32>,
-    pub quantization_config: Option<Value>,
     pub bos_token_id: Option<Value>,
     pub eos_token_id: Option<Value>,
 }
@@ -242,13 +241,6 @@ impl HfConfig {
 
     /// Refuses what would change the result of any family and is not built here.
     fn refuse_unsupported(&self) -> Result<(), ImportError> {
-        if let Some(quantization) = &self.quantization_config {
-            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            return Err(unsupported(
-                format!("quantization_config of method {method:?}"),
-                "unquantized weights (F32, F16, BF16), GGUF",
-            ));
-        }
         let partial = arch::find(&self.model_type)?.partial_rotary;
         if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor != 1.0 && !partial) {
             return Err(unsupported(format!("partial_rotary_factor {factor}"), "1"));

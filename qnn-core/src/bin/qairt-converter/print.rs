@@ -1,0 +1,89 @@
+//! What the converter says on standard output.
+
+use std::path::Path;
+
+use qnn_core::offline::{
+    arch::{SUPPORTED, WeightClass, WeightUse},
+    convert::{ConvertReport, LoraReport},
+    dry_run::DryRun,
+};
+
+/// After a conversion.
+pub(crate) fn summary(report: &ConvertReport, output: &Path) {
+    println!("architecture: {}", report.architecture);
+    println!("parameters:   {:.1} M", millions(report.parameters));
+    weights(&report.weights);
+    if let Some(lora) = &report.lora {
+        branches(lora);
+    }
+    for warning in &report.warnings {
+        println!("warning: {warning}");
+    }
+    println!("wrote {} ({:.1} MiB)", output.display(), mib(report.size_bytes));
+    for path in &report.sidecars {
+        println!("wrote {}", path.display());
+    }
+}
+
+/// Instead of a conversion.
+pub(crate) fn dry_run(found: &DryRun) {
+    println!("architecture: {} ({} layers)", found.architecture, found.layers);
+    println!("parameters:   {:.1} M", millions(found.parameters));
+    println!("source:       {}", found.source);
+    weights(&found.weights);
+    println!("expected size of the DLC: {:.1} MiB", mib(found.dlc_bytes));
+    println!(
+        "expected memory: {:.1} MiB of mapped weights, {:.1} MiB of KV cache at {} positions",
+        mib(found.weights.iter().map(|w| w.size_bytes).sum()),
+        mib(found.cache_bytes),
+        found.cache_positions
+    );
+    println!("adapters can attach to:");
+    for kind in &found.attach_points {
+        println!("  {:<30} [{}, {}] in {} layers", kind.name, kind.n, kind.k, kind.layers);
+    }
+    if let Some(lora) = &found.lora {
+        branches(lora);
+    }
+    for warning in &found.warnings {
+        println!("warning: {warning}");
+    }
+    println!("nothing was written (--dry_run)");
+}
+
+/// The families, a line each for their names and for what is built.
+pub(crate) fn architectures() {
+    for architecture in SUPPORTED {
+        let gguf = match architecture.gguf_names {
+            [] => String::new(),
+            names => format!("; GGUF: {}", names.join(", ")),
+        };
+        println!("{} (config.json: {}{gguf})", architecture.title, architecture.model_types.join(", "));
+        println!("    {}", architecture.notes);
+    }
+}
+
+fn weights(weights: &[WeightUse]) {
+    for weights in weights {
+        let class = match weights.class {
+            WeightClass::Embedding => "embedding",
+            WeightClass::Linear => "linear",
+            WeightClass::Vector => "vectors",
+        };
+        let (source, format, change) = (weights.source, &weights.format, weights.change.name());
+        let (n, elements, size) = (weights.n_tensors, millions(weights.elements), mib(weights.size_bytes));
+        println!("  {class:<10} {n:>4} x {source:<6} -> {format:<39} {elements:>8.1} M {size:>9.1} MiB  {change}");
+    }
+}
+
+fn branches(lora: &LoraReport) {
+    println!("adapter branches: {} layers, rank up to {}, {}", lora.targets, lora.max_rank, lora.data_type);
+}
+
+fn millions(elements: u64) -> f64 {
+    elements as f64 / 1e6
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}

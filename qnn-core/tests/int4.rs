@@ -1,0 +1,142 @@
+//! GPTQ and AWQ checkpoints become graphs with the very values that their codes stand for: `tests/golden/int4`.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use qnn_core::backend::ReferenceBackend;
+use qnn_core::backend::reference::dequantize_constant;
+use qnn_core::offline::arch::{ActivationBits, CacheType, Precision, WeightType};
+use qnn_core::offline::convert::{ConvertOptions, convert};
+use qnn_core::offline::{dlc, specialize};
+use qnn_core::{Backend, Bindings, BlockOffsets, Encoding, Graph};
+use serde_json::Value;
+
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/int4").join(name)
+}
+
+/// The graph, or everything that the error says.
+fn import(input: &Path, weights: WeightType) -> Result<Graph, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("model.dlc");
+    let precision = Precision { weights, activations: ActivationBits::Sixteen, cache: Some(CacheType::F32) };
+    let options = ConvertOptions { input: input.to_owned(), output: output.clone(), precision, threads: 1 };
+    convert(&options, &mut |_| {}).map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+    Ok(dlc::read_dlc(&output).unwrap())
+}
+
+/// Guards: the float graph of a packed checkpoint computes what transformers computes with the unpacked values.
+#[test]
+fn packed_checkpoints_match_transformers() {
+    let golden: Value = serde_json::from_str(include_str!("../../tests/golden/int4/logits.json")).unwrap();
+    let list =
+        |key: &str| golden[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap() as i32).collect::<Vec<_>>();
+    let (ids, rows) = (list("ids"), list("rows"));
+    for (name, logits) in golden["logits"].as_object().unwrap() {
+        let graph = specialize(&import(&source(name), WeightType::F32).unwrap(), "test", 8, 16).unwrap();
+        let mut executable = ReferenceBackend.prepare(&graph).unwrap();
+        let mut state = ReferenceBackend.new_state(&[&graph], 16).unwrap();
+        let mut bindings = Bindings::new(&graph);
+        let positions: Vec<i32> = (0..ids.len() as i32).collect();
+        for (input, values) in
+            [("input_ids", &ids), ("position_ids", &positions), ("cache_index", &vec![0]), ("logit_indices", &rows)]
+        {
+            bindings.set_i32(bindings.find_input(input).unwrap(), values).unwrap();
+        }
+        executable.execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
+        let have = bindings.output_f32(bindings.find_output("logits").unwrap());
+        let want: Vec<f64> = logits
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|row| row.as_array().unwrap())
+            .filter_map(Value::as_f64)
+            .collect();
+        assert_eq!(have.len(), want.len());
+        for (have, want) in have.iter().zip(&want) {
+            assert!((f64::from(*have) - want).abs() < 1e-4, "{name}: {have}, transformers {want}");
+        }
+    }
+}
+
+/// Guards: the grid is kept: codes of 4 bits with the checkpoint's groups, no value changed. Symmetric ones have no offsets.
+#[test]
+fn the_grid_is_kept() {
+    for (name, blocks, symmetric) in [("gptq", [16, 16], false), ("gptq_v2", [32, 64], true), ("awq", [32, 32], false)]
+    {
+        let kept = import(&source(name), WeightType::Keep).unwrap();
+        let floats = import(&source(name), WeightType::F32).unwrap();
+        for (module, block) in [("self_attn.k_proj", blocks[0]), ("mlp.down_proj", blocks[1])] {
+            let id = kept.find(&format!("model.layers.0.{module}.weight")).unwrap();
+            let tensor = kept.tensor(id);
+            let Some(Encoding::Block { bitwidth: 4, block_size, offsets, .. }) = &tensor.encoding else {
+                panic!("{name} {module}: {:?}", tensor.encoding);
+            };
+            assert_eq!(*block_size, block, "{name} {module}");
+            assert_eq!(matches!(offsets, BlockOffsets::Symmetric), symmetric, "{name} {module}");
+            let float = floats.tensor(floats.find(&tensor.name).unwrap());
+            let (have, want) = (dequantize_constant(tensor).unwrap(), dequantize_constant(float).unwrap());
+            let changed = have.iter().zip(&want).position(|(have, want)| have != want);
+            assert_eq!(changed.map(|at| (at, have[at], want[at])), None, "{name} {module}");
+        }
+    }
+}
+
+/// Guards: what a packed checkpoint may be damaged by, and groups in the order of activations, are refused by name.
+#[test]
+fn strange_checkpoints_are_refused() {
+    let check = |name: &str, change: &dyn Fn(&mut Stored), words: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(source(name).join("config.json"), folder.path().join("config.json")).unwrap();
+        let mut stored = Stored::read(&source(name).join("model.safetensors"));
+        change(&mut stored);
+        std::fs::write(folder.path().join("model.safetensors"), stored.to_bytes()).unwrap();
+        let text = import(folder.path(), WeightType::Keep).expect_err(words[0]);
+        for word in words {
+            assert!(text.contains(word), "{text} does not say {word}");
+        }
+    };
+    const Q: &str = "model.layers.0.self_attn.q_proj";
+    let part = |part: &str| format!("{Q}.{part}");
+    check("gptq", &|s| s.data(&part("g_idx"))[0] = 1, &["act-order (desc_act)", Q]);
+    check("gptq", &|s| s.remove(&part("scales")), &["q_proj.scales is missing"]);
+    check("gptq", &|s| s.remove(&part("qzeros")), &["q_proj.qzeros is missing"]);
+    check("gptq", &|s| s.header[part("scales")]["dtype"] = "I16".into(), &["q_proj.scales", "I16", "F16"]);
+    check("gptq", &|s| s.header[part("qweight")]["shape"] = serde_json::json!([2, 64]), &["q_proj", "groups of 16"]);
+    check("gptq", &|s| s.header[part("qzeros")]["shape"] = serde_json::json!([4, 2]), &["q_proj.qzeros", "[2, 4]"]);
+    check("awq", &|s| s.header[part("qweight")]["dtype"] = "F32".into(), &["q_proj.qweight", "F32", "I32"]);
+    check("awq", &|s| s.header[part("scales")]["shape"] = serde_json::json!([32]), &["q_proj.scales", "two extents"]);
+}
+
+/// A safetensors file taken apart.
+struct Stored {
+    header: Value,
+    data: Vec<u8>,
+}
+
+impl Stored {
+    fn read(path: &Path) -> Stored {
+        let bytes = std::fs::read(path).unwrap();
+        let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
+        let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+        Stored { header: serde_json::from_slice(header).unwrap(), data: data.to_vec() }
+    }
+
+    /// Bytes of a tensor.
+    fn data(&mut self, name: &str) -> &mut [u8] {
+        let at = |i: usize| self.header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+        let range = at(0)..at(1);
+        &mut self.data[range]
+    }
+
+    /// Gives a tensor a name that means nothing.
+    fn remove(&mut self, name: &str) {
+        let entry = self.header.as_object_mut().unwrap().remove(name).unwrap();
+        self.header["removed"] = entry;
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let header = self.header.to_string();
+        [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &self.data].concat()
+    }
+}
