@@ -24,16 +24,16 @@ main() {
     fi
     export CARGO_TARGET_DIR=$cache/target
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-    # Every extension that qemu knows: the tests go through all tiers.
-    run_tests max --lib --test no_allocation
-    # A CPU with NEON alone: the other tiers must not be found there.
-    run_tests cortex-a72 --lib -- kernels::
+    # Every extension that qemu knows. The tests go through all tiers; naming the best one makes sure that it is there.
+    run_tests max i8mm --lib --test no_allocation
+    # A CPU with NEON alone.
+    run_tests cortex-a72 neon --lib -- kernels:: attention::
 }
 
-run_tests() { # CPU ARGUMENTS...
-    local runner="qemu-aarch64-static -cpu $1 -L /usr/aarch64-linux-gnu"
-    shift
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$runner \
+run_tests() { # CPU TIER ARGUMENTS...
+    local runner="qemu-aarch64-static -cpu $1 -L /usr/aarch64-linux-gnu" tier=$2
+    shift 2
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$runner HTP_SIM_ISA=$tier \
         cargo test --locked --package htp-sim --target $target "$@"
 }
 
