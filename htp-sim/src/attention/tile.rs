@@ -57,14 +57,15 @@ impl Problem<'_> {
         Tile { kv_head, first, rows, slot: kv_head * self.rows() + first, positions }
     }
 
-    /// Copies the tile's queries side by side, quantized if the cache is.
+    /// Copies the tile's queries side by side, scaled, and quantized if the cache is.
     pub(super) fn load_queries(&self, tile: &Tile, scratch: &mut WorkerScratch) {
         let head_dim = self.cache.layout.head_dim();
         let stride = self.cache.layout.key_head_dim();
         for row in 0..tile.rows {
             let x = &self.q[self.at(tile, row)..][..head_dim];
             if self.cache.layout.format() != CacheFormat::Int8 {
-                scratch.q[row * head_dim..][..head_dim].copy_from_slice(x);
+                let q = &mut scratch.q[row * head_dim..][..head_dim];
+                q.iter_mut().zip(x).for_each(|(q, x)| *q = x * self.params.scale);
                 continue;
             }
             let mut sum = 0;
@@ -79,6 +80,7 @@ impl Problem<'_> {
             };
             // SAFETY: the table exists only on a CPU that has its instruction set; both planes are as long as x.
             unsafe { (self.kernels.quantize)(RowValues { x, norm: None }, target) };
+            scratch.q_scales[row] *= self.params.scale;
         }
     }
 
@@ -111,7 +113,7 @@ impl Problem<'_> {
                 lo[outside].fill(0);
             }
             let seen = &mut scratch.scores[at..][visible.clone()];
-            self.scale(seen);
+            self.cap(seen);
             let target = WeightsMut {
                 hi: &mut hi[visible.clone()],
                 lo: &mut lo[visible.clone()],
@@ -155,7 +157,7 @@ impl Problem<'_> {
             scores[..visible.start].fill(0.0);
             scores[visible.end..].fill(0.0);
             let seen = &mut scores[visible];
-            self.scale(seen);
+            self.cap(seen);
             // SAFETY: the table exists only on a CPU that has its instruction set.
             scratch.totals[row] = unsafe { (self.kernels.softmax)(seen) };
         }
@@ -233,9 +235,7 @@ impl Problem<'_> {
         unsafe { kernel(&tile, out) }
     }
 
-    /// Turns products into scores: scaled and capped.
-    fn scale(&self, seen: &mut [f32]) {
-        seen.iter_mut().for_each(|score| *score *= self.params.scale);
+    fn cap(&self, seen: &mut [f32]) {
         if let Some(cap) = self.params.softcap {
             // SAFETY: the table exists only on a CPU that has its instruction set.
             unsafe { (self.kernels.soft_cap)(seen, cap) }

@@ -6,7 +6,7 @@ use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
 
 /// Replaces scores by `exp(score - max)`; returns the maximum and the sum of the results.
 ///
-/// Scores of `-inf` become 0. If all are `-inf` (or there are none) the sum is 0.
+/// Scores of `-inf` become 0. If all are `-inf` (or there are none) the sum is 0. A NaN stays, and makes the sum NaN.
 #[inline(always)]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     let max = max(scores);
@@ -55,33 +55,33 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
 /// Quantizes weights whose largest is `top`.
 #[inline(always)]
 fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
-    let scale = top / (127.0 * 256.0);
     *out.plane_sums = [0; 2];
-    // Below this 1 / scale may be infinite; such weights are as good as 0.
-    if !top.is_finite() || scale < f32::MIN_POSITIVE {
+    let Some(factor) = weight_factor(top, &mut *out.scale) else {
         out.hi.fill(0);
         out.lo.fill(0);
-        *out.scale = if top.is_finite() { 0.0 } else { f32::NAN };
         return;
-    }
-    *out.scale = scale;
-    let factor = 1.0 / scale;
-    let mut sums = [[0_i32; LANES]; 2];
-    let mut split = |weights: &[f32], hi: &mut [i8], lo: &mut [i8]| {
-        for (i, ((hi, lo), weight)) in hi.iter_mut().zip(lo).zip(weights).enumerate() {
-            let code = round_to_i32(weight * factor);
-            *lo = code as i8;
-            *hi = ((code - i32::from(*lo)) >> 8) as i8;
-            sums[0][i] += i32::from(*hi);
-            sums[1][i] += i32::from(*lo);
-        }
     };
-    let (chunks, rest) = weights.as_chunks::<LANES>();
-    let (hi, hi_rest) = out.hi.as_chunks_mut::<LANES>();
-    let (lo, lo_rest) = out.lo.as_chunks_mut::<LANES>();
-    chunks.iter().zip(hi.iter_mut().zip(lo)).for_each(|(weights, (hi, lo))| split(weights, hi, lo));
-    split(rest, hi_rest, lo_rest);
-    *out.plane_sums = sums.map(|sums| fold(sums, |a, b| a + b));
+    for ((hi, lo), weight) in out.hi.iter_mut().zip(&mut *out.lo).zip(weights) {
+        let code = round_to_i32(weight * factor);
+        *lo = code as i8;
+        *hi = ((code - i32::from(*lo)) >> 8) as i8;
+    }
+    *out.plane_sums = [&*out.hi, &*out.lo].map(|plane| plane.iter().map(|&code| i32::from(code)).sum());
+}
+
+/// Sets the scale of weights whose largest is `top`; returns its inverse, or nothing if all codes are to be 0.
+#[inline(always)]
+pub(crate) fn weight_factor(top: f32, scale: &mut f32) -> Option<f32> {
+    *scale = top / (127.0 * 256.0);
+    if !top.is_finite() {
+        *scale = f32::NAN;
+    } else if *scale < f32::MIN_POSITIVE {
+        // The inverse may be infinite; such weights are as good as 0.
+        *scale = 0.0;
+    } else {
+        return Some(1.0 / *scale);
+    }
+    None
 }
 
 /// `cap · tanh(x / cap)` of each.
@@ -237,13 +237,7 @@ pub(crate) fn exp_nonpositive(x: f32) -> f32 {
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
-    // Minimax of degree 5 for the relative error, 9.2e-8.
-    let p = 8.290_272e-3;
-    let p = p * r + 4.189_816e-2;
-    let p = p * r + 1.666_763_9e-1;
-    let p = p * r + 4.999_914_8e-1;
-    let p = p * r + 9.999_997e-1;
-    let p = p * r + 1.0;
+    let p = EXP[1..].iter().fold(EXP[0], |p, c| p * r + c);
     // The low bits of `shifted` hold n, and the rest falls out at the top.
     p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
 }
@@ -298,26 +292,26 @@ fn round_to_i32(x: f32) -> i32 {
     (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed()
 }
 
-/// The largest value; `-inf` if there is none. NaN counts as larger than anything.
+/// The largest value; `-inf` if there is none. NaN is passed over.
 #[inline(always)]
 fn max(x: &[f32]) -> f32 {
     let mut tops = [f32::NEG_INFINITY; LANES];
-    let larger = |a: f32, b: f32| if a >= b || a.is_nan() { a } else { b };
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for (&x, top) in chunk.iter().zip(&mut tops) {
-            *top = larger(*top, x);
+            *top = larger(x, *top);
         }
     }
     for (&x, top) in rest.iter().zip(&mut tops) {
-        *top = larger(*top, x);
+        *top = larger(x, *top);
     }
     fold(tops, larger)
 }
 
 /// Sixteen values to one, halving.
 #[inline(always)]
-fn fold<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+pub(crate) fn fold<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -328,12 +322,15 @@ fn fold<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     lanes[0]
 }
 
+/// A polynomial for `e^r`, highest power first: minimax of degree 5 for the relative error, 9.2e-8.
+pub(crate) const EXP: [f32; 6] = [8.290_272e-3, 4.189_816e-2, 1.666_763_9e-1, 4.999_914_8e-1, 9.999_997e-1, 1.0];
+
 /// ln 2 in two parts: the first has few bits, so that its product with an exponent is exact.
-const LN2_HIGH: f32 = 0.693_359_4;
-const LN2_LOW: f32 = -2.121_944_4e-4;
+pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
+pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
 
 /// Adding and subtracting this rounds a float below 2^22 to an integer, which its low bits then hold.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// Partial results of a reduction, on every tier.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;

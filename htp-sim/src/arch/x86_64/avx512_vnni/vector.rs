@@ -1,17 +1,15 @@
-//! The portable vector functions, compiled for this tier's registers.
+//! The portable vector functions, compiled for this tier's registers; the one that attention is made of by hand.
 
-use crate::arch::portable::vector;
+use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
+
+use crate::arch::portable::vector::{self, EXP, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     vector::softmax(scores)
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
-    vector::softmax_quantize(scores, scales, out)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -47,4 +45,93 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     vector::rotate(first, second, cos, sin);
+}
+
+/// The portable function, step for step: compiled from there, half of it came out in smaller registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
+    let len = scores.len();
+    assert!(scales.len() >= len && out.hi.len() == len && out.lo.len() == len);
+    let (scores, scales) = (scores.as_mut_ptr(), scales.as_ptr().cast::<f32>());
+    let mut tops = _mm512_set1_ps(f32::NEG_INFINITY);
+    for at in (0..len).step_by(LANES) {
+        // SAFETY: `mask` names the scores from `at` on that exist.
+        tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask(len - at), scores.add(at)) }, tops);
+    }
+    let max = fold(floats(tops), |a, b| if a > b { a } else { b });
+
+    let (mut sums, mut tops) = (_mm512_setzero_ps(), _mm512_setzero_si512());
+    for at in (0..len).step_by(LANES) {
+        let mask = mask(len - at);
+        // SAFETY: as above; there are as many scales, and they need no alignment.
+        let (score, scale) =
+            unsafe { (_mm512_maskz_loadu_ps(mask, scores.add(at)), _mm512_maskz_loadu_ps(mask, scales.add(at))) };
+        let p = exp_nonpositive(_mm512_sub_ps(score, _mm512_set1_ps(max)));
+        sums = _mm512_mask_add_ps(sums, mask, sums, p);
+        let weight = _mm512_mul_ps(p, scale);
+        // SAFETY: as above.
+        unsafe { _mm512_mask_storeu_ps(scores.add(at), mask, weight) };
+        let magnitude = _mm512_maskz_and_epi32(mask, _mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
+        tops = _mm512_max_epu32(tops, magnitude);
+    }
+    let totals = SoftmaxTotals { max, sum: fold(floats(sums), |a, b| a + b) };
+
+    let top = f32::from_bits(_mm512_reduce_max_epu32(tops));
+    *out.plane_sums = [0; 2];
+    let Some(factor) = vector::weight_factor(top, out.scale) else {
+        out.hi.fill(0);
+        out.lo.fill(0);
+        return totals;
+    };
+    let round = _mm512_set1_ps(ROUND);
+    let (mut hi_sums, mut lo_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+    for at in (0..len).step_by(LANES) {
+        let mask = mask(len - at);
+        // SAFETY: as above; what is masked out reads as 0 and gets the code 0.
+        let weight = unsafe { _mm512_maskz_loadu_ps(mask, scores.add(at)) };
+        let rounded = _mm512_add_ps(_mm512_mul_ps(weight, _mm512_set1_ps(factor)), round);
+        let code = _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(round));
+        let lo = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(code));
+        let hi = _mm512_srai_epi32::<8>(_mm512_sub_epi32(code, lo));
+        (hi_sums, lo_sums) = (_mm512_add_epi32(hi_sums, hi), _mm512_add_epi32(lo_sums, lo));
+        // SAFETY: both planes are as long as the scores (checked above).
+        unsafe {
+            _mm512_mask_cvtepi32_storeu_epi8(out.hi.as_mut_ptr().add(at), mask, hi);
+            _mm512_mask_cvtepi32_storeu_epi8(out.lo.as_mut_ptr().add(at), mask, lo);
+        }
+    }
+    *out.plane_sums = [_mm512_reduce_add_epi32(hi_sums), _mm512_reduce_add_epi32(lo_sums)];
+    totals
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp_nonpositive(x: __m512) -> __m512 {
+    // In this order NaN stays.
+    let x = _mm512_max_ps(_mm512_set1_ps(-87.0), x);
+    let shifted = _mm512_add_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)), _mm512_set1_ps(ROUND));
+    let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
+    let r = _mm512_sub_ps(x, _mm512_mul_ps(n, _mm512_set1_ps(LN2_HIGH)));
+    let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
+    let mut p = _mm512_set1_ps(EXP[0]);
+    for c in &EXP[1..] {
+        p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(*c));
+    }
+    let exponent = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
+    _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
+}
+
+/// The first `n` lanes.
+fn mask(n: usize) -> u16 {
+    u16::MAX >> (LANES - n.min(LANES))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn floats(register: __m512) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: sixteen values, unaligned.
+    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), register) };
+    lanes
 }
