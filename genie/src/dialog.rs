@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::Error;
 use crate::adapters::{Adapters, LoraError};
 use crate::config::{self, DialogConfig, KvReuse, LoraConfig, Settings};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, GraphAccount};
 use crate::kv_cache::KvCache;
 use crate::model::Model;
 use crate::prompt::{ChatTemplate, Message, Prompt};
@@ -293,6 +293,16 @@ impl Dialog {
         self.settings.sampler = config::sampler_from_json(json, &self.settings.sampler)?;
         self.sampler.apply(self.settings.sampler.clone());
         Ok(())
+    }
+
+    /// Keeps an account of where the engine's time goes, from zero and from now on; it costs a little time itself.
+    pub fn start_account(&mut self) {
+        self.cache.engine_mut().start_account();
+    }
+
+    /// Ends the account and gives it, one for each graph that ran.
+    pub fn take_account(&mut self) -> Vec<GraphAccount> {
+        self.cache.engine_mut().take_account()
     }
 
     /// Number of tokens of the conversation. (`GENIE_DIALOG_PARAM_CONTEXT_OCCUPANCY`)

@@ -7,11 +7,13 @@ use std::sync::atomic::AtomicBool;
 
 use thiserror::Error;
 
+mod account;
 mod adapter;
 pub mod qnn;
 #[doc(hidden)]
 pub mod scripted;
 
+pub use account::GraphAccount;
 pub use adapter::{AdapterInfo, AdapterSlot, AdapterSource};
 
 /// A model with one KV cache.
@@ -56,6 +58,15 @@ pub trait Engine: Send {
     /// # Errors
     /// [`EngineError::UnknownAdapter`]. The selection is then as before.
     fn select_adapter(&mut self, selection: Option<(&str, &[f32])>) -> Result<(), EngineError>;
+
+    /// Keeps an account of where the time of each graph goes, from zero and from now on. An engine that cannot does
+    /// nothing.
+    fn start_account(&mut self) {}
+
+    /// Ends the account and gives it: nothing if none was kept, and nothing of graphs that did not run.
+    fn take_account(&mut self) -> Vec<GraphAccount> {
+        Vec::new()
+    }
 }
 
 /// Which logits a call of [`Engine::forward`] shall compute.

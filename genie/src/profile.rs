@@ -7,7 +7,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use crate::engine::GraphAccount;
 use crate::{AppliedLora, QueryReport};
+
+mod operations;
+
+pub use operations::operations_table;
 
 /// Collects events of one dialog. Times are in microseconds since it was made. (`GenieProfile`)
 #[derive(Debug)]
@@ -15,6 +20,7 @@ pub struct Profile {
     origin: Instant,
     created_at: SystemTime,
     events: Vec<Event>,
+    graphs: Vec<serde_json::Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -31,7 +37,7 @@ struct Event {
 impl Profile {
     /// A profile that begins now.
     pub fn new() -> Self {
-        Self { origin: Instant::now(), created_at: SystemTime::now(), events: Vec::new() }
+        Self { origin: Instant::now(), created_at: SystemTime::now(), events: Vec::new(), graphs: Vec::new() }
     }
 
     /// Records the creation of the dialog, which began at `started` and took `duration`.
@@ -69,6 +75,11 @@ impl Profile {
         self.add("GenieDialog_applyLora", applied.started, applied.time, &[time]);
     }
 
+    /// Records where the time of the dialog's engine went. Not in Genie's profiles: a component of its own.
+    pub fn add_operations(&mut self, graphs: &[GraphAccount]) {
+        self.graphs.extend(operations::to_json(graphs));
+    }
+
     /// Records the end of the dialog, which began at `started` and took `duration`.
     pub fn add_free(&mut self, started: Instant, duration: Duration) {
         self.add("GenieDialog_free", started, duration, &[]);
@@ -94,6 +105,10 @@ impl Profile {
     pub fn to_json(&self) -> String {
         let part = |index| crate::VERSION.split('.').nth(index).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
         let since_epoch = self.created_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut components = vec![serde_json::json!({ "name": "dialog0", "type": "dialog", "events": self.events })];
+        if !self.graphs.is_empty() {
+            components.push(serde_json::json!({ "name": "engine0", "type": "engine", "graphs": self.graphs }));
+        }
         let json = serde_json::json!({
             "header": {
                 "header_version": { "major": 0, "minor": 1, "patch": 0 },
@@ -101,7 +116,7 @@ impl Profile {
                 "artifact_type": "GENIE_PROFILE",
             },
             "metadata": { "timestamp": micros(since_epoch) },
-            "components": [{ "name": "dialog0", "type": "dialog", "events": self.events }],
+            "components": components,
         });
         format!("{json:#}\n")
     }
@@ -160,6 +175,23 @@ mod tests {
         (report.n_foreign_rows, report.n_recomputed_tokens) = (7, 8);
         profile.add_query(&report);
         profile.add_free(started, Duration::ZERO);
+        let operation = qnn_core::backend::account::Operation {
+            name: "linear lm_head".to_owned(),
+            n_calls: 4,
+            time: Duration::from_millis(100),
+            bytes: 3_000_000_000,
+            multiply_adds: 500_000_000,
+        };
+        let account = qnn_core::backend::Account {
+            n_executes: 4,
+            time: Duration::from_millis(400),
+            scheduling: Duration::from_millis(20),
+            operations: vec![operation],
+        };
+        let graphs = [GraphAccount { graph: "token".to_owned(), account }];
+        profile.add_operations(&graphs);
+        let table = operations_table(&graphs);
+        assert!(table.contains("linear lm_head") && table.contains("25.0%") && table.contains("30.0"), "{table}");
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("profile.json");
@@ -167,6 +199,12 @@ mod tests {
         assert_eq!(profile.save(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert!(json["header"]["version"]["major"].is_u64() && json["metadata"]["timestamp"].is_u64());
+        let graph = &json["components"][1]["graphs"][0];
+        assert_eq!((&graph["graph"], &graph["scheduling-share"]), (&json!("token"), &json!(0.05)));
+        let rates = json!([{"name": "linear lm_head", "calls": 4, "share": 0.25,
+            "time": {"value": 100_000, "unit": "us"}, "read-rate": {"value": 3e10, "unit": "bytes/sec"},
+            "operation-rate": {"value": 1e10, "unit": "ops/sec"}}]);
+        assert_eq!(graph["operations"], rates);
         let component = &json["components"][0];
         assert_eq!(component["type"], "dialog");
         let events = component["events"].as_array().unwrap();

@@ -60,6 +60,11 @@ impl Workers {
         self.threads.len() + 1
     }
 
+    /// Parallel regions so far, those that ran inline not counted.
+    pub fn n_regions(&self) -> u64 {
+        self.shared.state.load(Ordering::Relaxed) / EPOCH
+    }
+
     /// Calls `f(item, worker)` once for each item in `0..n_items`, on any worker in any order; returns when all are done.
     ///
     /// Allocates nothing. Calls from several threads run one after the other; a call from inside `f` runs inline on the

@@ -9,10 +9,12 @@ use crate::{
     types::DataType,
 };
 
+pub mod account;
 pub mod htp;
 pub mod reference;
 pub mod state;
 
+pub use account::Account;
 pub use htp::HtpBackend;
 pub use reference::ReferenceBackend;
 pub use state::State;
@@ -42,6 +44,14 @@ pub trait Executable: Send {
     /// # Errors
     /// [`ExecuteError`]. Outputs are then unspecified; of the state only rows at and after `cache_index` can differ.
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError>;
+
+    /// Keeps an account of where the time goes, from zero and from now on. A backend that cannot does nothing.
+    fn start_account(&mut self) {}
+
+    /// Ends the account and gives it, if one was kept.
+    fn take_account(&mut self) -> Option<Account> {
+        None
+    }
 }
 
 /// Why a graph cannot be prepared.

@@ -1,5 +1,6 @@
 //! Shared support of the workspace-wide tests.
 
+pub mod bench_model;
 pub mod converted;
 pub mod effects;
 pub mod gguf_writer;

@@ -11,7 +11,7 @@ use qnn_core::{
     backend::{ExecuteError, HtpBackend},
 };
 
-use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, Logits};
+use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, GraphAccount, Logits};
 use crate::config::EngineConfig;
 
 mod graph_name;
@@ -220,6 +220,22 @@ impl Engine for QnnEngine {
             return Err(EngineError::UnknownAdapter { name: name.to_owned(), loaded });
         }
         self.splits.iter_mut().try_for_each(|split| split.select(selection))
+    }
+
+    fn start_account(&mut self) {
+        self.splits
+            .iter_mut()
+            .flat_map(|split| &mut split.runners)
+            .for_each(|runner| runner.executable.start_account());
+    }
+
+    fn take_account(&mut self) -> Vec<GraphAccount> {
+        let runners = self.splits.iter_mut().flat_map(|split| &mut split.runners);
+        let accounts = runners.filter_map(|runner| {
+            let account = runner.executable.take_account()?;
+            Some(GraphAccount { graph: runner.graph.clone(), account })
+        });
+        accounts.filter(|graph| 0 < graph.account.n_executes).collect()
     }
 }
 

@@ -9,14 +9,16 @@ use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
 };
+use std::time::Instant;
 
 use htp_sim::{Cx, Grid, Kernels, QuantizedRows, Workers};
 
 use crate::{adapter::Adapter, graph::Graph, tensor::Panels};
 
-use super::{Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm};
+use super::{Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm};
 
 mod lower;
+mod meter;
 mod pack;
 mod place;
 mod run;
@@ -24,6 +26,7 @@ mod step;
 
 pub use pack::{pack_constant, pack_update};
 
+use meter::{Cost, Meter};
 use place::Plan;
 use run::Applied;
 
@@ -91,6 +94,8 @@ struct Htp {
     adapter: Option<Arc<Adapter>>,
     /// Its own grid of each of the plan's updatable encodings.
     grids: Vec<Option<Grid>>,
+    /// The account, while one is kept.
+    meter: Option<Meter>,
 }
 
 /// Scratch memory of one executable, allocated when it is prepared.
@@ -104,7 +109,8 @@ impl Htp {
         let floats = plan.float_capacity.iter().map(|n| Vec::with_capacity(*n)).collect();
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
         let (slots, names, grids) = (Vec::new(), None, vec![None; plan.grid_slots.len()]);
-        Ok(Htp { backend, plan, memory: Memory { floats, quantized }, slots, names, adapter: None, grids })
+        let memory = Memory { floats, quantized };
+        Ok(Htp { backend, plan, memory, slots, names, adapter: None, grids, meter: None })
     }
 }
 
@@ -153,15 +159,31 @@ impl Executable for Htp {
         let adapter = bindings.adapter().map(|adapter| &**adapter);
         let applied = Applied { adapter, slots: &self.slots, grids: &self.grids };
         let cx = Cx { kernels: self.backend.kernels, workers: &self.backend.workers };
-        for step in &self.plan.steps {
+        let begun = self.meter.as_ref().map(|_| (Instant::now(), self.backend.workers.n_regions()));
+        for (i, step) in self.plan.steps.iter().enumerate() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
+            let step_begun = self.meter.as_ref().map(|_| Instant::now());
             run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
+            if let (Some(meter), Some(begun)) = (&mut self.meter, step_begun) {
+                meter.add_step(i, begun.elapsed(), Cost::of(step, bindings, &applied, state));
+            }
         }
         for (buffer, output) in &self.plan.outputs {
             bindings.swap_output(*output, &mut self.memory.floats[*buffer]);
         }
+        if let (Some(meter), Some((begun, n_regions))) = (&mut self.meter, begun) {
+            meter.add_execute(begun.elapsed(), self.backend.workers.n_regions() - n_regions);
+        }
         Ok(())
+    }
+
+    fn start_account(&mut self) {
+        self.meter = Some(Meter::new(self.plan.steps.len()));
+    }
+
+    fn take_account(&mut self) -> Option<Account> {
+        Some(self.meter.take()?.account(&self.plan.steps, &self.backend.workers))
     }
 }

@@ -48,6 +48,9 @@ struct Arguments {
     /// Adapter of the config to measure with, and its strengths.
     #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
     lora: Option<AdapterChoice>,
+    /// Print at last where the time of a prompt and of decoding goes, operation by operation.
+    #[arg(short, long)]
+    operations: bool,
     /// JSON lines even on a terminal.
     #[arg(long)]
     json: bool,
@@ -89,6 +92,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         lora.apply()?;
         rates(arguments, lora.bench(), &mut report, "_lora1")?;
         lora.measure(arguments.rounds, &mut report)?;
+    }
+    if arguments.operations {
+        let (prompt, depth) = (arguments.prompts.iter().max(), arguments.depths.iter().min());
+        eprint!("{}", bench.operations(*prompt.unwrap_or(&0), *depth.unwrap_or(&0), arguments.n_tokens)?);
     }
     report.add("rss_after_first", "MB", rss);
     report.add("peak_rss", "MB", vec![measure::memory_mb("VmHWM:")?]);

@@ -10,6 +10,7 @@ use anyhow::{Context, ensure};
 use genie::Model;
 use genie::config::DialogConfig;
 use genie::engine::{Engine, Logits, qnn::QnnEngine};
+use genie::profile::operations_table;
 
 /// An open model.
 pub(crate) struct Bench {
@@ -55,6 +56,22 @@ impl Bench {
             }
             Ok(n_tokens as f64 / start.elapsed().as_secs_f64())
         })
+    }
+
+    /// Tables of where the time goes: of prompts of `prompt` ids, and of decoding behind `depth` ids.
+    pub(crate) fn operations(&mut self, prompt: usize, depth: usize, n_tokens: usize) -> anyhow::Result<String> {
+        self.engine.start_account();
+        self.prefill(prompt, 1)?;
+        let mut tables = operations_table(&self.engine.take_account());
+        let ids = self.ids(depth + 1);
+        self.engine.rewind(0);
+        self.engine.forward(&ids[..depth], Logits::None, &self.never)?;
+        self.engine.start_account();
+        for _ in 0..n_tokens {
+            self.engine.forward(&ids[depth..], Logits::Last, &self.never)?;
+        }
+        tables += &operations_table(&self.engine.take_account());
+        Ok(tables)
     }
 
     /// One round to warm up, then `rounds` that count.

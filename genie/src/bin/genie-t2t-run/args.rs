@@ -58,7 +58,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LEVEL")]
     pub(crate) log: Option<LogLevel>,
 
-    /// Write a profile (JSON) to this file, which must not exist
+    /// Write a profile (JSON) to this file, which must not exist: events as Genie's, and the share of each operation
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
 

@@ -48,6 +48,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
         dialog.set_max_num_tokens(max_tokens);
     }
 
+    if args.profile.is_some() {
+        dialog.start_account();
+    }
+
     if let Some(choice) = args.lora.first() {
         apply(&mut dialog, choice, &args.engine_role, &mut profile)?;
     }
@@ -60,6 +64,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         profile.add_query(&ask(&mut dialog, &Input::Text(prompt.clone()), SentenceCode::Rewind, args)?);
     }
 
+    profile.add_operations(&dialog.take_account());
     let ended = Instant::now();
     drop(dialog);
     profile.add_free(ended, ended.elapsed());

@@ -57,7 +57,7 @@ pub(super) struct Applied<'a> {
 }
 
 impl Applied<'_> {
-    fn panels(&self, slot: usize) -> Option<&Panels> {
+    pub(super) fn panels(&self, slot: usize) -> Option<&Panels> {
         self.adapter?.tensor(self.slots[slot])
     }
 

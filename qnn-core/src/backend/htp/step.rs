@@ -171,6 +171,26 @@ impl QuantizedSpec {
 }
 
 impl Work {
+    /// What it is called in accounts.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Work::Load { .. } => "load",
+            Work::Lookup { .. } => "lookup",
+            Work::Select { .. } => "select",
+            Work::RmsNorm { .. } => "norm",
+            Work::Quantize { .. } => "quantize",
+            Work::Snap { .. } => "snap",
+            Work::Dequantize { .. } => "dequantize",
+            Work::Down { .. } => "branch",
+            Work::Linear { .. } => "linear",
+            Work::Gated { .. } => "gated linear",
+            Work::RotaryTable { .. } => "rotary table",
+            Work::Rotate { .. } => "rotate",
+            Work::Attention { .. } => "attention",
+            Work::Binary { .. } | Work::Unary { .. } | Work::Copy { .. } => "elementwise",
+        }
+    }
+
     /// Calls `visit` with every float buffer the work touches.
     pub(super) fn floats(&mut self, visit: &mut dyn FnMut(&mut Float)) {
         match self {

@@ -1,0 +1,55 @@
+"""OpenVINO GenAI, measured as genie-bench measures: one JSON line per figure. Run by compare.py inside its environment.
+
+    openvino_bench.py MODEL.gguf THREADS PROMPTS DEPTHS TOKENS
+
+Without adapters: in a model that it reads from a GGUF it finds no layer of a PEFT file ("Unused LoRA tensor", all of them).
+"""
+import json, sys, time
+
+STARTED = time.monotonic()
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+
+def main():
+    model, threads, prompts, depths, n_tokens = sys.argv[1:]
+    pipe = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=int(threads))
+    generate(pipe, 128, 1)
+    figure("start_to_first_token_p128", (time.monotonic() - STARTED) * 1e3)
+    figure("rss_after_first", memory_mb())
+    for prompt in numbers(prompts):
+        generate(pipe, prompt, 1)
+        figure(f"pp{prompt}", prompt / generate(pipe, prompt, 1).get_ttft().mean * 1e3)
+    for depth in numbers(depths):
+        generate(pipe, max(depth, 1), 2)
+        per_token = generate(pipe, max(depth, 1), int(n_tokens) + 1).get_tpot().mean
+        figure(f"tg{n_tokens}_d{depth}", 1e3 / per_token)
+
+
+def generate(pipe, n_prompt, n_new):
+    """Runs a prompt of pseudo-random ids; gives the pipeline's own times."""
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = n_new, True, False
+    ids = np.random.default_rng(1).integers(1000, 40000, (1, n_prompt), dtype=np.int64)
+    inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    return pipe.generate(inputs, config).perf_metrics
+
+
+def numbers(text):
+    return [int(word) for word in text.split(",") if word]
+
+
+def memory_mb():
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def figure(metric, value):
+    print(json.dumps({"metric": metric, "median": value}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
