@@ -26,6 +26,49 @@ pub(crate) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
+/// AMX for 8-bit integers on top of [`has_avx512_vnni`], if the system lets this process use it. It is asked once.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_amx() -> bool {
+    static HAS_AMX: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *HAS_AMX.get_or_init(|| has_avx512_vnni() && cpu_has_amx() && system_permits_tiles())
+}
+
+/// The tile unit and its products of 8-bit integers: leaf 7, bits 24 and 25 of edx.
+#[cfg(target_arch = "x86_64")]
+fn cpu_has_amx() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const TILES_AND_INT8: u32 = 0b11 << 24;
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILES_AND_INT8 == TILES_AND_INT8
+}
+
+/// Asks Linux for the tile registers (8 KiB more to save for a thread that uses them), for all threads of the process.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn system_permits_tiles() -> bool {
+    const SYS_ARCH_PRCTL: isize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const XFEATURE_XTILEDATA: usize = 18;
+    let result: isize;
+    // SAFETY: the call reads and writes no memory of ours; it clobbers rcx and r11.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") SYS_ARCH_PRCTL => result,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XFEATURE_XTILEDATA,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack)
+        );
+    }
+    result == 0
+}
+
+/// No other system is known to us.
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn system_permits_tiles() -> bool {
+    false
+}
+
 /// AVX-512 with byte and word operations and the 8-bit dot product, on top of [`has_avx2`].
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_avx512_vnni() -> bool {

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use crate::arch::aarch64::{dotprod, i8mm, neon};
 use crate::arch::portable;
 #[cfg(target_arch = "x86_64")]
-use crate::arch::x86_64::{avx2, avx512_vnni};
+use crate::arch::x86_64::{amx, avx2, avx512_vnni};
 use crate::elementwise::{Activation, Unary};
 use crate::isa::{self, IsaError};
 use crate::packed::BlockOffset;
@@ -24,6 +24,8 @@ pub struct Kernels {
     /// Quantized rows by block weights, 8 and 4 bit.
     pub(crate) matmul_q_w8b: IntegerFn,
     pub(crate) matmul_q_w4b: IntegerFn,
+    /// Quantized rows by 4-bit weights with a whole step per block and a scale per channel.
+    pub(crate) matmul_q_w4e: IntegerFn,
     /// Float rows by float weights, and by 8-bit per-channel weights.
     pub(crate) matmul_f32_f32: FloatFn,
     pub(crate) matmul_f32_f16: FloatFn,
@@ -54,7 +56,8 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 ///
 /// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each a rounded product and a rounded sum, and
-/// the result is `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`.
+/// the result is `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps
+/// too, and the code is then `(u - 8) · step`.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     pub(crate) rows: usize,
@@ -78,8 +81,9 @@ pub(crate) struct IntegerTile<'a> {
     /// other columns of `out` may be left as they are.
     pub(crate) width: usize,
     pub(crate) scales: &'a [u8],
+    /// Offsets, minima or steps.
     pub(crate) offsets: &'a [u8],
-    /// Inputs per scale (block formats).
+    /// Inputs per scale (block formats) or step.
     pub(crate) block: usize,
     pub(crate) offset: BlockOffset,
 }
@@ -191,11 +195,19 @@ impl Kernels {
 
     /// Every tier that this CPU can run, best first, `portable` last.
     pub fn available() -> Vec<&'static Self> {
+        static AVAILABLE: OnceLock<Vec<&'static Kernels>> = OnceLock::new();
+        AVAILABLE.get_or_init(Self::find_available).clone()
+    }
+
+    fn find_available() -> Vec<&'static Self> {
         let mut tiers: Vec<&'static Self> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
+            tiers.extend(amx::kernels());
             if isa::has_avx512_vnni() {
                 tiers.push(&avx512_vnni::KERNELS);
+                #[cfg(test)]
+                tiers.push(&amx::EMULATED);
             }
             if isa::has_avx2() {
                 tiers.push(&avx2::KERNELS);

@@ -18,6 +18,7 @@ pub mod attention;
 #[allow(unsafe_code, reason = "calls the kernel table")]
 pub mod elementwise;
 mod error;
+#[allow(unsafe_code, reason = "asks the system for a permission")]
 mod isa;
 mod kernels;
 #[allow(unsafe_code, reason = "calls the kernel table")]

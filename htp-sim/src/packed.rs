@@ -10,6 +10,7 @@
 //! | Int4PerChannel | `[n/16][k/8][16][4]` bytes | `[n]` f32 | none |
 //! | Int8Block | as Int8PerChannel | `[n/16][k/block][16]` f16 | none |
 //! | Int4Block | as Int4PerChannel | as Int8Block | none, i8 or f16, shaped as the scales |
+//! | Int4Expansion | as Int4PerChannel | `[n]` f32 | steps, `[n/16][k/block][16]` u8 |
 //!
 //! A 4-bit byte holds two codes `u = 0..=15`: with `k` cut in groups of four, row `j` of 64 bytes has group `2j` in its
 //! low nibbles and group `2j + 1` in its high nibbles. In the integer formats `k` is padded to a multiple of 8 with codes
@@ -52,6 +53,14 @@ pub enum WeightFormat {
         /// Where zero lies.
         offset: BlockOffset,
     },
+    /// Symmetric 4-bit codes, a whole step of 1 to [`MAX_STEP`] for each `block` inputs of an output, one f32 scale per
+    /// output: `float = (u - 8) * step * scale` (QNN `BLOCKWISE_EXPANSION`, LPBQ).
+    ///
+    /// A code times its step fits a byte, so that products are summed over all of `k` before they become floats.
+    Int4Expansion {
+        /// Inputs per step: a multiple of 8, at most [`MAX_BLOCK`], a divisor of `k`.
+        block: usize,
+    },
 }
 
 /// Where zero lies in a block of 4-bit codes `u`.
@@ -74,6 +83,14 @@ impl WeightFormat {
         }
     }
 
+    /// Inputs per step of an expansion format.
+    pub fn step_block(self) -> Option<usize> {
+        match self {
+            Self::Int4Expansion { block } => Some(block),
+            _ => None,
+        }
+    }
+
     /// Whether the elements are floats (no codes, no scales).
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::Bf16)
@@ -81,7 +98,7 @@ impl WeightFormat {
 
     /// Whether two codes share a byte.
     pub fn is_4bit(self) -> bool {
-        matches!(self, Self::Int4PerChannel | Self::Int4Block { .. })
+        matches!(self, Self::Int4PerChannel | Self::Int4Block { .. } | Self::Int4Expansion { .. })
     }
 
     /// Bytes that 16 outputs take per input, times two (4-bit codes take half a byte).
@@ -90,7 +107,7 @@ impl WeightFormat {
             Self::F32 => 128,
             Self::F16 | Self::Bf16 => 64,
             Self::Int8PerChannel | Self::Int8Block { .. } => 32,
-            Self::Int4PerChannel | Self::Int4Block { .. } => 16,
+            Self::Int4PerChannel | Self::Int4Block { .. } | Self::Int4Expansion { .. } => 16,
         }
     }
 }
@@ -117,7 +134,7 @@ impl PackedLayout {
         if !format.is_float() {
             expect_at_most("inputs of an integer weight", k, MAX_INTEGER_K)?;
         }
-        if let Some(block) = format.block() {
+        if let Some(block) = format.block().or(format.step_block()) {
             let step = if format.is_4bit() { 8 } else { 4 };
             expect_at_most("weight block", block, MAX_BLOCK)?;
             if block == 0 || block % step != 0 {
@@ -132,12 +149,14 @@ impl PackedLayout {
         Ok(Self { n, k, format, tight: false })
     }
 
-    /// The layout with the least padding, see the head of this module. Block formats have no other than [`new`](Self::new)'s.
+    /// The layout with the least padding, see the head of this module. Formats with blocks have no other than
+    /// [`new`](Self::new)'s.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn tight(n: usize, k: usize, format: WeightFormat) -> Result<Self, ShapeError> {
-        Ok(Self { tight: format.block().is_none(), ..Self::new(n, k, format)? })
+        let blocks = format.block().or(format.step_block());
+        Ok(Self { tight: blocks.is_none(), ..Self::new(n, k, format)? })
     }
 
     /// Whether this is a [`tight`](Self::tight) layout.
@@ -184,6 +203,11 @@ impl PackedLayout {
         self.format.block().map_or(1, |block| self.k / block)
     }
 
+    /// Steps in one row: `k / block` of an expansion format, 0 of others.
+    pub fn steps(&self) -> usize {
+        self.format.step_block().map_or(0, |block| self.k / block)
+    }
+
     /// Bytes of the whole blob.
     pub fn size_bytes(&self) -> usize {
         self.offsets_at_bytes() + self.panels() * self.panel_offset_bytes()
@@ -217,7 +241,9 @@ impl PackedLayout {
     pub(crate) fn panel_scale_bytes(&self) -> usize {
         match self.format {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
-            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel => PANEL * 4,
+            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel | WeightFormat::Int4Expansion { .. } => {
+                PANEL * 4
+            }
             WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => self.blocks() * PANEL * 2,
         }
     }
@@ -226,6 +252,7 @@ impl PackedLayout {
         match self.format {
             WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => self.blocks() * PANEL,
             WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => self.blocks() * PANEL * 2,
+            WeightFormat::Int4Expansion { .. } => self.steps() * PANEL,
             _ => 0,
         }
     }
@@ -289,7 +316,7 @@ impl<'a> PackedWeights<'a> {
         assert!(row < self.layout.n && out.len() == self.layout.k, "row {row}, {} values", out.len());
         let block = self.layout.format.block().unwrap_or(self.layout.k);
         for (b, out) in out.chunks_mut(block).enumerate() {
-            let (scale, min) = (self.scale(row, b * block), self.min_of_code_zero(row, b * block));
+            let (scale, min) = (self.stored_scale(row, b * block), self.min_of_code_zero(row, b * block));
             for (i, out) in out.iter_mut().enumerate() {
                 *out = self.value(row, b * block + i, scale, min);
             }
@@ -306,18 +333,32 @@ impl<'a> PackedWeights<'a> {
             WeightFormat::Int8PerChannel | WeightFormat::Int8Block { .. } => {
                 i32::from(codes[k / 4 * row_bytes + lane * 4 + k % 4].cast_signed())
             }
-            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { .. } => {
+            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { .. } | WeightFormat::Int4Expansion { .. } => {
                 let pair = codes[k / 8 * row_bytes + lane * 4 + k % 4];
                 i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 })
             }
         }
     }
 
-    /// The scale that applies at (`row`, `k`); 1 for float formats.
+    /// The scale that applies at (`row`, `k`), the step included and rounded; 1 for float formats.
     pub fn scale(&self, row: usize, k: usize) -> f32 {
+        self.stored_scale(row, k) * self.step(row, k) as f32
+    }
+
+    /// The step at (`row`, `k`); 1 for all but the expansion formats.
+    fn step(&self, row: usize, k: usize) -> i32 {
+        self.layout.format.step_block().map_or(1, |block| {
+            let at = (row / PANEL * self.layout.steps() + k / block) * PANEL + row % PANEL;
+            i32::from(self.offsets[at])
+        })
+    }
+
+    fn stored_scale(&self, row: usize, k: usize) -> f32 {
         match self.layout.format {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 1.0,
-            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel => f32_at(self.scales, row),
+            WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel | WeightFormat::Int4Expansion { .. } => {
+                f32_at(self.scales, row)
+            }
             WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => {
                 f16_at(self.scales, self.block_index(row, k))
             }
@@ -335,7 +376,7 @@ impl<'a> PackedWeights<'a> {
 
     /// The float at (`row`, `k`).
     pub(crate) fn dequantize(&self, row: usize, k: usize) -> f32 {
-        self.value(row, k, self.scale(row, k), self.min_of_code_zero(row, k))
+        self.value(row, k, self.stored_scale(row, k), self.min_of_code_zero(row, k))
     }
 
     pub(crate) fn codes_from(&self, panel: usize) -> &'a [u8] {
@@ -358,6 +399,9 @@ impl<'a> PackedWeights<'a> {
             (WeightFormat::F32, _) => f32_at(self.codes, at),
             (WeightFormat::F16, _) => f16_at(self.codes, at),
             (WeightFormat::Bf16, _) => bf16::from_le_bytes([self.codes[at * 2], self.codes[at * 2 + 1]]).to_f32(),
+            (WeightFormat::Int4Expansion { .. }, Zero::Offset(offset)) => {
+                ((self.code(row, k) + offset) * self.step(row, k)) as f32 * scale
+            }
             (_, Zero::Offset(offset)) => (self.code(row, k) + offset) as f32 * scale,
             (_, Zero::Min(min)) => self.code(row, k) as f32 * scale + min,
         }
@@ -365,9 +409,9 @@ impl<'a> PackedWeights<'a> {
 
     fn min_of_code_zero(&self, row: usize, k: usize) -> Zero {
         match self.layout.format {
-            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { offset: BlockOffset::Symmetric, .. } => {
-                Zero::Offset(-8)
-            }
+            WeightFormat::Int4PerChannel
+            | WeightFormat::Int4Block { offset: BlockOffset::Symmetric, .. }
+            | WeightFormat::Int4Expansion { .. } => Zero::Offset(-8),
             WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => {
                 Zero::Offset(i32::from(self.offsets[self.block_index(row, k)].cast_signed()))
             }
@@ -408,6 +452,9 @@ const TIGHT_STEP: usize = 4;
 
 /// Largest number of inputs that share a scale: keeps a block's integer dot product inside i32.
 pub const MAX_BLOCK: usize = 256;
+
+/// Largest step of an expansion format: `-8 · 16` is the least that a byte holds.
+pub const MAX_STEP: u8 = 16;
 
 /// Largest `k` of an integer format: keeps a whole row's integer dot product inside i32 (128 · 127 · 65536 < 2^31).
 pub const MAX_INTEGER_K: usize = 65536;

@@ -46,9 +46,11 @@ pub(crate) fn weights(layout: &PackedLayout, seed: u64) -> Vec<u8> {
     let scales: Vec<f32> = (0..n * layout.blocks()).map(|_| noise.float() * 0.1).collect();
     let integers: Vec<i8> = scales.iter().map(|_| noise.code(-128, 127)).collect();
     let minima = noise.floats(scales.len());
+    let steps: Vec<u8> = (0..n * layout.steps()).map(|_| noise.code(1, 16).cast_unsigned()).collect();
     let offsets = match format {
         WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => Offsets::Integer(&integers),
         WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => Offsets::Min(&minima),
+        WeightFormat::Int4Expansion { .. } => Offsets::Steps(&steps),
         _ => Offsets::None,
     };
     pack_quantized(layout, &codes, &scales, offsets).expect("lengths match")
@@ -63,6 +65,7 @@ pub(crate) fn integer_formats(k: usize) -> Vec<WeightFormat> {
         }
         formats.push(WeightFormat::Int8Block { block });
         if block % 8 == 0 {
+            formats.push(WeightFormat::Int4Expansion { block });
             for offset in [BlockOffset::Symmetric, BlockOffset::Integer, BlockOffset::Min] {
                 formats.push(WeightFormat::Int4Block { block, offset });
             }

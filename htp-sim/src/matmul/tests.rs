@@ -181,7 +181,9 @@ fn extreme_codes_do_not_saturate() {
                 }
                 _ => vec![],
             };
+            let steps = vec![crate::packed::MAX_STEP; 16 * layout.steps()];
             let offsets = match format {
+                WeightFormat::Int4Expansion { .. } => crate::Offsets::Steps(&steps),
                 WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => crate::Offsets::Integer(&offsets),
                 WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => crate::Offsets::Min(&scales),
                 _ => crate::Offsets::None,

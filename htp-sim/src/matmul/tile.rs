@@ -91,6 +91,7 @@ fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, 
     let (kernel, k, offset) = match layout.format() {
         WeightFormat::Int8PerChannel => (cx.kernels.matmul_q_w8c, layout.k_padded(), BlockOffset::Symmetric),
         WeightFormat::Int4PerChannel => (cx.kernels.matmul_q_w4c, layout.k_padded(), BlockOffset::Symmetric),
+        WeightFormat::Int4Expansion { .. } => (cx.kernels.matmul_q_w4e, layout.k(), BlockOffset::Symmetric),
         WeightFormat::Int8Block { .. } => (cx.kernels.matmul_q_w8b, layout.k(), BlockOffset::Symmetric),
         WeightFormat::Int4Block { offset, .. } => (cx.kernels.matmul_q_w4b, layout.k(), offset),
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => unreachable!("`check` refused float weights"),
@@ -110,7 +111,7 @@ fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, 
         width: layout.width(tile.panel),
         scales: weights.scales_from(tile.panel),
         offsets: weights.offsets_from(tile.panel),
-        block: layout.format().block().unwrap_or(k),
+        block: layout.format().block().or(layout.format().step_block()).unwrap_or(k),
         offset,
     };
     // SAFETY: the table exists only on a CPU that has its instruction set. `check` matched k and the blocks of x and the

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{BlockOffset, PANEL, PackedLayout, WeightFormat};
+use super::{BlockOffset, MAX_STEP, PANEL, PackedLayout, WeightFormat};
 use crate::error::{Needed, ShapeError, expect_len};
 
 /// Where zero lies, as given to [`pack_quantized`]; must suit the layout's [`BlockOffset`].
@@ -14,6 +14,8 @@ pub enum Offsets<'a> {
     Integer(&'a [i8]),
     /// [`BlockOffset::Min`]: row-major `[n, k/block]`, rounded to f16 here.
     Min(&'a [f32]),
+    /// [`WeightFormat::Int4Expansion`]: row-major `[n, k/block]`, each 1 to [`MAX_STEP`].
+    Steps(&'a [u8]),
 }
 
 /// Rounds `value` to the nearest f16, or says that f16 cannot hold it (not finite, or too large).
@@ -69,6 +71,11 @@ pub fn pack_quantized(
             Offsets::Min(all) => {
                 expect_len("minima", all.len(), scales.len())?;
                 Offsets::Min(&all[at..end])
+            }
+            Offsets::Steps(all) => {
+                expect_len("steps", all.len(), layout.n * layout.steps())?;
+                let per_panel = PANEL * layout.steps();
+                Offsets::Steps(&all[panel * per_panel..all.len().min((panel + 1) * per_panel)])
             }
         };
         packer.quantized_panel(panel, codes, &scales[at..end], offsets)?;
@@ -150,7 +157,7 @@ impl<'a> Packer<'a> {
         expect_len("scales of a panel", scales.len(), rows * self.layout.blocks())?;
         self.write_codes(panel, codes)?;
         self.write_scales(panel, scales)?;
-        self.write_offsets(panel, rows * self.layout.blocks(), offsets)
+        self.write_offsets(panel, rows, offsets)
     }
 
     fn rows_of(&self, panel: usize) -> Result<usize, ShapeError> {
@@ -199,7 +206,8 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    fn write_offsets(&mut self, panel: usize, count: usize, offsets: Offsets<'_>) -> Result<(), ShapeError> {
+    fn write_offsets(&mut self, panel: usize, rows: usize, offsets: Offsets<'_>) -> Result<(), ShapeError> {
+        let (count, steps) = (rows * self.layout.blocks(), self.layout.steps());
         let (blocks, bytes) = (self.layout.blocks(), self.layout.panel_offset_bytes());
         let section = &mut self.blob[self.layout.offsets_at_bytes() + panel * bytes..][..bytes];
         let kind = match self.layout.format {
@@ -207,7 +215,18 @@ impl<'a> Packer<'a> {
             _ => BlockOffset::Symmetric,
         };
         match (kind, offsets) {
-            (BlockOffset::Symmetric, Offsets::None) => Ok(()),
+            (BlockOffset::Symmetric, Offsets::Steps(values)) if steps > 0 => {
+                expect_len("steps of a panel", values.len(), rows * steps)?;
+                for (i, &step) in values.iter().enumerate() {
+                    if !(1..=MAX_STEP).contains(&step) {
+                        let row = panel * PANEL + i / steps;
+                        return Err(ShapeError::new("step in row", row, Needed::Rule("steps from 1 to 16")));
+                    }
+                    section[i % steps * PANEL + i / steps] = step;
+                }
+                Ok(())
+            }
+            (BlockOffset::Symmetric, Offsets::None) if steps == 0 => Ok(()),
             (BlockOffset::Integer, Offsets::Integer(offsets)) => {
                 expect_len("offsets of a panel", offsets.len(), count)?;
                 for (i, &offset) in offsets.iter().enumerate() {

@@ -20,7 +20,13 @@ fn packed_values_come_back() {
                 WeightFormat::Int4Block { offset, .. } => Some(offset),
                 _ => None,
             };
+            let steps: Vec<u8> = (0..n * layout.steps()).map(|_| noise.code(1, 16).cast_unsigned()).collect();
+            let step_of = |row: usize, k: usize| {
+                let step = |block| i32::from(steps[row * layout.steps() + k / block]);
+                format.step_block().map_or(1, step)
+            };
             let offsets = match offset {
+                None if layout.steps() > 0 => Offsets::Steps(&steps),
                 Some(BlockOffset::Integer) => Offsets::Integer(&integers),
                 Some(BlockOffset::Min) => Offsets::Min(&minima),
                 _ => Offsets::None,
@@ -33,16 +39,18 @@ fn packed_values_come_back() {
                 for (i, &float) in floats.iter().enumerate() {
                     let block = row * blocks + i / format.block().unwrap_or(k);
                     let (code, scale) = (i32::from(codes[row * k + i]), scales[block]);
-                    assert_eq!((w.code(row, i), w.scale(row, i)), (code, scale), "{format:?}");
+                    let step = step_of(row, i);
+                    assert_eq!((w.code(row, i), w.scale(row, i)), (code, scale * step as f32), "{format:?}");
                     let expected = match offset {
                         Some(BlockOffset::Integer) => (code + i32::from(integers[block])) as f32 * scale,
                         Some(BlockOffset::Min) => code as f32 * scale + minima[block],
-                        _ if four_bit => (code - 8) as f32 * scale,
+                        _ if four_bit => ((code - 8) * step) as f32 * scale,
                         _ => code as f32 * scale,
                     };
                     assert_eq!(float, expected, "{format:?} row {row} k {i}");
                     assert!(
-                        (f64::from(code as f32 * scale) + f64::from(w.min(row, i)) - f64::from(float)).abs() < 1e-4
+                        (f64::from((code * step) as f32 * scale) + f64::from(w.min(row, i)) - f64::from(float)).abs()
+                            < 1e-4
                     );
                 }
             }
@@ -85,6 +93,8 @@ fn layout_is_as_documented() {
         (40, 8, WeightFormat::Int4PerChannel, 192 + 192),
         // 64 bytes of codes and 32 of scales, padded to 64, then 16 of offsets.
         (1, 8, block, 64 + 64 + 16),
+        // 128 bytes of codes, 64 of scales, 32 of steps.
+        (16, 16, WeightFormat::Int4Expansion { block: 8 }, 128 + 64 + 32),
     ] {
         assert_eq!(PackedLayout::new(n, k, format).expect("sizes are fine").size_bytes(), bytes, "{format:?}");
     }
@@ -126,6 +136,8 @@ fn wrong_layouts_and_values_are_refused() {
         (1, 36, int4(12)),
         (usize::MAX, 64, int4(32)),
         (1 << 40, 1 << 40, WeightFormat::F16),
+        (1, 64, WeightFormat::Int4Expansion { block: 12 }),
+        (1, 65, WeightFormat::Int4Expansion { block: 8 }),
     ];
     for (n, k, format) in cases {
         assert!(PackedLayout::new(n, k, format).is_err(), "{n}x{k} {format:?}");
@@ -145,6 +157,15 @@ fn wrong_layouts_and_values_are_refused() {
         assert_eq!(round_to_f16(scale), None);
     }
     assert!(refused(&good, &[1.0; 2], Offsets::Integer(&[1, 2])).contains("offsets of the layout's own kind"));
+    let expansion = PackedLayout::new(2, 32, WeightFormat::Int4Expansion { block: 16 }).expect("sizes are fine");
+    let steps_refused =
+        |offsets| pack_quantized(&expansion, &good, &[1.0; 2], offsets).expect_err("must be refused").to_string();
+    let message = "step in row: found 1, need steps from 1 to 16";
+    assert_eq!(steps_refused(Offsets::Steps(&[1, 16, 17, 1])), message);
+    assert_eq!(steps_refused(Offsets::Steps(&[1, 16, 1, 0])), message);
+    assert_eq!(steps_refused(Offsets::Steps(&[1, 2, 3])), "steps: found 3, need 4");
+    assert!(steps_refused(Offsets::None).contains("offsets of the layout's own kind"));
+    assert!(refused(&good, &[1.0; 2], Offsets::Steps(&[1, 2])).contains("steps"));
     let blob = weights(&layout, 1);
     assert!(layout.view(&blob[1..]).is_err());
     let float = PackedLayout::new(1, 2, WeightFormat::F16).expect("sizes are fine");

@@ -25,6 +25,20 @@ pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
     per_block::<Bits4>(tile, out);
 }
 
+/// 4-bit codes, a step per block, one scale per output.
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        for row in 0..tile.rows {
+            let hi = expanded_dot(tile, panel, &tile.hi[row * tile.x_stride..]);
+            let lo = match tile.lo {
+                [] => [0; PANEL],
+                lo => expanded_dot(tile, panel, &lo[row * tile.x_stride..]),
+            };
+            finish_channels(tile, (panel, row), [hi, lo], out);
+        }
+    }
+}
+
 /// f32 weights.
 pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
     floats::<4>(tile, out, f32::from_le_bytes);
@@ -71,6 +85,8 @@ trait CodeBits {
 
 struct Bits8;
 struct Bits4;
+/// 4-bit codes with their zero taken off.
+struct Signed4;
 
 impl CodeBits for Bits8 {
     const HALF_ROWS_PER_GROUP: usize = 2;
@@ -87,6 +103,15 @@ impl CodeBits for Bits4 {
     #[inline(always)]
     fn code(row: &[u8], group: usize, i: usize) -> i32 {
         i32::from(row[i] >> (group % 2 * 4) & 15)
+    }
+}
+
+impl CodeBits for Signed4 {
+    const HALF_ROWS_PER_GROUP: usize = 1;
+    const ZERO: i32 = 0;
+    #[inline(always)]
+    fn code(row: &[u8], group: usize, i: usize) -> i32 {
+        Bits4::code(row, group, i) - Bits4::ZERO
     }
 }
 
@@ -127,14 +152,35 @@ fn per_channel_wide<B: CodeBits, const WIDTH: usize>(tile: &IntegerTile<'_>, out
                 [] => [0; PANEL],
                 lo => dot::<B, WIDTH>(codes, &lo[row * tile.x_stride..], 0, tile.k / 4),
             };
-            for lane in 0..PANEL {
-                let hi = hi[lane].wrapping_sub(B::ZERO.wrapping_mul(hi_sum)) as f32;
-                let lo = lo[lane].wrapping_sub(B::ZERO.wrapping_mul(lo_sum)) as f32;
-                let scale = f32_at(tile.scales, panel * PANEL + lane) * tile.x_scales[row];
-                let dot = if tile.lo.is_empty() { hi } else { hi * 256.0 + lo };
-                out[(row * tile.panels + panel) * PANEL + lane] = dot * scale;
-            }
+            let hi = hi.map(|hi| hi.wrapping_sub(B::ZERO.wrapping_mul(hi_sum)));
+            let lo = lo.map(|lo| lo.wrapping_sub(B::ZERO.wrapping_mul(lo_sum)));
+            finish_channels(tile, (panel, row), [hi, lo], out);
         }
+    }
+}
+
+/// `Σ x · (code - 8) · step` of one row of x and one panel.
+fn expanded_dot(tile: &IntegerTile<'_>, panel: usize, plane: &[i8]) -> [i32; PANEL] {
+    let codes = &tile.codes[panel * tile.panel_bytes..];
+    let blocks = tile.k / tile.block;
+    let mut acc = [0_i32; PANEL];
+    for (block, steps) in tile.offsets[panel * blocks * PANEL..].chunks_exact(PANEL).take(blocks).enumerate() {
+        let (from, to) = (block * tile.block / 4, (block + 1) * tile.block / 4);
+        let dots = dot::<Signed4, PANEL>(codes, plane, from, to);
+        for ((acc, dot), &step) in acc.iter_mut().zip(dots).zip(steps) {
+            *acc = acc.wrapping_add(dot.wrapping_mul(i32::from(step)));
+        }
+    }
+    acc
+}
+
+/// Writes the floats of one row and one panel with a scale per output, given the planes' integers.
+#[inline(always)]
+fn finish_channels(tile: &IntegerTile<'_>, (panel, row): (usize, usize), [hi, lo]: [[i32; PANEL]; 2], out: &mut [f32]) {
+    for lane in 0..PANEL {
+        let scale = f32_at(tile.scales, panel * PANEL + lane) * tile.x_scales[row];
+        let dot = if tile.lo.is_empty() { hi[lane] as f32 } else { hi[lane] as f32 * 256.0 + lo[lane] as f32 };
+        out[(row * tile.panels + panel) * PANEL + lane] = dot * scale;
     }
 }
 

@@ -30,6 +30,11 @@ pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, STEPS>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<F32>(tile, out);
 }
@@ -89,6 +94,7 @@ fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const
     for half in 0..halves {
         let values = match SCALES {
             BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half),
+            STEPS => step_floats::<PLANES, ROWS>(tile, at, half),
             CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
             _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
         };
@@ -119,6 +125,18 @@ fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize,
     }
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
     let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    channel_finish(tile, at, half, dots)
+}
+
+/// The floats of the planes' integers, with a scale per output.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn channel_finish<const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+    dots: [[__m256i; PLANES]; ROWS],
+) -> [__m256; ROWS] {
     let scales = load_f32(&tile.scales[(at.panel * PANEL + half * LANES) * 4..]);
     let mut values = [_mm256_setzero_ps(); ROWS];
     for (row, value) in values.iter_mut().enumerate() {
@@ -130,6 +148,63 @@ fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize,
         *value = _mm256_mul_ps(dot, scale);
     }
     values
+}
+
+/// The finished floats of half a panel and `ROWS` rows, weights with a step per block.
+///
+/// Here x plus 128 is the unsigned operand and `code - 8` the signed one: `255 · 8 · 2 = 4080`, and eight such sums still fit.
+/// The step comes in where pairs of 16-bit sums become 32 bits. What the 128 adds, `128 · Σ code · step`, is taken off again.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn step_floats<const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+) -> [__m256; ROWS] {
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let blocks = tile.k / tile.block;
+    let block_bytes = code_bytes::<true>(tile.block);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
+    let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
+    let (low_mask, zero, flip) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8), _mm256_set1_epi8(-128));
+    let mut acc = [[_mm256_setzero_si256(); PLANES]; ROWS];
+    let mut code_sums = _mm256_setzero_si256();
+    let mut k = 0;
+    for (codes, steps) in codes.chunks_exact(block_bytes).zip(steps.chunks_exact(PANEL)) {
+        let step = load_i8(&steps[half * LANES..]);
+        let step = _mm256_or_si256(step, _mm256_slli_epi32::<16>(step));
+        // 32 inputs: as many sums as 16 bits hold.
+        for codes in codes.as_chunks::<64>().0.chunks(4) {
+            let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
+            let mut low_codes = _mm256_setzero_si256();
+            for codes in codes {
+                let codes = load_bytes(&codes.as_chunks().0[half]);
+                let first = _mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero);
+                let second = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask), zero);
+                let pair = _mm256_add_epi8(first, second);
+                low_codes = _mm256_add_epi16(low_codes, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pair));
+                for r in 0..ROWS {
+                    for plane in 0..PLANES {
+                        // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); these are eight.
+                        let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                        let (x, next_x) = (_mm256_xor_si256(x, flip), _mm256_xor_si256(next_x, flip));
+                        let low = &mut low[r][plane];
+                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(x, first));
+                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(next_x, second));
+                    }
+                }
+                k += 8;
+            }
+            code_sums = _mm256_add_epi32(code_sums, _mm256_madd_epi16(low_codes, step));
+            for (acc, low) in acc.as_flattened_mut().iter_mut().zip(low.as_flattened()) {
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, step));
+            }
+        }
+    }
+    let excess = _mm256_slli_epi32::<7>(code_sums);
+    for acc in acc.as_flattened_mut() {
+        *acc = _mm256_sub_epi32(*acc, excess);
+    }
+    channel_finish(tile, at, half, acc)
 }
 
 /// The finished floats of half a panel and `ROWS` rows, block weights.
@@ -485,7 +560,9 @@ const BF16: u8 = 2;
 /// Outputs in a register.
 const LANES: usize = 8;
 
-/// What scales the codes have: one for each output, the same in a narrow panel, or one for each block.
+/// What scales the codes have: one for each output, the same in a narrow panel, one for each block, or one
+/// for each output and a step for each block.
 const CHANNELS: u8 = 0;
 const NARROW_CHANNELS: u8 = 1;
 const BLOCKS: u8 = 2;
+const STEPS: u8 = 3;

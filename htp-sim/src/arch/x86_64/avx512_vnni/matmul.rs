@@ -30,6 +30,11 @@ pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<true, STEPS>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<F32>(tile, out);
 }
@@ -82,9 +87,9 @@ fn integer_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize>(til
 
 /// A panel of the tile and the first of some rows.
 #[derive(Clone, Copy)]
-struct Place {
-    panel: usize,
-    row: usize,
+pub(in crate::arch::x86_64) struct Place {
+    pub(in crate::arch::x86_64) panel: usize,
+    pub(in crate::arch::x86_64) row: usize,
 }
 
 /// One panel by `ROWS` rows; returns `ROWS`.
@@ -96,6 +101,7 @@ fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const
 ) -> usize {
     let values = match SCALES {
         BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at),
+        STEPS => step_floats::<PLANES, ROWS>(tile, at),
         CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at),
         _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at),
     };
@@ -114,14 +120,37 @@ fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize,
     let zero = if FOUR_BIT { 8 } else { 128 };
     let planes = Planes::<PLANES>::new(tile, at.row);
     let codes = Codes::new::<FOUR_BIT, NARROW>(tile, at.panel);
+    let start = channel_start(tile, at, zero);
+    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
+    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    channel_finish(tile, at, dots)
+}
+
+/// What takes the `zero` off that unsigned codes have too much.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn channel_start<const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    zero: i32,
+) -> [[__m512i; PLANES]; ROWS] {
     let mut start = [[_mm512_setzero_si512(); PLANES]; ROWS];
     for (row, start) in start.iter_mut().enumerate() {
         for (plane, start) in start.iter_mut().enumerate() {
             *start = _mm512_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero));
         }
     }
-    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
-    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    start
+}
+
+/// The floats of the planes' integers, with a scale per output.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::arch::x86_64) fn channel_finish<const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    dots: [[__m512i; PLANES]; ROWS],
+) -> [__m512; ROWS] {
     let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
     let mut values = [_mm512_setzero_ps(); ROWS];
     for (row, value) in values.iter_mut().enumerate() {
@@ -133,6 +162,55 @@ fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize,
         *value = _mm512_mul_ps(dot, scale);
     }
     values
+}
+
+/// The finished floats of one panel and `ROWS` rows, weights with a step per block.
+///
+/// `u · step` is at most 240, so that a 16-bit product multiplies two codes at once; `128 - 8 · step` more makes it the code
+/// plus 128, what `vpdpbusd` takes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn step_floats<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at: Place) -> [__m512; ROWS] {
+    let planes = Planes::<PLANES>::new(tile, at.row);
+    let blocks = tile.k / tile.block;
+    let block_bytes = code_bytes::<true>(tile.block);
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
+    let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
+    let mut acc = channel_start::<PLANES, ROWS>(tile, at, 128);
+    // As in `dots`.
+    let mut odd = [[_mm512_setzero_si512(); PLANES]; ROWS];
+    let low_mask = _mm512_set1_epi8(15);
+    let mut k = 0;
+    for (codes, steps) in codes.chunks_exact(block_bytes).zip(steps.chunks_exact(PANEL)) {
+        let step = load_i8(steps);
+        let step = _mm512_or_si512(step, _mm512_slli_epi32::<16>(step));
+        let bias = _mm512_sub_epi16(_mm512_set1_epi16(128), _mm512_slli_epi16::<3>(step));
+        let bias = _mm512_or_si512(bias, _mm512_slli_epi16::<8>(bias));
+        for row in codes.as_chunks::<64>().0 {
+            if ROWS == 1 {
+                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+            }
+            let codes = load_bytes(row);
+            let first = _mm512_mullo_epi16(_mm512_and_si512(codes, low_mask), step);
+            let second = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_mask), step);
+            let (first, second) = (_mm512_add_epi8(first, bias), _mm512_add_epi8(second, bias));
+            for r in 0..ROWS {
+                for plane in 0..PLANES {
+                    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); these are eight of them.
+                    let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                    acc[r][plane] = _mm512_dpbusd_epi32(acc[r][plane], first, x);
+                    let second_acc = if ROWS <= 2 { &mut odd[r][plane] } else { &mut acc[r][plane] };
+                    *second_acc = _mm512_dpbusd_epi32(*second_acc, second, next_x);
+                }
+            }
+            k += 8;
+        }
+    }
+    if ROWS <= 2 {
+        for (acc, odd) in acc.as_flattened_mut().iter_mut().zip(odd.as_flattened()) {
+            *acc = _mm512_add_epi32(*acc, *odd);
+        }
+    }
+    channel_finish(tile, at, acc)
 }
 
 /// The finished floats of one panel and `ROWS` rows, block weights.
@@ -452,7 +530,7 @@ fn load_lanes<const NARROW: bool>(from: &[u8], lanes: __mmask16) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_bytes(from: &[u8; 64]) -> __m512i {
+pub(in crate::arch::x86_64) fn load_bytes(from: &[u8; 64]) -> __m512i {
     // SAFETY: 64 bytes, unaligned.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
@@ -473,14 +551,14 @@ fn load_f16(from: &[u8]) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_i8(from: &[u8]) -> __m512i {
+pub(in crate::arch::x86_64) fn load_i8(from: &[u8]) -> __m512i {
     // SAFETY: the slice has 16 bytes (checked here), unaligned.
     _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from[..16].as_ptr().cast()) })
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(to: &mut [f32], values: __m512) {
+pub(in crate::arch::x86_64) fn store(to: &mut [f32], values: __m512) {
     // SAFETY: the slice has sixteen values (checked here), unaligned.
     unsafe { _mm512_storeu_ps(to[..PANEL].as_mut_ptr(), values) }
 }
@@ -493,7 +571,9 @@ const BF16: u8 = 2;
 /// How far ahead a decode step asks for weights.
 const PREFETCH_BYTES: usize = 4096;
 
-/// What scales the codes have: one for each output, the same in a narrow panel, or one for each block.
+/// What scales the codes have: one for each output, the same in a narrow panel, one for each block, or one
+/// for each output and a step for each block.
 const CHANNELS: u8 = 0;
 const NARROW_CHANNELS: u8 = 1;
 const BLOCKS: u8 = 2;
+const STEPS: u8 = 3;

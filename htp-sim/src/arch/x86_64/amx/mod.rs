@@ -1,0 +1,78 @@
+//! AMX: tiles of 16 rows by 64 bytes for prompts, everything else from [`avx512_vnni`](super::avx512_vnni).
+//!
+//! The weights with one scale per output (8 and 4 bit, with steps or without) use tiles. Those with a float scale per block
+//! would have to leave the tiles after every block; they stay with VNNI.
+
+mod insn;
+mod matmul;
+
+#[cfg(test)]
+mod emulated;
+
+use super::avx512_vnni;
+use crate::isa;
+use crate::kernels::{IntegerTile, Kernels};
+use insn::{Hardware, TileUnit};
+
+const KERNELS: Kernels = table::<Hardware>("amx");
+
+/// The same kernels over tiles in plain Rust, for tests on CPUs without the unit.
+#[cfg(test)]
+pub(crate) const EMULATED: Kernels = table::<emulated::Emulated>("amx_emulated");
+
+const fn table<U: TileUnit>(name: &'static str) -> Kernels {
+    Kernels {
+        name,
+        matmul_q_w8c: matmul::q_w8c::<U>,
+        matmul_q_w4c: matmul::q_w4c::<U>,
+        matmul_q_w4e: matmul::q_w4e::<U>,
+        ..avx512_vnni::KERNELS
+    }
+}
+
+/// The table, if this CPU has the unit, the system permits its use, and it computes what the plain kernel does.
+pub(crate) fn kernels() -> Option<&'static Kernels> {
+    // SAFETY: the unit was seen to be there and permitted.
+    (isa::has_amx() && unsafe { agrees_with_portable() }).then_some(&KERNELS)
+}
+
+/// A product with full tiles and cut ones, by this table and in plain Rust.
+///
+/// # Safety
+/// The CPU has AVX-512 VNNI and AMX for 8-bit integers, and the system permits its use.
+unsafe fn agrees_with_portable() -> bool {
+    const ROWS: usize = 19;
+    const K: usize = 132;
+    let mut bits = 1_u32;
+    let mut next = || {
+        bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (bits >> 24) as u8
+    };
+    let codes: [u8; K * 16] = std::array::from_fn(|_| next());
+    let [hi, lo]: [[i8; ROWS * K]; 2] = std::array::from_fn(|_| std::array::from_fn(|_| next().cast_signed()));
+    let scales = 1.0_f32.to_le_bytes().repeat(16);
+    let tile = IntegerTile {
+        rows: ROWS,
+        panels: 1,
+        k: K,
+        hi: &hi,
+        lo: &lo,
+        x_stride: K,
+        x_scales: &[1.0; ROWS],
+        sums: &[],
+        plane_sums: &[[0; 2]; ROWS],
+        codes: &codes,
+        panel_bytes: codes.len(),
+        width: 16,
+        scales: &scales,
+        offsets: &[],
+        block: K,
+        offset: crate::packed::BlockOffset::Symmetric,
+    };
+    let (mut found, mut expected) = ([0.0; ROWS * 16], [0.0; ROWS * 16]);
+    // SAFETY: the caller's promise; the arrays above have the lengths that the tile states.
+    unsafe { (KERNELS.matmul_q_w8c)(&tile, &mut found) };
+    // SAFETY: as above; plain Rust needs no instruction set.
+    unsafe { (crate::arch::portable::KERNELS.matmul_q_w8c)(&tile, &mut expected) };
+    found == expected
+}
