@@ -26,6 +26,12 @@ pub(crate) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
+/// The 8-bit dot product in 256-bit registers, on top of [`has_avx2`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx_vnni() -> bool {
+    has_avx2() && is_x86_feature_detected!("avxvnni")
+}
+
 /// AMX for 8-bit integers on top of [`has_avx512_vnni`], if the system lets this process use it. It is asked once.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_amx() -> bool {

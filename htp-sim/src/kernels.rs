@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use crate::arch::aarch64::{dotprod, i8mm, neon};
 use crate::arch::portable;
 #[cfg(target_arch = "x86_64")]
-use crate::arch::x86_64::{amx, avx2, avx512_vnni};
+use crate::arch::x86_64::{amx, avx_vnni, avx2, avx512_vnni};
 use crate::elementwise::{Activation, Unary};
 use crate::isa::{self, IsaError};
 use crate::packed::BlockOffset;
@@ -208,6 +208,11 @@ impl Kernels {
                 tiers.push(&avx512_vnni::KERNELS);
                 #[cfg(test)]
                 tiers.push(&amx::EMULATED);
+                #[cfg(test)]
+                tiers.push(&avx_vnni::EVEX_KERNELS);
+            }
+            if isa::has_avx_vnni() {
+                tiers.push(&avx_vnni::KERNELS);
             }
             if isa::has_avx2() {
                 tiers.push(&avx2::KERNELS);

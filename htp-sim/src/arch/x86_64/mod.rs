@@ -3,3 +3,4 @@
 pub(crate) mod amx;
 pub(crate) mod avx2;
 pub(crate) mod avx512_vnni;
+pub(crate) mod avx_vnni;

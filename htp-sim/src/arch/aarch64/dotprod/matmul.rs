@@ -3,27 +3,32 @@
 use std::arch::aarch64::*;
 
 use crate::arch::aarch64::insn::sdot_lane;
-use crate::arch::aarch64::neon::matmul::{Dot, per_block, per_channel};
+use crate::arch::aarch64::neon::matmul::{CODES_4, CODES_8, Dot, per_block, per_channel, per_step};
 use crate::kernels::IntegerTile;
 
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Sdot, false>(tile, out);
+    per_channel::<Sdot, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Sdot, true>(tile, out);
+    per_channel::<Sdot, CODES_4>(tile, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Sdot, false>(tile, out);
+    per_block::<Sdot, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Sdot, true>(tile, out);
+    per_block::<Sdot, CODES_4>(tile, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_step::<Sdot>(tile, out);
 }
 
 struct Sdot;

@@ -4,27 +4,32 @@
 use std::arch::aarch64::*;
 
 use crate::arch::aarch64::insn::smmla;
-use crate::arch::aarch64::neon::matmul::{Dot, per_block, per_channel};
+use crate::arch::aarch64::neon::matmul::{CODES_4, CODES_8, Dot, per_block, per_channel, per_step};
 use crate::kernels::IntegerTile;
 
 #[target_feature(enable = "neon,i8mm")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Smmla, false>(tile, out);
+    per_channel::<Smmla, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon,i8mm")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Smmla, true>(tile, out);
+    per_channel::<Smmla, CODES_4>(tile, out);
 }
 
 #[target_feature(enable = "neon,i8mm")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Smmla, false>(tile, out);
+    per_block::<Smmla, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon,i8mm")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Smmla, true>(tile, out);
+    per_block::<Smmla, CODES_4>(tile, out);
+}
+
+#[target_feature(enable = "neon,i8mm")]
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_step::<Smmla>(tile, out);
 }
 
 struct Smmla;

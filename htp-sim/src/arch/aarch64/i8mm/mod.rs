@@ -11,5 +11,6 @@ pub(crate) const KERNELS: Kernels = Kernels {
     matmul_q_w4c: matmul::q_w4c,
     matmul_q_w8b: matmul::q_w8b,
     matmul_q_w4b: matmul::q_w4b,
+    matmul_q_w4e: matmul::q_w4e,
     ..neon::KERNELS
 };

@@ -13,22 +13,27 @@ use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Smull, false>(tile, out);
+    per_channel::<Smull, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Smull, true>(tile, out);
+    per_channel::<Smull, CODES_4>(tile, out);
 }
 
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Smull, false>(tile, out);
+    per_block::<Smull, CODES_8>(tile, out);
 }
 
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_block::<Smull, true>(tile, out);
+    per_block::<Smull, CODES_4>(tile, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_step::<Smull>(tile, out);
 }
 
 /// How a tier multiplies bytes.
@@ -90,16 +95,16 @@ impl Dot for Smull {
 /// Per-channel weights.
 #[inline]
 #[target_feature(enable = "neon")]
-pub(crate) fn per_channel<D: Dot, const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn per_channel<D: Dot, const CODES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     each_piece(tile, D::MAX_PAIRS, |piece| {
         if tile.width < PANEL {
             for quarter in 0..tile.width / LANES {
-                channel_quarters::<D, FOUR_BIT, 1, 1>(tile, piece, quarter, out);
+                channel_quarters::<D, CODES, 1, 1>(tile, piece, quarter, out);
             }
         } else if piece.pairs == 2 {
-            channel_quarters::<D, FOUR_BIT, 2, 4>(tile, piece, 0, out);
+            channel_quarters::<D, CODES, 2, 4>(tile, piece, 0, out);
         } else {
-            channel_quarters::<D, FOUR_BIT, 1, 4>(tile, piece, 0, out);
+            channel_quarters::<D, CODES, 1, 4>(tile, piece, 0, out);
         }
     });
 }
@@ -107,12 +112,25 @@ pub(crate) fn per_channel<D: Dot, const FOUR_BIT: bool>(tile: &IntegerTile<'_>, 
 /// Block weights.
 #[inline]
 #[target_feature(enable = "neon")]
-pub(crate) fn per_block<D: Dot, const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn per_block<D: Dot, const CODES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     each_piece(tile, D::MAX_PAIRS, |piece| {
         if piece.pairs == 2 {
-            block_quarters::<D, FOUR_BIT, 2>(tile, piece, out);
+            block_quarters::<D, CODES, 2>(tile, piece, out);
         } else {
-            block_quarters::<D, FOUR_BIT, 1>(tile, piece, out);
+            block_quarters::<D, CODES, 1>(tile, piece, out);
+        }
+    });
+}
+
+/// Weights with a step per block.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn per_step<D: Dot>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    each_piece(tile, D::MAX_PAIRS, |piece| {
+        if piece.pairs == 2 {
+            step_quarters::<D, 2>(tile, piece, out);
+        } else {
+            step_quarters::<D, 1>(tile, piece, out);
         }
     });
 }
@@ -197,7 +215,7 @@ struct Codes<'a> {
 /// Each vector has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn dots<D: Dot, const FOUR_BIT: bool, const PAIRS: usize, const QUARTERS: usize>(
+unsafe fn dots<D: Dot, const CODES: u8, const PAIRS: usize, const QUARTERS: usize>(
     codes: Codes<'_>,
     pairs: &Pairs<PAIRS>,
     mut k: usize,
@@ -205,18 +223,19 @@ unsafe fn dots<D: Dot, const FOUR_BIT: bool, const PAIRS: usize, const QUARTERS:
     let mut sums = [[D::zero(); QUARTERS]; PAIRS];
     let mut rows = codes.bytes.chunks_exact(codes.row_bytes);
     while let Some(row) = rows.next() {
-        let next = if FOUR_BIT { Some(row) } else { rows.next() };
+        let next = if CODES == CODES_8 { rows.next() } else { Some(row) };
         for pair in 0..PAIRS {
             // SAFETY: the caller's promise: `codes` still holds these inputs, eight or four.
             let x = unsafe { pairs.load(pair, k, next.is_none()) };
             for quarter in 0..QUARTERS {
                 let from = codes.at + quarter * 16;
                 let first = load_bytes(&row[from..]);
-                let codes = if FOUR_BIT {
-                    let high = vreinterpretq_s8_u8(vshrq_n_u8::<4>(vreinterpretq_u8_s8(first)));
-                    [vandq_s8(first, vdupq_n_s8(15)), high]
-                } else {
+                let codes = if CODES == CODES_8 {
                     [first, next.map_or(vdupq_n_s8(0), |next| load_bytes(&next[from..]))]
+                } else {
+                    let high = vreinterpretq_s8_u8(vshrq_n_u8::<4>(vreinterpretq_u8_s8(first)));
+                    let codes = [vandq_s8(first, vdupq_n_s8(15)), high];
+                    if CODES == CODES_4_SIGNED { codes.map(|codes| vsubq_s8(codes, vdupq_n_s8(8))) } else { codes }
                 };
                 sums[pair][quarter] = D::add(sums[pair][quarter], codes, x);
             }
@@ -229,35 +248,71 @@ unsafe fn dots<D: Dot, const FOUR_BIT: bool, const PAIRS: usize, const QUARTERS:
 /// `QUARTERS` quarters of a panel, from quarter `first` on, by `PAIRS` pairs, per-channel weights.
 #[inline]
 #[target_feature(enable = "neon")]
-fn channel_quarters<D: Dot, const FOUR_BIT: bool, const PAIRS: usize, const QUARTERS: usize>(
+fn channel_quarters<D: Dot, const CODES: u8, const PAIRS: usize, const QUARTERS: usize>(
     tile: &IntegerTile<'_>,
     piece: Piece,
     first: usize,
     out: &mut [f32],
 ) {
     let pairs = Pairs::<PAIRS>::new(tile, piece.row);
-    let bytes = &tile.codes[piece.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k) / PANEL * tile.width];
+    let bytes = &tile.codes[piece.panel * tile.panel_bytes..][..code_bytes::<CODES>(tile.k) / PANEL * tile.width];
     let codes = Codes { bytes, row_bytes: tile.width * 4, at: first * 16 };
     // SAFETY: `Pairs::new` checked that each vector has `tile.k` bytes.
-    let dots = unsafe { dots::<D, FOUR_BIT, PAIRS, QUARTERS>(codes, &pairs, 0) };
+    let dots = unsafe { dots::<D, CODES, PAIRS, QUARTERS>(codes, &pairs, 0) };
+    let zero = if CODES == CODES_4 { 8 } else { 0 };
     for (dots, rows) in dots.into_iter().zip(pairs.rows) {
+        let [a, b] = rows.map(|row| tile.plane_sums[row]);
+        let sums = if tile.lo.is_empty() { [a[0], b[0]] } else { a };
         for (i, dots) in dots.into_iter().enumerate() {
+            let dot = |i: usize| vsubq_s32(dots[i], vdupq_n_s32(sums[i].wrapping_mul(zero)));
             let column = piece.panel * PANEL + (first + i) * LANES;
-            let scales = load_f32(&tile.scales[column * 4..]);
-            let mut put = |row: usize, dot: float32x4_t| {
-                let scale = vmulq_n_f32(scales, tile.x_scales[row]);
-                store(&mut out[row * tile.panels * PANEL + column..], vmulq_f32(dot, scale));
-            };
-            let zero = if FOUR_BIT { 8 } else { 0 };
-            let float = |dot: int32x4_t, sum: i32| vcvtq_f32_s32(vsubq_s32(dot, vdupq_n_s32(sum.wrapping_mul(zero))));
-            if tile.lo.is_empty() {
-                put(rows[0], float(dots[0], tile.plane_sums[rows[0]][0]));
-                put(rows[1], float(dots[1], tile.plane_sums[rows[1]][0]));
-            } else {
-                let [hi_sum, lo_sum] = tile.plane_sums[rows[0]];
-                let (hi, lo) = (float(dots[0], hi_sum), float(dots[1], lo_sum));
-                put(rows[0], vaddq_f32(vmulq_n_f32(hi, 256.0), lo));
+            channel_finish(tile, rows, column, [dot(0), dot(1)], out);
+        }
+    }
+}
+
+/// Writes 4 outputs from `column` on of a pair's rows, with a scale per output.
+#[inline]
+#[target_feature(enable = "neon")]
+fn channel_finish(tile: &IntegerTile<'_>, rows: [usize; 2], column: usize, dots: [int32x4_t; 2], out: &mut [f32]) {
+    let scales = load_f32(&tile.scales[column * 4..]);
+    let mut put = |row: usize, dot: float32x4_t| {
+        let scale = vmulq_n_f32(scales, tile.x_scales[row]);
+        store(&mut out[row * tile.panels * PANEL + column..], vmulq_f32(dot, scale));
+    };
+    let [a, b] = dots.map(|dot| vcvtq_f32_s32(dot));
+    if tile.lo.is_empty() {
+        put(rows[0], a);
+        put(rows[1], b);
+    } else {
+        put(rows[0], vaddq_f32(vmulq_n_f32(a, 256.0), b));
+    }
+}
+
+/// One panel by `PAIRS` pairs, weights with a step per block: whole numbers, so the floats begin after the last block.
+#[inline]
+#[target_feature(enable = "neon")]
+fn step_quarters<D: Dot, const PAIRS: usize>(tile: &IntegerTile<'_>, piece: Piece, out: &mut [f32]) {
+    let pairs = Pairs::<PAIRS>::new(tile, piece.row);
+    let blocks = tile.k / tile.block;
+    let block_bytes = code_bytes::<CODES_4_SIGNED>(tile.block);
+    let codes = &tile.codes[piece.panel * tile.panel_bytes..][..blocks * block_bytes];
+    let steps = &tile.offsets[piece.panel * blocks * PANEL..][..blocks * PANEL];
+    let mut acc = [[[vdupq_n_s32(0); 2]; 4]; PAIRS];
+    for (block, (bytes, steps)) in codes.chunks_exact(block_bytes).zip(steps.chunks_exact(PANEL)).enumerate() {
+        let codes = Codes { bytes, row_bytes: 64, at: 0 };
+        // SAFETY: `Pairs::new` checked that each vector has `tile.k` bytes, and this block is inside them.
+        let dots = unsafe { dots::<D, CODES_4_SIGNED, PAIRS, 4>(codes, &pairs, block * tile.block) };
+        for (acc, dots) in acc.iter_mut().zip(dots) {
+            for (quarter, (acc, dots)) in acc.iter_mut().zip(dots).enumerate() {
+                let step = load_u8(&steps[quarter * LANES..]);
+                *acc = [vmlaq_s32(acc[0], dots[0], step), vmlaq_s32(acc[1], dots[1], step)];
             }
+        }
+    }
+    for (acc, rows) in acc.into_iter().zip(pairs.rows) {
+        for (quarter, acc) in acc.into_iter().enumerate() {
+            channel_finish(tile, rows, piece.panel * PANEL + quarter * LANES, acc, out);
         }
     }
 }
@@ -265,20 +320,16 @@ fn channel_quarters<D: Dot, const FOUR_BIT: bool, const PAIRS: usize, const QUAR
 /// One panel by `PAIRS` pairs, block weights.
 #[inline]
 #[target_feature(enable = "neon")]
-fn block_quarters<D: Dot, const FOUR_BIT: bool, const PAIRS: usize>(
-    tile: &IntegerTile<'_>,
-    piece: Piece,
-    out: &mut [f32],
-) {
+fn block_quarters<D: Dot, const CODES: u8, const PAIRS: usize>(tile: &IntegerTile<'_>, piece: Piece, out: &mut [f32]) {
     let pairs = Pairs::<PAIRS>::new(tile, piece.row);
     let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
+    let block_bytes = code_bytes::<CODES>(tile.block);
     let codes = &tile.codes[piece.panel * tile.panel_bytes..][..blocks * block_bytes];
     let mut acc = [[[vdupq_n_f32(0.0); 2]; 4]; PAIRS];
     for (block, bytes) in codes.chunks_exact(block_bytes).enumerate() {
         let codes = Codes { bytes, row_bytes: 64, at: 0 };
         // SAFETY: `Pairs::new` checked that each vector has `tile.k` bytes, and this block is inside them.
-        let dots = unsafe { dots::<D, FOUR_BIT, PAIRS, 4>(codes, &pairs, block * tile.block) };
+        let dots = unsafe { dots::<D, CODES, PAIRS, 4>(codes, &pairs, block * tile.block) };
         for (pair, dots) in dots.into_iter().enumerate() {
             let sums = pairs.rows[pair].map(|row| tile.sums[row * blocks + block]);
             for (quarter, dots) in dots.into_iter().enumerate() {
@@ -286,7 +337,7 @@ fn block_quarters<D: Dot, const FOUR_BIT: bool, const PAIRS: usize>(
                 let dots = if tile.lo.is_empty() { dots } else { [vaddq_s32(vshlq_n_s32::<8>(dots[0]), dots[1]); 2] };
                 for i in 0..2 {
                     let acc = &mut acc[pair][quarter][i];
-                    *acc = drain::<FOUR_BIT>(tile, at, sums[i], dots[i], *acc);
+                    *acc = drain::<CODES>(tile, at, sums[i], dots[i], *acc);
                 }
             }
         }
@@ -304,17 +355,17 @@ fn block_quarters<D: Dot, const FOUR_BIT: bool, const PAIRS: usize>(
 /// Adds one block to the floats; `at` is the index of its first scale.
 #[inline]
 #[target_feature(enable = "neon")]
-fn drain<const FOUR_BIT: bool>(
+fn drain<const CODES: u8>(
     tile: &IntegerTile<'_>,
     at: usize,
     sum: i32,
     dot: int32x4_t,
     acc: float32x4_t,
 ) -> float32x4_t {
-    let offset = match (tile.offset, FOUR_BIT) {
-        (BlockOffset::Symmetric, true) => vdupq_n_s32(-8),
-        (BlockOffset::Integer, true) => load_i8(&tile.offsets[at..]),
-        (BlockOffset::Min, true) | (_, false) => vdupq_n_s32(0),
+    let offset = match (tile.offset, CODES) {
+        (BlockOffset::Symmetric, CODES_4) => vdupq_n_s32(-8),
+        (BlockOffset::Integer, CODES_4) => load_i8(&tile.offsets[at..]),
+        _ => vdupq_n_s32(0),
     };
     let dot = vmlaq_s32(dot, offset, vdupq_n_s32(sum));
     let acc = vaddq_f32(acc, vmulq_f32(load_f16(&tile.scales[at * 2..]), vcvtq_f32_s32(dot)));
@@ -325,8 +376,8 @@ fn drain<const FOUR_BIT: bool>(
 }
 
 /// Bytes of 16 outputs' codes for `k` inputs.
-fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
-    if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
+fn code_bytes<const CODES: u8>(k: usize) -> usize {
+    if CODES == CODES_8 { k * PANEL } else { k * PANEL / 2 }
 }
 
 #[target_feature(enable = "neon")]
@@ -453,8 +504,15 @@ fn load_bf16(from: &[u8]) -> float32x4_t {
 #[inline]
 #[target_feature(enable = "neon")]
 fn load_i8(from: &[u8]) -> int32x4_t {
-    let [a, b, c, d] = from[..LANES].as_chunks().0[0].map(u8::cast_signed);
-    let lanes = [a, b, c, d].map(i32::from);
+    let lanes = from[..LANES].as_chunks::<LANES>().0[0].map(|byte| i32::from(byte.cast_signed()));
+    // SAFETY: four values.
+    unsafe { vld1q_s32(lanes.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn load_u8(from: &[u8]) -> int32x4_t {
+    let lanes = from[..LANES].as_chunks::<LANES>().0[0].map(i32::from);
     // SAFETY: four values.
     unsafe { vld1q_s32(lanes.as_ptr()) }
 }
@@ -465,6 +523,11 @@ fn store(to: &mut [f32], values: float32x4_t) {
     // SAFETY: the slice has four values (checked here).
     unsafe { vst1q_f32(to[..LANES].as_mut_ptr(), values) }
 }
+
+/// Codes: of 8 bits, of 4 as they lie, and of 4 with their zero taken off.
+pub(crate) const CODES_8: u8 = 0;
+pub(crate) const CODES_4: u8 = 1;
+const CODES_4_SIGNED: u8 = 2;
 
 /// Elements of float weights.
 const F32: u8 = 0;

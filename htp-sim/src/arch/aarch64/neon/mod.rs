@@ -14,6 +14,7 @@ pub(crate) const KERNELS: Kernels = Kernels {
     matmul_q_w4c: matmul::q_w4c,
     matmul_q_w8b: matmul::q_w8b,
     matmul_q_w4b: matmul::q_w4b,
+    matmul_q_w4e: matmul::q_w4e,
     matmul_f32_f32: matmul::f32_f32,
     matmul_f32_f16: matmul::f32_f16,
     matmul_f32_bf16: matmul::f32_bf16,

@@ -11,27 +11,27 @@ use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<false>(tile, out);
+    per_channel::<Maddubs, false>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<true>(tile, out);
+    per_channel::<Maddubs, true>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, BLOCKS>(tile, out);
+    integer::<Maddubs, false, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, BLOCKS>(tile, out);
+    integer::<Maddubs, true, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, STEPS>(tile, out);
+    integer::<Maddubs, true, STEPS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -49,28 +49,59 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<BF16>(tile, out);
 }
 
+/// How a tier multiplies bytes.
+pub(crate) trait Dot {
+    /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x. An unsigned
+    /// code is the 4-bit one, or the 8-bit one plus 128.
+    ///
+    /// # Safety
+    /// Each plane of each row has the inputs from `k` on that `codes` holds, and the CPU has the instructions of the tier.
+    unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+        codes: Codes<'_>,
+        planes: &Planes<PLANES>,
+        k: usize,
+        start: [[__m256i; PLANES]; ROWS],
+    ) -> [[__m256i; PLANES]; ROWS];
+}
+
+/// Plain AVX2.
+struct Maddubs;
+
+impl Dot for Maddubs {
+    #[inline(always)]
+    unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+        codes: Codes<'_>,
+        planes: &Planes<PLANES>,
+        k: usize,
+        start: [[__m256i; PLANES]; ROWS],
+    ) -> [[__m256i; PLANES]; ROWS] {
+        // SAFETY: the caller's promise.
+        unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, planes, k, start) }
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
-fn per_channel<const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn per_channel<D: Dot, const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if tile.width == PANEL {
-        integer::<FOUR_BIT, CHANNELS>(tile, out);
+        integer::<D, FOUR_BIT, CHANNELS>(tile, out);
     } else {
-        integer::<FOUR_BIT, NARROW_CHANNELS>(tile, out);
+        integer::<D, FOUR_BIT, NARROW_CHANNELS>(tile, out);
     }
 }
 
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn integer<const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn integer<D: Dot, const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
             let at = Place { panel, row };
             row += match (tile.lo.is_empty(), tile.rows - row) {
-                (true, 4..) => panel_rows::<FOUR_BIT, SCALES, 1, 4>(tile, at, out),
-                (true, 2..) => panel_rows::<FOUR_BIT, SCALES, 1, 2>(tile, at, out),
-                (true, _) => panel_rows::<FOUR_BIT, SCALES, 1, 1>(tile, at, out),
-                (false, 2..) => panel_rows::<FOUR_BIT, SCALES, 2, 2>(tile, at, out),
-                (false, _) => panel_rows::<FOUR_BIT, SCALES, 2, 1>(tile, at, out),
+                (true, 4..) => panel_rows::<D, FOUR_BIT, SCALES, 1, 4>(tile, at, out),
+                (true, 2..) => panel_rows::<D, FOUR_BIT, SCALES, 1, 2>(tile, at, out),
+                (true, _) => panel_rows::<D, FOUR_BIT, SCALES, 1, 1>(tile, at, out),
+                (false, 2..) => panel_rows::<D, FOUR_BIT, SCALES, 2, 2>(tile, at, out),
+                (false, _) => panel_rows::<D, FOUR_BIT, SCALES, 2, 1>(tile, at, out),
             };
         }
     }
@@ -85,7 +116,7 @@ struct Place {
 
 /// One panel by `ROWS` rows; returns `ROWS`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
+fn panel_rows<D: Dot, const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     out: &mut [f32],
@@ -93,10 +124,10 @@ fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const
     let halves = if SCALES == NARROW_CHANNELS { tile.width.div_ceil(LANES) } else { 2 };
     for half in 0..halves {
         let values = match SCALES {
-            BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at, half),
+            BLOCKS => block_floats::<D, FOUR_BIT, PLANES, ROWS>(tile, at, half),
             STEPS => step_floats::<PLANES, ROWS>(tile, at, half),
-            CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
-            _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
+            CHANNELS => channel_floats::<D, FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
+            _ => channel_floats::<D, FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
         };
         for (i, values) in values.into_iter().enumerate() {
             store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
@@ -107,7 +138,7 @@ fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const
 
 /// The finished floats of half a panel and `ROWS` rows, per-channel weights.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+fn channel_floats<D: Dot, const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
@@ -123,8 +154,8 @@ fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize,
             *start = _mm256_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero));
         }
     }
-    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
-    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); the table's `D` is one that the CPU has.
+    let dots = unsafe { D::dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
     channel_finish(tile, at, half, dots)
 }
 
@@ -209,7 +240,7 @@ fn step_floats<const PLANES: usize, const ROWS: usize>(
 
 /// The finished floats of half a panel and `ROWS` rows, block weights.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+fn block_floats<D: Dot, const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
@@ -234,8 +265,8 @@ fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
             start[PLANES - 1] = _mm256_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
         }
         let codes = Codes { bytes: codes, row_bytes: 64, half };
-        // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
-        let dots = unsafe { dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        // SAFETY: as in `channel_floats`; this block is inside these bytes.
+        let dots = unsafe { D::dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
         let mut dots = dots.map(|dots| match PLANES {
             1 => dots[0],
             _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
@@ -267,7 +298,7 @@ fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
 }
 
 /// The planes of x from some row on.
-struct Planes<const PLANES: usize> {
+pub(crate) struct Planes<const PLANES: usize> {
     start: [*const i8; PLANES],
     stride: usize,
 }
@@ -288,7 +319,7 @@ impl<const PLANES: usize> Planes<PLANES> {
     /// The plane has bytes `k..k + 4` of this row.
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn broadcast(&self, plane: usize, row: usize, k: usize) -> __m256i {
+    pub(crate) unsafe fn broadcast(&self, plane: usize, row: usize, k: usize) -> __m256i {
         // SAFETY: the caller's promise; the read is unaligned.
         unsafe { _mm256_set1_epi32(self.start[plane].add(row * self.stride + k).cast::<i32>().read_unaligned()) }
     }
@@ -296,10 +327,10 @@ impl<const PLANES: usize> Planes<PLANES> {
 
 /// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and which half is meant.
 #[derive(Clone, Copy)]
-struct Codes<'a> {
-    bytes: &'a [u8],
-    row_bytes: usize,
-    half: usize,
+pub(crate) struct Codes<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) row_bytes: usize,
+    pub(crate) half: usize,
 }
 
 /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x.
@@ -506,7 +537,7 @@ unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m256 {
 /// The first 32 bytes, or 16 and zeros where a narrow panel has no more.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_half<const NARROW: bool>(from: &[u8]) -> __m256i {
+pub(crate) fn load_half<const NARROW: bool>(from: &[u8]) -> __m256i {
     match from.first_chunk() {
         Some(from) => load_bytes(from),
         None if NARROW => {
@@ -558,11 +589,11 @@ const F16: u8 = 1;
 const BF16: u8 = 2;
 
 /// Outputs in a register.
-const LANES: usize = 8;
+pub(crate) const LANES: usize = 8;
 
 /// What scales the codes have: one for each output, the same in a narrow panel, one for each block, or one
 /// for each output and a step for each block.
 const CHANNELS: u8 = 0;
 const NARROW_CHANNELS: u8 = 1;
-const BLOCKS: u8 = 2;
+pub(crate) const BLOCKS: u8 = 2;
 const STEPS: u8 = 3;

@@ -1,7 +1,7 @@
 //! AVX2 with FMA and half-float conversion: 8 outputs to a register, two registers to a panel.
 
 mod attention;
-mod matmul;
+pub(super) mod matmul;
 mod vector;
 
 use crate::kernels::Kernels;
