@@ -15,9 +15,10 @@ use htp_sim::{
 const INT4: WeightFormat = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
 
 /// Name in the id, format, bits of the activations.
-const FORMATS: [(&str, WeightFormat, ActBits); 4] = [
+const FORMATS: [(&str, WeightFormat, ActBits); 5] = [
     ("i16_w4b", INT4, ActBits::Sixteen),
     ("i8_w4b", INT4, ActBits::Eight),
+    ("i16_w4e", WeightFormat::Int4Expansion { block: 64 }, ActBits::Sixteen),
     ("i16_w4c", WeightFormat::Int4PerChannel, ActBits::Sixteen),
     ("i16_w8c", WeightFormat::Int8PerChannel, ActBits::Sixteen),
 ];
@@ -27,7 +28,9 @@ fn weights(layout: &PackedLayout, copies: usize) -> Vec<Vec<u8>> {
     let noise = |i: usize| (i.wrapping_mul(2_654_435_761) >> 16 & 15) as i8;
     let codes: Vec<i8> = (0..layout.n() * layout.k()).map(noise).collect();
     let scales = vec![0.01; layout.n() * layout.blocks()];
-    let blob = pack_quantized(layout, &codes, &scales, Offsets::None).expect("lengths match");
+    let steps: Vec<u8> = (0..layout.n() * layout.steps()).map(|i| noise(i).cast_unsigned() + 1).collect();
+    let offsets = if steps.is_empty() { Offsets::None } else { Offsets::Steps(&steps) };
+    let blob = pack_quantized(layout, &codes, &scales, offsets).expect("lengths match");
     vec![blob; copies]
 }
 

@@ -151,6 +151,7 @@ pub enum PanelsRecord {
     Int4PerChannel,
     Int8Block { block: usize },
     Int4Block { block: usize, offset: PanelOffset },
+    Int4Expansion { block: usize },
 }
 
 /// Where zero lies in a 4-bit block of a panel.

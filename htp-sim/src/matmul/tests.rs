@@ -280,6 +280,26 @@ fn real_layers_agree() {
     }
 }
 
+/// Rows longer than any buffer that a kernel unpacks them to give the same bits too.
+#[test]
+fn long_rows_agree() {
+    let workers = team(2);
+    let (m, n, k) = (37, 20, 4168);
+    let x = Noise(14).floats(m * k);
+    for format in integer_formats(k).into_iter().filter(|format| format.block().is_none()) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 61);
+        let w = layout.view(&blob).expect("length matches");
+        for act in BITS {
+            let rows = quantized(&portable(&workers), &x, &layout, act);
+            let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+            each_tier(&workers, |cx| {
+                assert!(bits(&product(cx, Rows::Quantized(&rows), w)) == expected, "{} {format:?}", cx.kernels.name)
+            });
+        }
+    }
+}
+
 /// Bias, branch and residual are added to the product; several parts and weights of different formats share x.
 #[test]
 fn epilogue_adds_bias_branch_and_residual() {

@@ -420,6 +420,7 @@ fn format_name(format: WeightFormat) -> String {
         WeightFormat::Int8PerChannel => "int8 per channel".to_owned(),
         WeightFormat::Int4PerChannel => "int4 per channel".to_owned(),
         WeightFormat::Int8Block { block } => format!("int8 block {block}"),
+        WeightFormat::Int4Expansion { block } => format!("int4 block {block} steps"),
         WeightFormat::Int4Block { block, offset } => {
             let offset = match offset {
                 htp_sim::BlockOffset::Symmetric => "symmetric",

@@ -43,6 +43,7 @@ impl From<WeightFormat> for PanelsRecord {
             WeightFormat::Int8PerChannel => PanelsRecord::Int8PerChannel,
             WeightFormat::Int4PerChannel => PanelsRecord::Int4PerChannel,
             WeightFormat::Int8Block { block } => PanelsRecord::Int8Block { block },
+            WeightFormat::Int4Expansion { block } => PanelsRecord::Int4Expansion { block },
             WeightFormat::Int4Block { block, offset } => PanelsRecord::Int4Block {
                 block,
                 offset: match offset {
@@ -64,6 +65,7 @@ impl From<PanelsRecord> for WeightFormat {
             PanelsRecord::Int8PerChannel => WeightFormat::Int8PerChannel,
             PanelsRecord::Int4PerChannel => WeightFormat::Int4PerChannel,
             PanelsRecord::Int8Block { block } => WeightFormat::Int8Block { block },
+            PanelsRecord::Int4Expansion { block } => WeightFormat::Int4Expansion { block },
             PanelsRecord::Int4Block { block, offset } => WeightFormat::Int4Block {
                 block,
                 offset: match offset {

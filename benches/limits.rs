@@ -1,0 +1,147 @@
+//! What the machine can do at most: bytes read from memory per second, and 8-bit multiply-adds per second of each
+//! instruction set. Printed as JSON, for figures that are given as shares of these limits.
+//!
+//! ```sh
+//! cargo bench --bench limits -- --mib 72 --threads 2
+//! ```
+//!
+//! `--mib` is the size of what a decode step reads (72 if not given): a smaller buffer may stay in the caches. `--threads`
+//! is the number of workers (the number of cores if not given). Each figure is the best of several rounds.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use htp_sim::Workers;
+use serde_json::{Map, json};
+
+fn main() -> anyhow::Result<()> {
+    let (mut mib, mut threads) = (72, std::thread::available_parallelism().map_or(1, usize::from));
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let target = match argument.as_str() {
+            "--mib" => &mut mib,
+            "--threads" => &mut threads,
+            // What `cargo bench` adds.
+            "--bench" => continue,
+            other => bail!("unknown argument {other:?}, need --mib N or --threads N"),
+        };
+        let value = arguments.next().with_context(|| format!("{argument} without a number"))?;
+        *target =
+            value.parse().ok().filter(|n| *n > 0).with_context(|| format!("{argument} {value:?}: need 1 or more"))?;
+    }
+    let workers = Workers::new(threads)?;
+    let multiplies: Map<_, _> =
+        instruction_sets().into_iter().map(|set| (set.name.into(), set.rate(&workers).into())).collect();
+    let limits = json!({
+        "threads": workers.count(),
+        "read_mib": mib,
+        "read_bytes_per_s": read_rate(&workers, mib),
+        "int8_multiply_adds_per_s": multiplies,
+    });
+    println!("{limits:#}");
+    Ok(())
+}
+
+/// Bytes per second at which the team reads a buffer of `mib` MiB.
+fn read_rate(workers: &Workers, mib: usize) -> f64 {
+    const PARTS: usize = 64;
+    let buffer = vec![1_u64; mib << 17];
+    let part_len = buffer.len() / PARTS;
+    let best = best_of(ROUNDS, || {
+        workers.for_each(PARTS, |part, _| {
+            // Enough sums that the loads never wait for one.
+            let mut sums = [0_u64; 32];
+            for chunk in buffer[part * part_len..][..part_len].as_chunks::<32>().0 {
+                sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum ^= value);
+            }
+            black_box(sums);
+        });
+    });
+    (part_len * PARTS * 8) as f64 / best.as_secs_f64()
+}
+
+/// An instruction set's products of bytes, as many at once as it has room for, all operands in registers.
+struct InstructionSet {
+    name: &'static str,
+    /// Runs `n` iterations of [`InstructionSet::per_iteration`] multiply-adds.
+    run: fn(usize),
+    per_iteration: usize,
+}
+
+impl InstructionSet {
+    /// Multiply-adds per second of all workers together.
+    fn rate(&self, workers: &Workers) -> f64 {
+        const ITERATIONS: usize = 1 << 20;
+        let best = best_of(ROUNDS, || workers.for_each(workers.count(), |_, _| (self.run)(ITERATIONS)));
+        (ITERATIONS * self.per_iteration * workers.count()) as f64 / best.as_secs_f64()
+    }
+}
+
+/// Those that this CPU has and that stable Rust has intrinsics for.
+fn instruction_sets() -> Vec<InstructionSet> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut sets = Vec::new();
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the CPU has the instruction set.
+            sets.push(InstructionSet {
+                name: "avx512_vnni",
+                run: |n| unsafe { x86_64::vnni(n) },
+                per_iteration: 16 * 64,
+            });
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has the instruction set.
+            sets.push(InstructionSet { name: "avx2", run: |n| unsafe { x86_64::avx2(n) }, per_iteration: 8 * 32 });
+        }
+        sets
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Vec::new()
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    /// Sixteen `vpdpbusd` of 64 products each.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn vnni(n: usize) {
+        let (a, b) = (black_box(_mm512_set1_epi8(3)), black_box(_mm512_set1_epi8(5)));
+        let mut sums = [_mm512_setzero_si512(); 16];
+        for _ in 0..n {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    /// Eight `vpmaddubsw` of 32 products each, with the addition that each needs.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn avx2(n: usize) {
+        let (a, mut b) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(5)));
+        let mut sums = [_mm256_setzero_si256(); 8];
+        for _ in 0..n {
+            for sum in &mut sums {
+                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(a, b));
+            }
+            // Another operand in each iteration, so that the products are not taken out of the loop.
+            b = _mm256_add_epi8(b, a);
+        }
+        black_box(sums);
+    }
+}
+
+fn best_of(rounds: usize, mut run: impl FnMut()) -> Duration {
+    let time = |_| {
+        let start = Instant::now();
+        run();
+        start.elapsed()
+    };
+    (0..rounds).map(time).min().unwrap_or_default()
+}
+
+const ROUNDS: usize = 15;
