@@ -1,19 +1,22 @@
 //! What the machine can do at most: bytes read from memory per second, and 8-bit multiply-adds per second of each
-//! instruction set. Printed as JSON, for figures that are given as shares of these limits.
+//! instruction set, for figures that are given as shares of these limits.
+//!
+//! Printed as a line of JSON for each, `{"metric": …, "median": …, …}`, which is what `benches/peers/compare.py --limits`
+//! reads.
 //!
 //! ```sh
 //! cargo bench --bench limits -- --mib 72 --threads 2
 //! ```
 //!
 //! `--mib` is the size of what a decode step reads (72 if not given): a smaller buffer may stay in the caches. `--threads`
-//! is the number of workers (the number of cores if not given). Each figure is the best of several rounds.
+//! is the number of workers (the number of cores if not given).
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use htp_sim::Workers;
-use serde_json::{Map, json};
+use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
     let (mut mib, mut threads) = (72, std::thread::available_parallelism().map_or(1, usize::from));
@@ -31,24 +34,26 @@ fn main() -> anyhow::Result<()> {
             value.parse().ok().filter(|n| *n > 0).with_context(|| format!("{argument} {value:?}: need 1 or more"))?;
     }
     let workers = Workers::new(threads)?;
-    let multiplies: Map<_, _> =
-        instruction_sets().into_iter().map(|set| (set.name.into(), set.rate(&workers).into())).collect();
-    let limits = json!({
-        "threads": workers.count(),
-        "read_mib": mib,
-        "read_bytes_per_s": read_rate(&workers, mib),
-        "int8_multiply_adds_per_s": multiplies,
-    });
-    println!("{limits:#}");
+    print("read_bytes_per_s", &workers, read_rates(&workers, mib));
+    for set in instruction_sets() {
+        print(&format!("int8_multiply_adds_per_s_{}", set.name), &workers, set.rates(&workers));
+    }
     Ok(())
 }
 
+/// One line: the median of `rates`, and the best.
+fn print(metric: &str, workers: &Workers, mut rates: [f64; ROUNDS]) {
+    rates.sort_by(f64::total_cmp);
+    let (median, best) = (rates[ROUNDS / 2], rates[ROUNDS - 1]);
+    println!("{}", json!({"metric": metric, "median": median, "best": best, "threads": workers.count()}));
+}
+
 /// Bytes per second at which the team reads a buffer of `mib` MiB.
-fn read_rate(workers: &Workers, mib: usize) -> f64 {
+fn read_rates(workers: &Workers, mib: usize) -> [f64; ROUNDS] {
     const PARTS: usize = 64;
     let buffer = vec![1_u64; mib << 17];
     let part_len = buffer.len() / PARTS;
-    let best = best_of(ROUNDS, || {
+    each_round(part_len * PARTS * 8, || {
         workers.for_each(PARTS, |part, _| {
             // Enough sums that the loads never wait for one.
             let mut sums = [0_u64; 32];
@@ -57,8 +62,7 @@ fn read_rate(workers: &Workers, mib: usize) -> f64 {
             }
             black_box(sums);
         });
-    });
-    (part_len * PARTS * 8) as f64 / best.as_secs_f64()
+    })
 }
 
 /// An instruction set's products of bytes, as many at once as it has room for, all operands in registers.
@@ -71,10 +75,10 @@ struct InstructionSet {
 
 impl InstructionSet {
     /// Multiply-adds per second of all workers together.
-    fn rate(&self, workers: &Workers) -> f64 {
+    fn rates(&self, workers: &Workers) -> [f64; ROUNDS] {
         const ITERATIONS: usize = 1 << 20;
-        let best = best_of(ROUNDS, || workers.for_each(workers.count(), |_, _| (self.run)(ITERATIONS)));
-        (ITERATIONS * self.per_iteration * workers.count()) as f64 / best.as_secs_f64()
+        let run = || workers.for_each(workers.count(), |_, _| (self.run)(ITERATIONS));
+        each_round(ITERATIONS * self.per_iteration * workers.count(), run)
     }
 }
 
@@ -93,7 +97,7 @@ fn instruction_sets() -> Vec<InstructionSet> {
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has the instruction set.
-            sets.push(InstructionSet { name: "avx2", run: |n| unsafe { x86_64::avx2(n) }, per_iteration: 8 * 32 });
+            sets.push(InstructionSet { name: "avx2", run: |n| unsafe { x86_64::avx2(n) }, per_iteration: 12 * 32 });
         }
         sets
     }
@@ -110,7 +114,9 @@ mod x86_64 {
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub(super) fn vnni(n: usize) {
         let (a, b) = (black_box(_mm512_set1_epi8(3)), black_box(_mm512_set1_epi8(5)));
+        // The compiler must not know that two sums are the same.
         let mut sums = [_mm512_setzero_si512(); 16];
+        sums.iter_mut().for_each(|sum| *sum = black_box(*sum));
         for _ in 0..n {
             for sum in &mut sums {
                 *sum = _mm512_dpbusd_epi32(*sum, a, b);
@@ -119,29 +125,29 @@ mod x86_64 {
         black_box(sums);
     }
 
-    /// Eight `vpmaddubsw` of 32 products each, with the addition that each needs.
+    /// Twelve `vpmaddubsw` of 32 products each, with the addition that each needs.
     #[target_feature(enable = "avx2")]
     pub(super) fn avx2(n: usize) {
-        let (a, mut b) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(5)));
-        let mut sums = [_mm256_setzero_si256(); 8];
+        let (a, b) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(5)));
+        let mut sums = [_mm256_setzero_si256(); 12];
+        sums.iter_mut().for_each(|sum| *sum = black_box(*sum));
         for _ in 0..n {
             for sum in &mut sums {
-                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(a, b));
+                // The sum is an operand too: a product of constants would be taken out of the loop.
+                *sum = _mm256_add_epi16(_mm256_maddubs_epi16(a, *sum), b);
             }
-            // Another operand in each iteration, so that the products are not taken out of the loop.
-            b = _mm256_add_epi8(b, a);
         }
         black_box(sums);
     }
 }
 
-fn best_of(rounds: usize, mut run: impl FnMut()) -> Duration {
-    let time = |_| {
+/// How many of `amount` per second `run` does, in each round.
+fn each_round(amount: usize, mut run: impl FnMut()) -> [f64; ROUNDS] {
+    std::array::from_fn(|_| {
         let start = Instant::now();
         run();
-        start.elapsed()
-    };
-    (0..rounds).map(time).min().unwrap_or_default()
+        amount as f64 / start.elapsed().as_secs_f64()
+    })
 }
 
 const ROUNDS: usize = 15;
