@@ -10,9 +10,9 @@ use crate::{Dialog, Error};
 
 /// The model, tokenizer and chat template that a config names, opened once, for any number of dialogs.
 ///
-/// Weights are in memory once, and so is an adapter that several dialogs have loaded from the same files. Each dialog has
-/// its own conversation, its own cache, and its own adapter and strengths. Dialogs may run in threads of their own; those
-/// that run at the same time take turns at the worker team. Clones are handles to the same model.
+/// Weights are in memory once, and so is an adapter that several dialogs have under one name from the same files. Each
+/// dialog has its own conversation, its own cache, and its own adapter and strengths. Dialogs may run in threads of their
+/// own; those that run at the same time take turns at the worker team. Clones are handles to the same model.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), genie::Error> {

@@ -38,12 +38,12 @@ pub fn operations_table(graphs: &[GraphAccount]) -> String {
         let per_execute = account.time.as_secs_f64() * 1e6 / account.n_executes.max(1) as f64;
         let mut row = |line: std::fmt::Arguments<'_>| writeln!(table, "{line}").expect("a text takes everything");
         row(format_args!("{graph}: {} executes of {per_execute:.0} µs", account.n_executes));
-        row(format_args!("  {:<36} {:>7} {:>9} {:>8} {:>9}", "operation", "share", "µs/run", "GB/s", "Gop/s"));
+        row(format_args!("  {:<60} {:>7} {:>9} {:>8} {:>9}", "operation", "share", "µs/run", "GB/s", "Gop/s"));
         let mut operations: Vec<_> = account.operations.iter().collect();
         operations.sort_by_key(|operation| std::cmp::Reverse(operation.time));
         for operation in operations {
             row(format_args!(
-                "  {:<36} {:>6.1}% {:>9.1} {:>8.1} {:>9.1}",
+                "  {:<60} {:>6.1}% {:>9.1} {:>8.1} {:>9.1}",
                 operation.name,
                 100.0 * share(operation.time, account.time),
                 operation.time.as_secs_f64() * 1e6 / account.n_executes.max(1) as f64,
@@ -51,7 +51,7 @@ pub fn operations_table(graphs: &[GraphAccount]) -> String {
                 operation.rate_operations_per_s() / 1e9,
             ));
         }
-        row(format_args!("  of all this, scheduling {:>18.1}%\n", 100.0 * share(account.scheduling, account.time)));
+        row(format_args!("  of all this, scheduling {:>42.1}%\n", 100.0 * share(account.scheduling, account.time)));
     }
     table
 }

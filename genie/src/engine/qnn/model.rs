@@ -92,8 +92,8 @@ impl QnnModel {
         })
     }
 
-    /// The adapter of each split, or `None` where a split has no branches. What another engine has loaded from the same
-    /// files is not loaded again.
+    /// The adapter of each split, or `None` where a split has no branches. What another engine has under this name from
+    /// the same files is not loaded again.
     pub(super) fn load_adapter(
         &self,
         name: &str,
