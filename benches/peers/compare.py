@@ -28,7 +28,7 @@ def main():
             try:
                 for metric, value in contenders[name]():
                     figures[name].setdefault(metric, []).append(value)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired, OSError, ValueError) as why:
+            except (subprocess.SubprocessError, OSError, ValueError) as why:
                 failed[name] = str(why)
                 print(f"{name} failed and is left out from here on: {why}", file=sys.stderr)
             busy.append(idle_load())
@@ -51,7 +51,7 @@ def arguments():
     parser.add_argument("--adapters", action="store_true", help="measure with adapters of rank 8, 16, 32 and 64 too")
     parser.add_argument("--isa", help="measure ours once more with this kernel tier, for example avx2")
     parser.add_argument("--only", help="names of the contenders to run, with commas between")
-    parser.add_argument("--limits", help="command that prints the machine's limits as JSON lines with metric and median")
+    parser.add_argument("--limits", help="command that prints the machine's limits as JSON: benches/limits.rs")
     parser.add_argument("--output", help="write the JSON lines to this file too")
     return parser.parse_args()
 
@@ -123,11 +123,21 @@ def openvino(args):
 
 
 def measure_limits(args):
+    """What the machine can do at most, on the same cores, with a buffer of the model's size."""
+    if not args.limits:
+        return {}
     try:
-        return dict(json_lines(args.limits.split())) if args.limits else {}
-    except (subprocess.CalledProcessError, OSError, ValueError) as why:
+        mib = max(1, model_bytes(args) >> 20)
+        return json.loads(output([*args.limits.split(), "--mib", str(mib), "--threads", str(args.threads)]))
+    except (subprocess.SubprocessError, OSError, ValueError) as why:
         print(f"the limits were not measured: {why}", file=sys.stderr)
         return {}
+
+
+def model_bytes(args):
+    with open(args.config) as file:
+        names = json.load(file)["dialog"]["engine"]["model"]["binary"]["ctx-bins"]
+    return sum(os.path.getsize(os.path.join(os.path.dirname(args.config), name)) for name in names)
 
 
 def json_lines(command, environment=None):
@@ -173,10 +183,14 @@ def report(args, figures, limits, busy, failed):
         if peers and metric in ours:
             best = min(peers) if metric.startswith(LOWER_IS_BETTER) else max(peers)
             line["ratio_to_best_peer"] = medians["genie"] / best
+        if re.fullmatch(r"tg\d+_d0", metric) and metric in ours and "read_bytes_per_s" in limits:
+            # A step at depth 0 reads the whole context binary once; embedding and head are one tensor.
+            line["share_of_read_limit"] = medians["genie"] * model_bytes(args) / limits["read_bytes_per_s"]
         lines.append(line)
         cells = "".join(f"{medians[name]:>14.2f}" if name in medians else f"{'-':>14}" for name in names)
         ratio = f"{line['ratio_to_best_peer']:>14.2f}" if "ratio_to_best_peer" in line else f"{'-':>14}"
-        print(f"{metric:<28}{cells}{ratio}", file=sys.stderr)
+        share = f"   {line['share_of_read_limit']:.0%} of the read limit" if "share_of_read_limit" in line else ""
+        print(f"{metric:<28}{cells}{ratio}{share}", file=sys.stderr)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     print(text, end="")
     if args.output:

@@ -25,6 +25,7 @@ main() {
     case " $* " in *" --help "* | *" -h "*) exec python3 "$here/compare.py" --help ;; esac
     [ -f "$gguf" ] && [ -f "$config" ] || { echo "no model in $models: run examples/quickstart.sh first" >&2; exit 1; }
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p genie -p qnn-core --bins
+    cargo bench --locked --quiet --manifest-path "$root/Cargo.toml" -p genie-workspace --bench limits --no-run
     mkdir -p "$build"
     [ -x "$build/bin/llama-bench" ] || attempt llama.cpp build_llama_cpp
     [ -x "$build/openvino/bin/python" ] || attempt "OpenVINO GenAI" install_openvino
@@ -32,7 +33,8 @@ main() {
         attempt "the Q4_0 file" "$build/bin/llama-quantize" --allow-requantize "$gguf" "$build/model.Q4_0.gguf" Q4_0
     fi
     case " $* " in *" --adapters "*) [ -f "$build/adapters/genie/genie_config.json" ] || make_adapters ;; esac
-    python3 "$here/compare.py" --ours "$target/genie-bench" --config "$config" --gguf "$gguf" --build "$build" "$@"
+    python3 "$here/compare.py" --ours "$target/genie-bench" --config "$config" --gguf "$gguf" --build "$build" \
+        --limits "cargo bench --locked --quiet --manifest-path $root/Cargo.toml -p genie-workspace --bench limits --" "$@"
 }
 
 # attempt WHAT COMMAND...: a peer that fails is reported, not fatal.
