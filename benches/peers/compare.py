@@ -51,7 +51,7 @@ def arguments():
     parser.add_argument("--adapters", action="store_true", help="measure with adapters of rank 8, 16, 32 and 64 too")
     parser.add_argument("--isa", help="measure ours once more with this kernel tier, for example avx2")
     parser.add_argument("--only", help="names of the contenders to run, with commas between")
-    parser.add_argument("--limits", help="command that prints the machine's limits as JSON: benches/limits.rs")
+    parser.add_argument("--limits", help="command that prints the machine's limits as JSON lines with metric and median: benches/limits.rs")
     parser.add_argument("--output", help="write the JSON lines to this file too")
     return parser.parse_args()
 
@@ -128,7 +128,7 @@ def measure_limits(args):
         return {}
     try:
         mib = max(1, model_bytes(args) >> 20)
-        return json.loads(output([*args.limits.split(), "--mib", str(mib), "--threads", str(args.threads)]))
+        return dict(json_lines([*args.limits.split(), "--mib", str(mib), "--threads", str(args.threads)]))
     except (subprocess.SubprocessError, OSError, ValueError) as why:
         print(f"the limits were not measured: {why}", file=sys.stderr)
         return {}
