@@ -4,10 +4,10 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use qnn_core::offline::arch::SUPPORTED;
+use qnn_core::offline::gguf::{GgmlType, pre_tokenizer_names};
+use qnn_core::offline::source::{ElementFormat, SourceTensor};
+use qnn_core::{BlockOffsets, Encoding};
 use serde_json::Value;
-
-const BEGIN: &str = "<!-- families: written by tests/models_md.rs -->\n";
-const END: &str = "<!-- end of families -->\n";
 
 fn crate_file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -44,17 +44,45 @@ fn table() -> String {
     out
 }
 
-/// Guards: the table in the documentation is what the importers do. `UPDATE_MODELS_MD=1` writes it.
+/// One line for each GGML format: what its matrices become without `--weights_bitwidth`, and what that does to the numbers.
+fn formats() -> String {
+    let mut out = String::from("| in the file | in the graph | numbers |\n| --- | --- | --- |\n");
+    for name in ["F32", "F16", "BF16"] {
+        writeln!(out, "| {name} | {name} | exact |").unwrap();
+    }
+    let workers = htp_sim::Workers::new(1).unwrap();
+    for ggml in GgmlType::ALL {
+        let (shape, bytes) = (vec![1, ggml.block_elements()], vec![0; ggml.block_bytes()]);
+        let block = SourceTensor::new("block", shape, ElementFormat::Ggml(*ggml), bytes.into()).unwrap();
+        let kept = ggml.keep_grid(&block, &workers).unwrap();
+        let Encoding::Block { block_size, offsets, .. } = kept.encoding else { panic!("{}: no blocks", ggml.name()) };
+        let offsets = if matches!(offsets, BlockOffsets::Min(_)) { ", float minima" } else { "" };
+        let change = ggml.change().name();
+        writeln!(out, "| {} | {} block {block_size}{offsets} | {change} |", ggml.name(), kept.data_type).unwrap();
+    }
+    out
+}
+
+/// The ways of cutting text before byte-level merges, by the names that GGUF files give them.
+fn pre_tokenizers() -> String {
+    pre_tokenizer_names().iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ") + "\n"
+}
+
+/// Guards: the tables in the documentation are what the importers do. `UPDATE_MODELS_MD=1` writes them.
 #[test]
 fn models_md_is_up_to_date() {
     let path = crate_file("MODELS.md");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = text.split_once(BEGIN).expect("the mark before the table");
-    let (old, after) = rest.split_once(END).expect("the mark after the table");
-    let new = table();
-    if std::env::var_os("UPDATE_MODELS_MD").is_some() {
-        std::fs::write(&path, format!("{before}{BEGIN}{new}{END}{after}")).unwrap();
-        return;
+    let mut text = std::fs::read_to_string(&path).unwrap();
+    for (name, new) in [("families", table()), ("formats", formats()), ("pre-tokenizers", pre_tokenizers())] {
+        let (begin, end) =
+            (format!("<!-- {name}: written by tests/models_md.rs -->\n"), format!("<!-- end of {name} -->\n"));
+        let (before, rest) = text.split_once(&begin).expect("the mark before the table");
+        let (old, after) = rest.split_once(&end).expect("the mark after the table");
+        if std::env::var_os("UPDATE_MODELS_MD").is_some() {
+            text = format!("{before}{begin}{new}{end}{after}");
+            std::fs::write(&path, &text).unwrap();
+        } else {
+            assert_eq!(old, new, "run this test with UPDATE_MODELS_MD=1");
+        }
     }
-    assert_eq!(old, new, "run this test with UPDATE_MODELS_MD=1");
 }

@@ -11,6 +11,7 @@ mod tokenizer;
 
 pub use ggml::GgmlType;
 pub use parse::{GgufError, GgufFile, TensorEntry, Value, ValueType};
+pub use tokenizer::pre_tokenizer_names;
 
 use crate::{
     map::Bytes,

@@ -10,6 +10,8 @@ mod sentencepiece;
 use super::{GgufError, GgufFile};
 use crate::offline::{config::ModelConfig, error::ImportError};
 
+pub use byte_level::pre_tokenizer_names;
+
 /// `tokenizer.json`, `tokenizer_config.json`, `generation_config.json`; none for a file without a tokenizer.
 ///
 /// # Errors

@@ -96,10 +96,15 @@ fn read_merges<'a>(file: &'a GgufFile, ids: &HashMap<&str, u32>) -> Result<Vec<(
     Ok(merges)
 }
 
+/// The names in `tokenizer.ggml.pre` that are known here.
+pub fn pre_tokenizer_names() -> Vec<&'static str> {
+    SPLITTERS.iter().flat_map(|splitter| splitter.names).copied().collect()
+}
+
 fn find_splitter(name: &str) -> Result<&'static Splitter, ImportError> {
     SPLITTERS.iter().find(|s| s.names.contains(&name)).ok_or_else(|| ImportError::Unsupported {
         what: format!("pre-tokenizer {name:?}"),
-        supported: SPLITTERS.iter().flat_map(|s| s.names).copied().collect::<Vec<_>>().join(", "),
+        supported: pre_tokenizer_names().join(", "),
     })
 }
 
