@@ -121,11 +121,14 @@ fn panel_rows<D: Dot, const FOUR_BIT: bool, const SCALES: u8, const PLANES: usiz
     at: Place,
     out: &mut [f32],
 ) -> usize {
+    if SCALES == STEPS {
+        step_rows::<PLANES, ROWS>(tile, at, out);
+        return ROWS;
+    }
     let halves = if SCALES == NARROW_CHANNELS { tile.width.div_ceil(LANES) } else { 2 };
     for half in 0..halves {
         let values = match SCALES {
             BLOCKS => block_floats::<D, FOUR_BIT, PLANES, ROWS>(tile, at, half),
-            STEPS => step_floats::<PLANES, ROWS>(tile, at, half),
             CHANNELS => channel_floats::<D, FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
             _ => channel_floats::<D, FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
         };
@@ -181,61 +184,83 @@ fn channel_finish<const PLANES: usize, const ROWS: usize>(
     values
 }
 
-/// The finished floats of half a panel and `ROWS` rows, weights with a step per block.
+/// One panel by `ROWS` rows, weights with a step per block.
 ///
 /// Here x plus 128 is the unsigned operand and `code - 8` the signed one: `255 · 8 · 2 = 4080`, and eight such sums still fit.
 /// The step comes in where pairs of 16-bit sums become 32 bits. What the 128 adds, `128 · Σ code · step`, is taken off again.
+/// Both halves of the panel share what is done to x.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn step_floats<const PLANES: usize, const ROWS: usize>(
-    tile: &IntegerTile<'_>,
-    at: Place,
-    half: usize,
-) -> [__m256; ROWS] {
+fn step_rows<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at: Place, out: &mut [f32]) {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
     let block_bytes = code_bytes::<true>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
-    let (low_mask, zero, flip) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8), _mm256_set1_epi8(-128));
-    let mut acc = [[_mm256_setzero_si256(); PLANES]; ROWS];
-    let mut code_sums = _mm256_setzero_si256();
+    let flip = _mm256_set1_epi8(-128);
+    let mut acc = [[[_mm256_setzero_si256(); PLANES]; ROWS]; 2];
+    let mut code_sums = [_mm256_setzero_si256(); 2];
     let mut k = 0;
     for (codes, steps) in codes.chunks_exact(block_bytes).zip(steps.chunks_exact(PANEL)) {
-        let step = load_i8(&steps[half * LANES..]);
-        let step = _mm256_or_si256(step, _mm256_slli_epi32::<16>(step));
+        let steps = [load_steps(steps), load_steps(&steps[LANES..])];
         // 32 inputs: as many sums as 16 bits hold.
         for codes in codes.as_chunks::<64>().0.chunks(4) {
-            let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
-            let mut low_codes = _mm256_setzero_si256();
+            let mut low = [[[_mm256_setzero_si256(); PLANES]; ROWS]; 2];
+            let mut low_codes = [_mm256_setzero_si256(); 2];
             for codes in codes {
-                let codes = load_bytes(&codes.as_chunks().0[half]);
-                let first = _mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero);
-                let second = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask), zero);
-                let pair = _mm256_add_epi8(first, second);
-                low_codes = _mm256_add_epi16(low_codes, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pair));
+                let [first, second] = codes.as_chunks().0 else { unreachable!("64 bytes are two halves") };
+                let halves = [signed_codes(first), signed_codes(second)];
+                for (low, codes) in low_codes.iter_mut().zip(halves) {
+                    let pairs = _mm256_add_epi8(codes[0], codes[1]);
+                    *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs));
+                }
                 for r in 0..ROWS {
                     for plane in 0..PLANES {
                         // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); these are eight.
                         let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
                         let (x, next_x) = (_mm256_xor_si256(x, flip), _mm256_xor_si256(next_x, flip));
-                        let low = &mut low[r][plane];
-                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(x, first));
-                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(next_x, second));
+                        for (low, codes) in low.iter_mut().zip(halves) {
+                            let low = &mut low[r][plane];
+                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(x, codes[0]));
+                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(next_x, codes[1]));
+                        }
                     }
                 }
                 k += 8;
             }
-            code_sums = _mm256_add_epi32(code_sums, _mm256_madd_epi16(low_codes, step));
-            for (acc, low) in acc.as_flattened_mut().iter_mut().zip(low.as_flattened()) {
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, step));
+            for half in 0..2 {
+                code_sums[half] = _mm256_add_epi32(code_sums[half], _mm256_madd_epi16(low_codes[half], steps[half]));
+                for (acc, low) in acc[half].as_flattened_mut().iter_mut().zip(low[half].as_flattened()) {
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, steps[half]));
+                }
             }
         }
     }
-    let excess = _mm256_slli_epi32::<7>(code_sums);
-    for acc in acc.as_flattened_mut() {
-        *acc = _mm256_sub_epi32(*acc, excess);
+    for (half, mut dots) in acc.into_iter().enumerate() {
+        let excess = _mm256_slli_epi32::<7>(code_sums[half]);
+        for dot in dots.as_flattened_mut() {
+            *dot = _mm256_sub_epi32(*dot, excess);
+        }
+        for (i, values) in channel_finish(tile, at, half, dots).into_iter().enumerate() {
+            store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
+        }
     }
-    channel_finish(tile, at, half, acc)
+}
+
+/// The steps of eight outputs, each in both halves of its lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_steps(from: &[u8]) -> __m256i {
+    let steps = load_i8(from);
+    _mm256_or_si256(steps, _mm256_slli_epi32::<16>(steps))
+}
+
+/// 4-bit codes with their zero taken off: those of the low nibbles, then of the high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed_codes(from: &[u8; 32]) -> [__m256i; 2] {
+    let (codes, low_mask, zero) = (load_bytes(from), _mm256_set1_epi8(15), _mm256_set1_epi8(8));
+    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+    [_mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero), _mm256_sub_epi8(high, zero)]
 }
 
 /// The finished floats of half a panel and `ROWS` rows, block weights.
