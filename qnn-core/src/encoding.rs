@@ -56,6 +56,18 @@ pub enum Encoding {
         /// Offsets in the same order.
         offsets: BlockOffsets,
     },
+    /// One scale for each row of a `[n, k]` tensor and a whole number for each run of `block_size` elements (QNN
+    /// `BLOCKWISE_EXPANSION`, LPBQ): `float = q * step * scale`. Symmetric.
+    BlockExpansion {
+        /// True width in bits.
+        bitwidth: u8,
+        /// Elements that share a step.
+        block_size: usize,
+        /// Scales `[n]`.
+        scales: Floats,
+        /// Steps `[n, k / block_size]`, row-major, each 1 to [`MAX_BLOCK_STEP`].
+        steps: Bytes,
+    },
 }
 
 impl Encoding {
@@ -85,6 +97,9 @@ impl Encoding {
             .ok_or_else(|| format!("offset {offset}, need {} to {} so that zero is a code", -most, -least))
     }
 }
+
+/// Largest step of [`Encoding::BlockExpansion`]: a four-bit code times its step fits eight bits.
+pub const MAX_BLOCK_STEP: u8 = 16;
 
 /// Offsets of a block encoding.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use crate::{
     graph::GraphError,
     offline::{
         ImportError, calibrate::CalibrateError, dlc::DlcError, encodings::EncodingsError, generate::GenerateError,
-        lora::LoraError, quantize::QuantizeError,
+        lora::LoraError, quantize::QuantizeError, rounding::RoundingError,
     },
 };
 
@@ -115,6 +115,9 @@ pub enum Error {
         #[source]
         why: Box<QuantizeError>,
     },
+    /// Weights cannot be rounded.
+    #[error("round weights")]
+    Rounding(#[from] RoundingError),
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::RangeInclusive;
 
 use crate::{
-    encoding::{BlockOffsets, Encoding},
+    encoding::{BlockOffsets, Encoding, MAX_BLOCK_STEP},
     op::OpKind,
     tensor::{Dim, Shape, Tensor, TensorData, TensorId},
     types::{DataType, TensorType},
@@ -243,6 +243,23 @@ impl Graph {
         Ok(())
     }
 
+    /// Replaces the value of constant `id`, with its element type and encoding, as a quantizer does.
+    ///
+    /// # Errors
+    /// [`GraphError::Tensor`] if it is no constant, or the bytes or the encoding do not fit it; the graph is then unchanged.
+    pub fn replace_constant(
+        &mut self,
+        id: TensorId,
+        data_type: DataType,
+        encoding: Option<Encoding>,
+        data: TensorData,
+    ) -> Result<(), GraphError> {
+        let tensor = Tensor { data_type, encoding, data: Some(data), ..self.tensor(id).clone() };
+        check_tensor(&tensor, &self.tensors)?;
+        self.tensors[id.index()] = tensor;
+        Ok(())
+    }
+
     /// Checks what can only be checked when the graph is complete.
     ///
     /// # Errors
@@ -387,6 +404,26 @@ fn check_encoding(tensor: &Tensor, elements: usize) -> Result<(), GraphError> {
                 return Ok(());
             }
             refuse(format!("{} scales and {n_offsets} offsets", scales.len()), format!("{want} of each"))
+        }
+        Some(Encoding::BlockExpansion { block_size, scales, steps, .. }) => {
+            let k = tensor.shape.last();
+            if tensor.shape.rank() != 2 || *block_size == 0 || !k.is_multiple_of(*block_size) {
+                return refuse(
+                    format!("blocks of {block_size} in shape {}", tensor.shape),
+                    "two dimensions and a block size that divides the last".to_owned(),
+                );
+            }
+            let (n, blocks) = (tensor.shape.0[0].max(), elements / block_size);
+            if scales.len() != n || steps.len() != blocks {
+                return refuse(
+                    format!("{} scales and {} steps", scales.len(), steps.len()),
+                    format!("{n} and {blocks}"),
+                );
+            }
+            match steps.iter().find(|step| !(1..=MAX_BLOCK_STEP).contains(*step)) {
+                None => Ok(()),
+                Some(step) => refuse(format!("a step of {step}"), format!("1 to {MAX_BLOCK_STEP}")),
+            }
         }
     }
 }

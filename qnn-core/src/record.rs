@@ -124,6 +124,16 @@ pub enum EncodingRecord {
         /// What is added.
         offsets: BlockOffsetsRecord,
     },
+    /// One scale per row, in [`Part::Scales`], and a whole step per block along the last axis, in [`Part::Offsets`].
+    BlockExpansion {
+        /// True width in bits.
+        bitwidth: u8,
+        /// Elements that share a step.
+        block_size: usize,
+        /// Type of the scales.
+        #[serde(with = "data_type_name")]
+        scale_type: DataType,
+    },
 }
 
 /// What a block encoding adds.
@@ -355,6 +365,9 @@ pub fn parts(tensor: &Tensor) -> Vec<(Part, Bytes)> {
                 BlockOffsets::Min(mins) => parts.push((Part::Mins, mins.bytes().clone())),
             }
         }
+        Some(Encoding::BlockExpansion { scales, steps, .. }) => {
+            parts.extend([(Part::Scales, scales.bytes().clone()), (Part::Offsets, steps.clone())]);
+        }
     }
     parts
 }
@@ -401,6 +414,7 @@ impl TensorRecord {
                     BlockOffsetsRecord::Min(_) => parts.push(Part::Mins),
                 }
             }
+            Some(EncodingRecord::BlockExpansion { .. }) => parts.extend([Part::Scales, Part::Offsets]),
         }
         parts
     }
@@ -492,6 +506,10 @@ impl TensorRecord {
                     BlockOffsetsRecord::Min(data_type) => BlockOffsets::Min(floats(Part::Mins, data_type)?),
                 };
                 Encoding::Block { bitwidth, block_size, scales, offsets }
+            }
+            EncodingRecord::BlockExpansion { bitwidth, block_size, scale_type } => {
+                let (scales, steps) = (floats(Part::Scales, scale_type)?, bytes(Part::Offsets)?);
+                Encoding::BlockExpansion { bitwidth, block_size, scales, steps }
             }
         })
     }

@@ -55,6 +55,11 @@ impl HtpBackend {
         Ok(HtpBackend { kernels, workers: Arc::new(Workers::new(n_threads)?) })
     }
 
+    /// The kernels and workers, for offline work outside of a graph.
+    pub(crate) fn cx(&self) -> Cx<'_> {
+        Cx { kernels: self.kernels, workers: &self.workers }
+    }
+
     /// Name of the kernels in use.
     pub fn kernels(&self) -> &'static str {
         self.kernels.name

@@ -189,6 +189,13 @@ fn companion(tensor: &TensorRecord, part: Part, dims: &[usize]) -> Option<(DataT
             };
             Some((data_type, shape))
         }
+        (EncodingRecord::BlockExpansion { block_size, scale_type, .. }, part) => {
+            let [n, k] = dims else { return None };
+            match part {
+                Part::Offsets => Some((DataType::UInt8, vec![*n, k.checked_div(*block_size)?])),
+                _ => Some((*scale_type, vec![*n])),
+            }
+        }
         (EncodingRecord::ScaleOffset { .. }, _) => None,
     }
 }

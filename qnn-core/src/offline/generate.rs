@@ -35,7 +35,7 @@ pub use config_file::ConfigFile;
 use adapters::Adapters;
 pub(in crate::offline) use adapters::listed_adapters;
 pub(crate) use pack::Packing;
-pub(crate) use split::between;
+pub(crate) use split::{LAYER_OUTPUTS, between};
 
 /// What to make of a DLC.
 #[derive(Debug, Clone, PartialEq, Eq)]

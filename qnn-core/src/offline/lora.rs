@@ -9,6 +9,8 @@
 //! A tensor of an adapter has PEFT's name, in the graph too: `base_model.model.<module>.lora_A.weight`. The scaling
 //! (`lora_alpha / r`, or what the adapter's config says) is folded into B once, in [`fold`].
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,7 +20,11 @@ use crate::{
     context::Context,
     error::Error,
     graph::{Graph, GraphError},
-    offline::{error::ImportError, safetensors::LayoutError},
+    offline::{
+        equalize::{ChannelScales, ScalesError},
+        error::ImportError,
+        safetensors::LayoutError,
+    },
     tensor::Panels,
     types::{DataType, TensorType},
 };
@@ -106,6 +112,10 @@ pub enum LoraError {
     NoBranches { graph: String },
     #[error("adapter {adapter}: rank {have}, the graph takes at most {max} ({MAX_RANK_KEY})")]
     Rank { adapter: String, have: usize, max: usize },
+    #[error("imported for a base with other channel scales; import it with the DLC that is given here")]
+    OtherScales,
+    #[error(transparent)]
+    Scales(#[from] ScalesError),
     #[error(transparent)]
     Graph(#[from] GraphError),
     #[error(transparent)]
@@ -158,9 +168,20 @@ pub fn adapters_from_peft(contexts: &[&Context], dir: &Path, name: &str) -> Resu
 /// [`LoraError`] naming the tensor that lands in none of them or does not fit.
 pub fn adapters(contexts: &[&Context], folded: &Folded) -> Result<Vec<Arc<Adapter>>, LoraError> {
     let points: Vec<Vec<AttachPoint>> = contexts.iter().map(|context| points_of(context)).collect();
-    let graph = contexts.first().and_then(|context| context.graphs().next()).unwrap_or_default();
-    folded.land(graph, &points.concat())?;
+    let graph = contexts.first().and_then(|context| context.graph(context.graphs().next()?));
+    folded.land(graph.map_or("", Graph::name), &points.concat())?;
+    let folded = &on_base(folded, graph.map(Graph::metadata))?;
     contexts.iter().zip(&points).map(|(context, points)| adapter(context.updatable(), points, folded, None)).collect()
+}
+
+/// `folded` scaled as the channels of its base were, by the base's metadata: see [`crate::offline::equalize`].
+fn on_base<'a>(folded: &'a Folded, metadata: Option<&BTreeMap<String, String>>) -> Result<Cow<'a, Folded>, LoraError> {
+    let scales = metadata.map(ChannelScales::of).transpose()?.unwrap_or_default();
+    let mut folded = Cow::Borrowed(folded);
+    if !scales.is_empty() {
+        scales.apply_to(folded.to_mut())?;
+    }
+    Ok(folded)
 }
 
 /// The values of `folded` in f32 as an adapter for `graph` alone, as a converter made it: what calibration runs with.
@@ -170,6 +191,7 @@ pub fn adapters(contexts: &[&Context], folded: &Folded) -> Result<Vec<Arc<Adapte
 pub fn adapter_for_graph(graph: &Graph, folded: &Folded) -> Result<Arc<Adapter>, LoraError> {
     let points = attach_points(graph);
     folded.land(graph.name(), &points)?;
+    let folded = &on_base(folded, Some(graph.metadata()))?;
     let updatable = graph.tensors().iter().filter(|t| t.tensor_type == TensorType::UpdateableStatic);
     let mut names: Vec<String> = updatable.map(|tensor| tensor.name.clone()).collect();
     names.sort_unstable();

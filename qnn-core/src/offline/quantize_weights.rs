@@ -1,12 +1,9 @@
-//! Weights to integers, rounded to nearest: per output channel or per block of inputs, symmetric or not.
+//! Weights to integers: per output channel or per block of inputs, symmetric or not; rounded to nearest, or better.
 //!
 //! Scales and minima that are stored as f16 are rounded first and the codes chosen for the rounded values, so that no
 //! second rounding follows. Rows are shared among workers; the result does not depend on their number.
 
-use std::ops::Range;
-use std::sync::Mutex;
-
-use htp_sim::{Workers, round_to_f16};
+use htp_sim::Workers;
 
 use crate::{
     encoding::{BlockOffsets, Encoding, Floats},
@@ -14,6 +11,16 @@ use crate::{
     offline::source::SourceTensor,
     types::DataType,
 };
+
+mod feedback;
+mod form;
+mod rows;
+
+pub use feedback::{Feedback, Moments};
+pub use form::Search;
+
+use form::Form;
+use rows::{Coded, code_rows};
 
 /// How a weight becomes integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +43,49 @@ pub enum Scheme {
         /// Inputs that share a scale.
         block_size: usize,
     },
+    /// Four bits, symmetric, a whole number from 1 to 16 for each block of inputs and one f32 scale for each output: low
+    /// power blockwise quantization (LPBQ).
+    BlockExpansion4 {
+        /// Inputs that share a whole number.
+        block_size: usize,
+    },
+}
+
+impl Scheme {
+    /// This scheme for rows of `k`: with the largest block size, up to its own, that divides them; without one per channel.
+    #[must_use]
+    pub fn fitting(self, k: usize) -> Scheme {
+        let largest = |bits, most: usize| block_sizes(bits, k).into_iter().rev().find(|block| *block <= most);
+        let (bits, block) = match self {
+            Scheme::PerChannel { .. } => return self,
+            Scheme::Block { bits, block_size } => (bits, largest(bits, block_size)),
+            Scheme::AsymmetricBlock4 { block_size } | Scheme::BlockExpansion4 { block_size } => {
+                (Bits::Four, largest(Bits::Four, block_size))
+            }
+        };
+        match (self, block) {
+            (_, None) => Scheme::PerChannel { bits },
+            (Scheme::AsymmetricBlock4 { .. }, Some(block_size)) => Scheme::AsymmetricBlock4 { block_size },
+            (Scheme::BlockExpansion4 { .. }, Some(block_size)) => Scheme::BlockExpansion4 { block_size },
+            (_, Some(block_size)) => Scheme::Block { bits, block_size },
+        }
+    }
+}
+
+/// How codes are chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct Rounding<'a> {
+    /// How the scale of a block is chosen.
+    pub search: Search,
+    /// How much the error of each input counts: its mean square in calibration. `None`: all the same.
+    pub importance: Option<&'a [f32]>,
+    /// Lets later columns make good the error of earlier ones.
+    pub feedback: Option<&'a Feedback>,
+}
+
+impl Rounding<'_> {
+    /// Scales by smallest and largest value, codes to the nearest.
+    pub const NEAREST: Rounding<'static> = Rounding { search: Search::MinMax, importance: None, feedback: None };
 }
 
 /// Width of a code.
@@ -55,6 +105,8 @@ pub struct Quantized {
     pub data: Bytes,
     /// What they mean.
     pub encoding: Encoding,
+    /// Sum of the squared differences from the values, each times the importance of its input.
+    pub squared_error: f64,
 }
 
 /// Why a weight cannot be quantized.
@@ -72,29 +124,101 @@ pub enum QuantizeError {
     TooLarge { tensor: String, row: usize },
 }
 
-/// Quantizes `tensor`, `[n, k]`.
+/// Quantizes `tensor`, `[n, k]`, to the nearest codes.
 ///
 /// # Errors
 /// [`QuantizeError`] naming the tensor, and the block sizes that work if the given one does not.
 pub fn quantize(tensor: &SourceTensor, scheme: Scheme, workers: &Workers) -> Result<Quantized, QuantizeError> {
+    quantize_with(tensor, scheme, &Rounding::NEAREST, workers)
+}
+
+/// Quantizes `tensor`, `[n, k]`, as `rounding` says.
+///
+/// # Errors
+/// [`QuantizeError`] naming the tensor, and the block sizes that work if the given one does not.
+///
+/// # Panics
+/// If the importance or the feedback is for rows of another length.
+pub fn quantize_with(
+    tensor: &SourceTensor,
+    scheme: Scheme,
+    rounding: &Rounding<'_>,
+    workers: &Workers,
+) -> Result<Quantized, QuantizeError> {
+    let k = tensor.k();
+    assert!(rounding.importance.is_none_or(|all| all.len() == k), "an importance for each of the {k} inputs");
+    assert!(rounding.feedback.is_none_or(|feedback| feedback.k() == k), "feedback for rows of {k}");
     match scheme {
-        Scheme::PerChannel { bits } => Ok(run(tensor, Form::Symmetric(bits), tensor.k(), workers)?.per_channel(bits)),
+        Scheme::PerChannel { bits } => {
+            Ok(code_rows(tensor, Form::Symmetric(bits), k, rounding, workers)?.per_channel(bits))
+        }
         Scheme::Block { bits, block_size } => {
             check_block(tensor, bits, block_size)?;
-            let coded = run(tensor, Form::SymmetricF16(bits), block_size, workers)?;
+            let coded = code_rows(tensor, Form::SymmetricF16(bits), block_size, rounding, workers)?;
             Ok(coded.blocks(symmetric_type(bits), block_size, BlockOffsets::Symmetric))
         }
-        Scheme::AsymmetricBlock4 { block_size } => {
+        Scheme::AsymmetricBlock4 { block_size } => asymmetric(tensor, block_size, rounding, workers),
+        Scheme::BlockExpansion4 { block_size } => {
             check_block(tensor, Bits::Four, block_size)?;
-            let whole = run(tensor, Form::Offset, block_size, workers)?;
-            let float = run(tensor, Form::Min, block_size, workers)?;
-            if float.squared_error < whole.squared_error * MIN_FORM_GAIN {
-                let mins = BlockOffsets::Min(Floats::from_f16(&float.offsets));
-                return Ok(float.blocks(DataType::UFixedPoint4, block_size, mins));
+            Ok(code_rows(tensor, Form::Expansion, block_size, rounding, workers)?.expansion(block_size))
+        }
+    }
+}
+
+fn asymmetric(
+    tensor: &SourceTensor,
+    block_size: usize,
+    rounding: &Rounding<'_>,
+    workers: &Workers,
+) -> Result<Quantized, QuantizeError> {
+    check_block(tensor, Bits::Four, block_size)?;
+    // Which form fits is seen without feedback, which hides it and takes longer.
+    let plain = Rounding { feedback: None, ..*rounding };
+    let whole = code_rows(tensor, Form::Offset, block_size, &plain, workers)?;
+    let float = code_rows(tensor, Form::Min, block_size, &plain, workers)?;
+    let takes_min = float.squared_error < whole.squared_error * MIN_FORM_GAIN;
+    let (form, mut coded) = if takes_min { (Form::Min, float) } else { (Form::Offset, whole) };
+    if rounding.feedback.is_some() {
+        coded = code_rows(tensor, form, block_size, rounding, workers)?;
+    }
+    let offsets = if takes_min {
+        BlockOffsets::Min(Floats::from_f16(&coded.stored))
+    } else {
+        let offsets: Vec<u8> = coded.stored.iter().map(|o| (*o as i8).cast_unsigned()).collect();
+        BlockOffsets::Integer(offsets.into())
+    };
+    Ok(coded.blocks(DataType::UFixedPoint4, block_size, offsets))
+}
+
+/// The grid of a scheme, applied to single rows: what a row becomes when it is rounded to nearest.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SchemeGrid {
+    form: Form,
+    block_size: Option<usize>,
+}
+
+impl SchemeGrid {
+    /// Four-bit asymmetric blocks are taken with float minima, the finest form they have.
+    pub(crate) fn of(scheme: Scheme) -> SchemeGrid {
+        let (form, block_size) = match scheme {
+            Scheme::PerChannel { bits } => (Form::Symmetric(bits), None),
+            Scheme::Block { bits, block_size } => (Form::SymmetricF16(bits), Some(block_size)),
+            Scheme::AsymmetricBlock4 { block_size } => (Form::Min, Some(block_size)),
+            Scheme::BlockExpansion4 { block_size } => (Form::Expansion, Some(block_size)),
+        };
+        SchemeGrid { form, block_size }
+    }
+
+    /// Writes what the codes nearest to `row` mean to `rounded`. A block that f16 cannot scale stays as it is; rows that
+    /// are no whole blocks end in a shorter one.
+    pub(crate) fn round_row(&self, row: &[f32], rounded: &mut [f32]) {
+        let block_size = self.block_size.unwrap_or(row.len()).max(1);
+        let row_scale = self.form.row_scale(row, None, block_size, Search::MinMax);
+        for (block, rounded) in row.chunks(block_size).zip(rounded.chunks_mut(block_size)) {
+            match self.form.fit(block, None, row_scale, Search::MinMax) {
+                None => rounded.copy_from_slice(block),
+                Some(grid) => rounded.iter_mut().zip(block).for_each(|(out, v)| *out = grid.value(grid.code(*v))),
             }
-            let offsets: Vec<u8> = whole.offsets.iter().map(|o| (*o as i8).cast_unsigned()).collect();
-            let offsets = BlockOffsets::Integer(offsets.into());
-            Ok(whole.blocks(DataType::UFixedPoint4, block_size, offsets))
         }
     }
 }
@@ -116,175 +240,32 @@ fn check_block(tensor: &SourceTensor, bits: Bits, block_size: usize) -> Result<(
     Err(QuantizeError::Block { tensor: tensor.name.clone(), block_size, k, works })
 }
 
-/// How one block is coded.
-#[derive(Debug, Clone, Copy)]
-enum Form {
-    /// `q · scale`, f32 scale.
-    Symmetric(Bits),
-    /// `q · scale`, f16 scale.
-    SymmetricF16(Bits),
-    /// `(q + offset) · scale`, f16 scale, i8 offset, `q` in `0..=15`.
-    Offset,
-    /// `q · scale + min`, f16 scale and minimum, `q` in `0..=15`.
-    Min,
-}
-
-impl Form {
-    fn bits(self) -> Bits {
-        match self {
-            Form::Symmetric(bits) | Form::SymmetricF16(bits) => bits,
-            Form::Offset | Form::Min => Bits::Four,
-        }
-    }
-
-    /// Smallest and largest code.
-    fn codes(self) -> (f32, f32) {
-        match self {
-            Form::Symmetric(Bits::Eight) | Form::SymmetricF16(Bits::Eight) => (-127.0, 127.0),
-            Form::Symmetric(Bits::Four) | Form::SymmetricF16(Bits::Four) => (-8.0, 7.0),
-            Form::Offset | Form::Min => (0.0, 15.0),
-        }
-    }
-
-    /// Scale and offset for a block of values from `min` to `max`, or `None` if f16 cannot hold them.
-    fn fit(self, min: f32, max: f32) -> Option<(f32, f32)> {
-        let largest = max.max(-min);
-        match self {
-            Form::Symmetric(_) => Some((largest / self.codes().1, 0.0)),
-            Form::SymmetricF16(_) => Some((round_to_f16(largest / self.codes().1)?, 0.0)),
-            Form::Min => Some((round_to_f16((max - min) / 15.0)?, round_to_f16(min)?)),
-            Form::Offset => {
-                // The offset is an i8: a block far from 0 gets a wider range that reaches nearer to it.
-                let scale = round_to_f16(((max - min) / 15.0).max(largest / 127.0))?;
-                let offset = if scale == 0.0 { 0.0 } else { (min / scale).round_ties_even() };
-                Some((scale, offset.clamp(-128.0, 127.0)))
-            }
-        }
-    }
-
-    /// What code 0 means.
-    fn zero(self, scale: f32, offset: f32) -> f32 {
-        match self {
-            Form::Symmetric(_) | Form::SymmetricF16(_) => 0.0,
-            Form::Offset => offset * scale,
-            Form::Min => offset,
-        }
-    }
-}
-
-/// All codes of a tensor, before they are given their encoding.
-struct Coded {
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    offsets: Vec<f32>,
-    squared_error: f64,
-}
-
 impl Coded {
     fn per_channel(self, bits: Bits) -> Quantized {
         let bitwidth = bitwidth(bits);
         let (scales, offsets) = (Floats::from_f32(&self.scales), Vec::new());
         let encoding = Encoding::AxisScaleOffset { bitwidth, axis: 0, scales, offsets };
-        Quantized { data_type: symmetric_type(bits), data: self.codes.into(), encoding }
+        Quantized {
+            data_type: symmetric_type(bits),
+            data: self.codes.into(),
+            encoding,
+            squared_error: self.squared_error,
+        }
     }
 
     fn blocks(self, data_type: DataType, block_size: usize, offsets: BlockOffsets) -> Quantized {
         let (bitwidth, scales) = (data_type.bits() as u8, Floats::from_f16(&self.scales));
         let encoding = Encoding::Block { bitwidth, block_size, scales, offsets };
-        Quantized { data_type, data: self.codes.into(), encoding }
+        Quantized { data_type, data: self.codes.into(), encoding, squared_error: self.squared_error }
     }
-}
 
-/// Codes every row of `tensor` in blocks of `block_size`.
-fn run(tensor: &SourceTensor, form: Form, block_size: usize, workers: &Workers) -> Result<Coded, QuantizeError> {
-    let (n, k) = (tensor.n(), tensor.k());
-    let four = form.bits() == Bits::Four;
-    if four && !k.is_multiple_of(2) {
-        return Err(QuantizeError::OddRow { tensor: tensor.name.clone(), k });
+    fn expansion(self, block_size: usize) -> Quantized {
+        let steps: Vec<u8> = self.stored.iter().map(|step| *step as u8).collect();
+        let (bitwidth, scales) = (4, Floats::from_f32(&self.row_scales));
+        let encoding = Encoding::BlockExpansion { bitwidth, block_size, scales, steps: steps.into() };
+        let squared_error = self.squared_error;
+        Quantized { data_type: DataType::SFixedPoint4, data: self.codes.into(), encoding, squared_error }
     }
-    let (row_codes, row_blocks) = (if four { k / 2 } else { k }, k / block_size);
-    let mut coded = Coded {
-        codes: vec![0; n * row_codes],
-        scales: vec![0.0; n * row_blocks],
-        offsets: vec![0.0; n * row_blocks],
-        squared_error: 0.0,
-    };
-    let chunks: Vec<Mutex<Chunk<'_>>> = coded
-        .codes
-        .chunks_mut(ROWS_PER_ITEM * row_codes)
-        .zip(coded.scales.chunks_mut(ROWS_PER_ITEM * row_blocks))
-        .zip(coded.offsets.chunks_mut(ROWS_PER_ITEM * row_blocks))
-        .enumerate()
-        .map(|(i, ((codes, scales), offsets))| {
-            let start = i * ROWS_PER_ITEM;
-            let rows = start..n.min(start + ROWS_PER_ITEM);
-            Mutex::new(Chunk { rows, codes, scales, offsets, outcome: Ok(0.0) })
-        })
-        .collect();
-    workers.for_each(chunks.len(), |item, _| {
-        // Each item is taken by one worker, so the lock is never waited for; it only proves that to the compiler.
-        let mut chunk = chunks[item].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        chunk.outcome = chunk.code(tensor, form, block_size);
-    });
-    let mut squared_error = 0.0;
-    for chunk in chunks {
-        squared_error += chunk.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).outcome?;
-    }
-    coded.squared_error = squared_error;
-    Ok(coded)
-}
-
-/// Rows that one worker codes at a time.
-struct Chunk<'a> {
-    rows: Range<usize>,
-    codes: &'a mut [u8],
-    scales: &'a mut [f32],
-    offsets: &'a mut [f32],
-    outcome: Result<f64, QuantizeError>,
-}
-
-impl Chunk<'_> {
-    /// Codes the rows and returns the sum of squared differences.
-    fn code(&mut self, tensor: &SourceTensor, form: Form, block_size: usize) -> Result<f64, QuantizeError> {
-        let k = tensor.k();
-        let mut values = vec![0.0; self.rows.len() * k];
-        tensor.read_rows(self.rows.clone(), &mut values);
-        let mut codes = vec![0i8; block_size];
-        let mut squared_error = 0.0;
-        for (i, block) in values.chunks(block_size).enumerate() {
-            let row = self.rows.start + i * block_size / k;
-            let (min, max) = block.iter().fold((f32::MAX, f32::MIN), |(min, max), v| (v.min(min), v.max(max)));
-            if block.iter().any(|v| !v.is_finite()) {
-                return Err(QuantizeError::NotFinite { tensor: tensor.name.clone(), row });
-            }
-            let (scale, offset) =
-                form.fit(min, max).ok_or_else(|| QuantizeError::TooLarge { tensor: tensor.name.clone(), row })?;
-            (self.scales[i], self.offsets[i]) = (scale, offset);
-            squared_error += code_block(form, block, (scale, offset), &mut codes);
-            match form.bits() {
-                Bits::Eight => {
-                    for (out, code) in self.codes[i * block_size..].iter_mut().zip(&codes) {
-                        *out = code.cast_unsigned();
-                    }
-                }
-                Bits::Four => pack_nibbles(&codes, &mut self.codes[i * block_size / 2..]),
-            }
-        }
-        Ok(squared_error)
-    }
-}
-
-/// Chooses the nearest code for each value and returns the sum of squared differences.
-fn code_block(form: Form, block: &[f32], (scale, offset): (f32, f32), codes: &mut [i8]) -> f64 {
-    let (lowest, highest) = form.codes();
-    let zero = form.zero(scale, offset);
-    let mut squared_error = 0.0;
-    for (code, value) in codes.iter_mut().zip(block) {
-        let q = if scale == 0.0 { 0.0 } else { ((value - zero) / scale).round_ties_even().clamp(lowest, highest) };
-        *code = q as i8;
-        squared_error += f64::from(q * scale + zero - value).powi(2);
-    }
-    squared_error
 }
 
 /// Stores four-bit codes (signed ones in two's complement) two to a byte, the first in the low half.
@@ -318,4 +299,3 @@ fn list(sizes: &[usize]) -> String {
 /// The float minimum is taken when it brings the squared error below this part of that of a whole offset. It costs two
 /// bytes a block instead of one.
 pub const MIN_FORM_GAIN: f64 = 0.5;
-const ROWS_PER_ITEM: usize = 16;

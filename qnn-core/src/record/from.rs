@@ -30,6 +30,11 @@ impl From<&Encoding> for EncodingRecord {
                     BlockOffsets::Min(mins) => BlockOffsetsRecord::Min(mins.data_type()),
                 },
             },
+            Encoding::BlockExpansion { bitwidth, block_size, scales, .. } => EncodingRecord::BlockExpansion {
+                bitwidth: *bitwidth,
+                block_size: *block_size,
+                scale_type: scales.data_type(),
+            },
         }
     }
 }

@@ -97,6 +97,9 @@ fn weight_format(tensor: &Tensor) -> Result<WeightFormat, String> {
             (BlockOffsets::Min(_), DataType::UFixedPoint4) => int4(*block_size, BlockOffset::Min),
             _ => return Err(format!("{data_type} with these block offsets has no kernel")),
         },
+        (Some(Encoding::BlockExpansion { block_size, .. }), DataType::SFixedPoint4) => {
+            int4(*block_size, BlockOffset::Symmetric)
+        }
         (encoding, data_type) => {
             let encoded = if encoding.is_some() { "with this encoding" } else { "without encoding" };
             return Err(format!("{data_type} {encoded} has no kernel"));
@@ -127,6 +130,13 @@ impl Source<'_> {
         let (scales, offsets, block) = match &self.tensor.encoding {
             Some(Encoding::AxisScaleOffset { scales, .. }) => (scales, &BlockOffsets::Symmetric, self.k),
             Some(Encoding::Block { block_size, scales, offsets, .. }) => (scales, offsets, *block_size),
+            Some(Encoding::BlockExpansion { block_size, scales, steps, .. }) => {
+                let row_blocks = self.k / block_size;
+                let scale = |b: usize| scales.get(b / row_blocks) * f32::from(steps[b]);
+                let scales: Vec<f32> = (rows.start * row_blocks..rows.end * row_blocks).map(scale).collect();
+                let codes: Vec<i8> = elements.map(|i| self.code(i, format)).collect();
+                return packer.quantized_panel(panel, &codes, &scales, Offsets::None);
+            }
             _ => {
                 let values: Vec<f32> = elements.map(|i| float(self.bytes, self.tensor.data_type, i)).collect();
                 return packer.float_panel(panel, &values);

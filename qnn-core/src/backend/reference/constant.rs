@@ -56,6 +56,10 @@ fn decode(encoding: &Encoding, tensor: &Tensor, k: usize, at: usize, q: f64) -> 
                 BlockOffsets::Min(mins) => q * scale + f64::from(mins.get(block)),
             }
         }
+        Encoding::BlockExpansion { block_size, scales, steps, .. } => {
+            let step = steps[at / k * (k / block_size) + at % k / block_size];
+            q * f64::from(step) * f64::from(scales.get(at / k))
+        }
     }
 }
 

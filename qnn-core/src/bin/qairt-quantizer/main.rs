@@ -25,6 +25,10 @@ use qnn_core::{
     },
 };
 
+mod weights;
+
+use weights::{Situation, WeightArgs};
+
 /// Quantizes a DLC: weights to integers, inputs of matrices to static encodings found by running the model over text.
 ///
 /// With --lora_output_files it calibrates once more with each adapter applied, and adds the encodings to the adapters'
@@ -71,6 +75,9 @@ struct Cli {
     /// One scale for each output of a matrix instead of one for each block.
     #[arg(long)]
     use_per_channel_quantization: bool,
+
+    #[command(flatten)]
+    weights: WeightArgs,
 
     /// Bits of the inputs of matrices.
     #[arg(long, value_name = "BITS", default_value = "16")]
@@ -201,7 +208,21 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let (backend, workers) = (HtpBackend::new(threads)?, Workers::new(threads.max(1))?);
+    let situation = Situation {
+        weights: options.weights,
+        has_overrides: overrides.is_some(),
+        has_adapters: cli.lora_output_files.is_some(),
+    };
+    let rounding = cli.weights.options(&situation, !windows.is_empty())?;
     let mut display = Display::new();
+    let rounded = rounding
+        .map(|options| weights::round(&graph, &options, &windows, &backend, &mut |step| display.say(&step)))
+        .transpose()
+        .with_context(|| format!("cannot round the weights of {}", cli.input_dlc.display()))?;
+    let (graph, rounding) = match rounded {
+        Some((rounded, report)) => (rounded, Some(report)),
+        None => (graph, None),
+    };
     let mut show = |progress: Progress<'_>| display.show(progress);
     let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut show };
     let done = quantize(&graph, &windows, &options, overrides.as_ref(), &mut tools)
@@ -215,6 +236,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     display.end();
     let (quantized, report) = done?;
     write(cli, &quantized, version)?;
+    if let Some(rounding) = &rounding {
+        weights::print(rounding);
+    }
     print_report(&report, windows.len());
     for adapter in adapters {
         println!("adapter {}: encodings of {} tensors in {}", adapter.name, adapter.tensors, adapter.path.display());
@@ -356,6 +380,16 @@ impl Display {
         Display { bar }
     }
 
+    fn say(&self, step: &str) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_message(step.to_owned());
+                bar.tick();
+            }
+            None => eprintln!("{step}"),
+        }
+    }
+
     fn show(&mut self, progress: Progress<'_>) {
         match (progress, &self.bar) {
             (Progress::Weight(name), Some(bar)) => {
@@ -387,5 +421,7 @@ const WORST: usize = 8;
 
 const EXAMPLES: &str = "Examples:
   qairt-quantizer -i float/model.dlc -o w8a16/model.dlc --calibration_text some.txt
+  qairt-quantizer -i float/model.dlc -o w4a16/model.dlc --calibration_text some.txt --weights_bitwidth 4
+  qairt-quantizer -i float/model.dlc -o lpbq/model.dlc --calibration_text some.txt --weights_bitwidth 4 --use_block_steps
   qairt-quantizer -i float/model.dlc -o w4a8/model.dlc --calibration_text some.txt --weights_bitwidth 4 --act_bitwidth 8
   qairt-quantizer -i float/model.dlc -o aimet/model.dlc --quantization_overrides model.encodings --float_fallback";

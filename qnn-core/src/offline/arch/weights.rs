@@ -227,7 +227,7 @@ fn to_f16(tensor: &SourceTensor) -> Result<Bytes, ImportError> {
 
 impl From<Quantized> for Constant {
     fn from(quantized: Quantized) -> Constant {
-        let Quantized { data_type, data, encoding } = quantized;
+        let Quantized { data_type, data, encoding, .. } = quantized;
         Constant { data_type, encoding: Some(encoding), bytes: data }
     }
 }
@@ -259,6 +259,9 @@ impl Constant {
                 };
                 format!("{} block {block_size}{offsets}", self.data_type)
             }
+            Some(Encoding::BlockExpansion { block_size, .. }) => {
+                format!("{} block {block_size}, whole steps", self.data_type)
+            }
         }
     }
 
@@ -268,6 +271,7 @@ impl Constant {
         let encoding = match &self.encoding {
             None | Some(Encoding::ScaleOffset { .. }) => 0,
             Some(Encoding::AxisScaleOffset { scales, offsets, .. }) => floats(scales) + offsets.len() * 4,
+            Some(Encoding::BlockExpansion { scales, steps, .. }) => floats(scales) + steps.len(),
             Some(Encoding::Block { scales, offsets, .. }) => {
                 floats(scales)
                     + match offsets {

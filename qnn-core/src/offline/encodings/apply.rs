@@ -265,5 +265,12 @@ fn integers(tensor: &Tensor, encoding: &Encoding) -> Option<Integers> {
             let layout = Layout::PerBlock { block_size: *block_size };
             Integers { bits: *bitwidth, signed, layout, scales: wide(scales), offsets }
         }
+        Encoding::BlockExpansion { bitwidth, block_size, scales, steps } => {
+            let row_blocks = (steps.len() / scales.len().max(1)).max(1);
+            let scale = |(i, step): (usize, &u8)| f64::from(scales.get(i / row_blocks)) * f64::from(*step);
+            let scales = steps.iter().enumerate().map(scale).collect();
+            let layout = Layout::PerBlock { block_size: *block_size };
+            Integers { bits: *bitwidth, signed, layout, scales, offsets: vec![0; steps.len()] }
+        }
     })
 }

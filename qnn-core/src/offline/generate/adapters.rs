@@ -22,6 +22,7 @@ use crate::{
     offline::{
         ImportError,
         encodings::{EncodingsError, EncodingsFile, Numbers, computed_encoding},
+        equalize::{SCALES_KEY, fingerprint},
         lora::{
             self, LoraError, ParamEncodings, WeightEncoding,
             values::{self, Matrix},
@@ -253,6 +254,9 @@ fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable, model: &Graph) 
     let path = folder.join(&case.weights);
     let read = || -> Result<Prepared, AdapterError> {
         let file = SafetensorsFile::parse(Bytes::map_file(&path)?)?;
+        if file.metadata(SCALES_KEY).map(str::to_owned) != fingerprint(model.metadata()) {
+            return Err(LoraError::OtherScales.into());
+        }
         let mut values = Vec::new();
         for name in file.names() {
             values.push((name.to_owned(), read_value(&file, name, updatable, scales.get(name).map(Vec::as_slice))?));

@@ -35,6 +35,8 @@ enum Scales<'a> {
     One(f32),
     /// One per row or block.
     Each(&'a Floats),
+    /// One per row, times a whole step per block.
+    Steps { scales: &'a Floats, steps: &'a [u8], row_blocks: usize },
 }
 
 #[derive(Debug)]
@@ -157,6 +159,7 @@ impl Scales<'_> {
         match self {
             Scales::One(scale) => *scale,
             Scales::Each(scales) => scales.get(index),
+            Scales::Steps { scales, steps, row_blocks } => scales.get(index / row_blocks) * f32::from(steps[index]),
         }
     }
 }
@@ -184,7 +187,8 @@ fn integer_format<'a>(tensor: &'a Tensor, encoding: &'a Encoding) -> Result<(Wei
     };
     let (Encoding::ScaleOffset { bitwidth, .. }
     | Encoding::AxisScaleOffset { bitwidth, .. }
-    | Encoding::Block { bitwidth, .. }) = encoding;
+    | Encoding::Block { bitwidth, .. }
+    | Encoding::BlockExpansion { bitwidth, .. }) = encoding;
     if usize::from(*bitwidth) != data_type.bits() {
         return refuse(format!("{bitwidth} bits in {data_type}"), "a bit width that fills the type");
     }
@@ -213,6 +217,12 @@ fn integer_format<'a>(tensor: &'a Tensor, encoding: &'a Encoding) -> Result<(Wei
             };
             Ok((format, Codes { shift, scales: Scales::Each(scales), offsets }))
         }
+        Encoding::BlockExpansion { block_size, scales, steps, .. } if data_type == SFixedPoint4 => {
+            let format = WeightFormat::Int4Block { block: *block_size, offset: BlockOffset::Symmetric };
+            let scales = Scales::Steps { scales, steps, row_blocks: steps.len() / scales.len().max(1) };
+            Ok((format, Codes { shift, scales, offsets: none }))
+        }
+        Encoding::BlockExpansion { .. } => refuse(format!("{data_type} with block steps"), "SFIXED_POINT_4"),
     }
 }
 

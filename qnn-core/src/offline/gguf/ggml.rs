@@ -198,7 +198,7 @@ impl GgmlType {
         };
         let (bitwidth, block_size, scales) = (data_type.bits() as u8, self.run(), Floats::from_f16(&scales));
         let encoding = Encoding::Block { bitwidth, block_size, scales, offsets };
-        Ok(Quantized { data_type, data: codes.into(), encoding })
+        Ok(Quantized { data_type, data: codes.into(), encoding, squared_error: 0.0 })
     }
 
     /// Copies the codes, scales and minima of one row; false if f16 cannot hold one.

@@ -8,13 +8,17 @@ use serde_json::{Value, json};
 
 use super::{
     AttachPoint, Folded, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold, load_peft,
-    values, yaml,
+    on_base, values, yaml,
 };
 use crate::{
     atomic_file,
     error::Error,
     graph::Graph,
-    offline::{dlc, safetensors::read_text},
+    offline::{
+        dlc,
+        equalize::{SCALES_KEY, fingerprint},
+        safetensors::read_text,
+    },
     types::DataType,
 };
 
@@ -97,6 +101,8 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
 /// A use case that fits.
 struct Prepared {
     folded: Folded,
+    /// Of the equalization that the values were scaled for.
+    base_scales: Option<String>,
     encodings: ParamEncodings,
     branches: usize,
     max_rank: usize,
@@ -121,6 +127,7 @@ fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoi
     }
     let folded = fold(&case.name, &parts).map_err(Error::lora(first))?;
     folded.land(graph.name(), points).map_err(Error::lora(first))?;
+    let folded = on_base(&folded, Some(graph.metadata())).map_err(Error::lora(first))?.into_owned();
     let branches: Vec<_> = points.iter().filter_map(|point| point.branch).collect();
     let (max_rank, data_type) = branches.first().map_or((0, DataType::Float32), |b| (b.max_rank, b.data_type));
     let mut warnings = warnings(&adapters, points).map_err(Error::lora(first))?;
@@ -128,11 +135,18 @@ fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoi
         None => encodings(&folded, data_type),
         Some(path) => {
             let path = base.join(path);
+            if graph.metadata().contains_key(SCALES_KEY) {
+                return Err(Error::lora(&path)(LoraError::NotSupported {
+                    what: "quant_overrides on a base with equalized channels, which have other ranges".to_owned(),
+                    instead: "leave it out; the encodings then follow from the values",
+                }));
+            }
             let text = read_text(&path, MAX_ENCODINGS_BYTES)?;
             overridden(&text, &folded, data_type, &mut warnings).map_err(Error::lora(&path))?
         }
     };
-    Ok(Prepared { folded, encodings, branches: branches.len(), max_rank, data_type, warnings })
+    let base_scales = fingerprint(graph.metadata());
+    Ok(Prepared { folded, base_scales, encodings, branches: branches.len(), max_rank, data_type, warnings })
 }
 
 /// Modules that a config targets, the graph has, and the file has no tensors for: PEFT leaves these at zero.
@@ -221,7 +235,7 @@ impl Prepared {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let folded = &self.folded;
         let weights = folder.join(format!("{}.safetensors", folded.name));
-        let bytes = safetensors_of(folded).map_err(Error::lora(&weights))?;
+        let bytes = safetensors_of(folded, self.base_scales.as_deref()).map_err(Error::lora(&weights))?;
         atomic_file::write(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
         let encodings = folder.join(format!("{}.encodings", folded.name));
         let json = format!("{}\n", self.encodings.to_json());
@@ -243,12 +257,15 @@ impl Prepared {
 
 /// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata. The same values
 /// always give the same bytes.
-fn safetensors_of(folded: &Folded) -> Result<Vec<u8>, LoraError> {
+fn safetensors_of(folded: &Folded, base_scales: Option<&str>) -> Result<Vec<u8>, LoraError> {
     let mut header = serde_json::Map::new();
     let slots = serde_json::to_string(&folded.slots).map_err(LoraError::Json)?;
-    let metadata = json!({
+    let mut metadata = json!({
         "format": FORMAT, "version": VERSION, "use_case": folded.name, "rank": folded.rank.to_string(), "slots": slots,
     });
+    if let Some(base_scales) = base_scales {
+        metadata[SCALES_KEY] = base_scales.into();
+    }
     header.insert("__metadata__".to_owned(), metadata);
     let mut data: Vec<u8> = Vec::new();
     for half in folded.modules.iter().flat_map(|module| [module.a(), module.b()]) {

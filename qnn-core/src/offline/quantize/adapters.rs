@@ -14,6 +14,7 @@ use crate::{
     map::Bytes,
     offline::{
         encodings::{EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers},
+        equalize::{SCALES_KEY, fingerprint},
         generate::listed_adapters,
         lora::{
             LoraError, MODE_KEY,
@@ -90,6 +91,9 @@ fn read_adapter(graph: &Graph, name: &str, path: &Path) -> Result<Adapter, Error
     let refused = |why: LoraError| Error::lora(path)(why);
     let file = SafetensorsFile::parse(Bytes::map_file(path).map_err(Error::io(path))?)
         .map_err(|why| refused(LoraError::Safetensors(why)))?;
+    if file.metadata(SCALES_KEY).map(str::to_owned) != fingerprint(graph.metadata()) {
+        return Err(refused(LoraError::OtherScales));
+    }
     let mut values: HashMap<String, crate::Panels> = HashMap::new();
     for tensor_name in file.names() {
         let Some(stored) = file.tensor(tensor_name) else { continue };

@@ -1,0 +1,176 @@
+//! Options for rounding weights better than to nearest.
+
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use qnn_core::{
+    Graph,
+    backend::HtpBackend,
+    offline::{
+        arch::{Grouping, WeightType},
+        quantize_weights::{Bits, Scheme},
+        rounding::{Method, RoundingOptions, RoundingReport, RoundingStep, WeightReport, round_weights},
+    },
+};
+
+/// How float weights become integers.
+#[derive(Args)]
+pub(crate) struct WeightArgs {
+    /// How codes are chosen. gptq: later inputs of a matrix make good the error of earlier ones, layer by layer; needs text.
+    /// mse: block scales with the least squared error. Default: gptq for 4-bit weights where there is text, else nearest.
+    #[arg(long, value_name = "METHOD")]
+    weight_rounding: Option<RoundingName>,
+
+    /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
+    /// model computes stays the same. Adapters have to be imported with the DLC that comes out. Default: on for 4-bit weights
+    /// that are rounded by gptq or mse, unless adapters or an encodings file are given.
+    #[arg(long, value_name = "BOOL")]
+    equalize_channels: Option<bool>,
+
+    /// Four-bit blocks with a whole step from 1 to 16 each and one scale for each output (LPBQ). Default block size: 64.
+    #[arg(long)]
+    use_block_steps: bool,
+
+    /// Part of the layers' weights, from 0 to 1, that gets 8 bits: the matrices that lose most at 4.
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    wide_share: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum RoundingName {
+    Nearest,
+    Mse,
+    Gptq,
+}
+
+/// What else decides about the weights.
+pub(crate) struct Situation {
+    pub(crate) weights: WeightType,
+    pub(crate) has_overrides: bool,
+    pub(crate) has_adapters: bool,
+}
+
+impl WeightArgs {
+    /// What to do before the graph is quantized; `None`: nothing, the quantizer rounds to nearest.
+    pub(crate) fn options(&self, situation: &Situation, has_text: bool) -> anyhow::Result<Option<RoundingOptions>> {
+        let WeightType::Int { bits, grouping } = situation.weights else {
+            if self.is_used() {
+                bail!(
+                    "--weight_rounding, --equalize_channels, --use_block_steps, --wide_share need --weights_bitwidth 4 or 8"
+                );
+            }
+            return Ok(None);
+        };
+        if situation.has_overrides {
+            if self.is_used() {
+                bail!("--quantization_overrides has scales of its own; leave out the options for rounding weights");
+            }
+            return Ok(None);
+        }
+        let four = bits == Bits::Four;
+        let default = if four && has_text { RoundingName::Gptq } else { RoundingName::Nearest };
+        let method = self.weight_rounding.unwrap_or(default);
+        let better = four && method != RoundingName::Nearest;
+        let equalize = self.equalize_channels.unwrap_or(better && !situation.has_adapters);
+        if equalize && situation.has_adapters {
+            bail!(
+                "--equalize_channels changes what adapters have to be scaled for: quantize without --lora_output_files, \
+                 import the adapters with the new DLC, and quantize that with --lora_output_files"
+            );
+        }
+        if !four && (self.use_block_steps || self.wide_share > 0.0) {
+            bail!("--use_block_steps and --wide_share need --weights_bitwidth 4");
+        }
+        if self.use_block_steps && grouping == Grouping::PerChannel {
+            bail!("--use_block_steps has blocks; leave out --use_per_channel_quantization");
+        }
+        if method == RoundingName::Nearest && !equalize && !self.use_block_steps && self.wide_share == 0.0 {
+            return Ok(None);
+        }
+        Ok(Some(RoundingOptions {
+            scheme: self.scheme(bits, grouping),
+            embedding: match grouping {
+                Grouping::PerChannel => Scheme::PerChannel { bits: Bits::Eight },
+                Grouping::Block(block_size) => Scheme::Block { bits: Bits::Eight, block_size },
+                Grouping::Default => Scheme::Block { bits: Bits::Eight, block_size: DEFAULT_BLOCK },
+            },
+            fit_blocks: grouping == Grouping::Default,
+            method: match method {
+                RoundingName::Nearest => Method::Nearest,
+                RoundingName::Mse => Method::Mse,
+                RoundingName::Gptq => Method::Feedback { damping: DAMPING },
+            },
+            equalize,
+            wide_share: self.wide_share,
+        }))
+    }
+
+    fn scheme(&self, bits: Bits, grouping: Grouping) -> Scheme {
+        let default = if self.use_block_steps { DEFAULT_STEP_BLOCK } else { DEFAULT_BLOCK };
+        let block_size = match grouping {
+            Grouping::Block(block_size) => block_size,
+            Grouping::Default => default,
+            Grouping::PerChannel => return Scheme::PerChannel { bits },
+        };
+        match bits {
+            Bits::Eight => Scheme::Block { bits, block_size },
+            Bits::Four if self.use_block_steps => Scheme::BlockExpansion4 { block_size },
+            Bits::Four => Scheme::AsymmetricBlock4 { block_size },
+        }
+    }
+
+    fn is_used(&self) -> bool {
+        self.weight_rounding.is_some_and(|method| method != RoundingName::Nearest)
+            || self.equalize_channels == Some(true)
+            || self.use_block_steps
+            || self.wide_share > 0.0
+    }
+}
+
+/// Rounds the weights of `graph`, telling `say` about each step.
+pub(crate) fn round(
+    graph: &Graph,
+    options: &RoundingOptions,
+    windows: &[&[u32]],
+    backend: &HtpBackend,
+    say: &mut dyn FnMut(String),
+) -> anyhow::Result<(Graph, RoundingReport)> {
+    Ok(round_weights(graph, options, windows, backend, &mut |step| {
+        say(match step {
+            RoundingStep::Equalize => "scaling channels".to_owned(),
+            RoundingStep::Measure { layer, of } => format!("measuring layer {} of {of}", layer + 1),
+            RoundingStep::Layer { layer, of } => format!("rounding layer {} of {of}", layer + 1),
+            RoundingStep::Embedding => "rounding embedding and head".to_owned(),
+        });
+    })?)
+}
+
+/// Prints what became of the weights.
+pub(crate) fn print(report: &RoundingReport) {
+    let scaled: Vec<_> = report.groups.iter().filter(|group| group.error_after < group.error_before).collect();
+    if !report.groups.is_empty() {
+        let mean = |error: fn(&qnn_core::offline::equalize::GroupReport) -> f64| {
+            scaled.iter().map(|group| error(group)).sum::<f64>() / scaled.len().max(1) as f64
+        };
+        let (before, after) = (mean(|group| group.error_before), mean(|group| group.error_after));
+        println!("channels scaled: {} of {} groups", scaled.len(), report.groups.len());
+        if !scaled.is_empty() {
+            println!("  mean relative error of nearest codes {before:.2e} before, {after:.2e} after");
+        }
+    }
+    let wide: Vec<&WeightReport> = report.weights.iter().filter(|weight| weight.bits == 8).collect();
+    println!(
+        "rounded: {} weights, {} of them to 8 bits; worst signal to noise first:",
+        report.weights.len(),
+        wide.len()
+    );
+    let mut weights: Vec<&WeightReport> = report.weights.iter().collect();
+    weights.sort_by(|a, b| a.sqnr_db.total_cmp(&b.sqnr_db));
+    for weight in weights.iter().take(super::WORST) {
+        println!("  {:>6.1} dB  {}: {} bits", weight.sqnr_db, weight.name, weight.bits);
+    }
+}
+
+const DEFAULT_BLOCK: usize = 32;
+const DEFAULT_STEP_BLOCK: usize = 64;
+/// Part of the inputs' mean square on the diagonal of their moments: the value of the GPTQ paper.
+const DAMPING: f32 = 0.01;

@@ -1,0 +1,296 @@
+//! Guards rounding with calibration: equalization keeps what a graph computes, with and without an adapter; error feedback
+//! makes outputs better; block steps mean the same in files, in the reference and in the kernels' panels.
+
+mod support;
+
+use htp_sim::Workers;
+use qnn_core::{
+    DataType, Encoding, Floats, Graph, TensorData,
+    backend::{HtpBackend, htp::pack_constant, reference::dequantize_constant},
+    offline::{
+        calibrate::{Calibrator, Feed, Probe, float_graph},
+        dlc,
+        equalize::{ChannelScales, ScalesError, equalize},
+        lora::{Folded, FoldedModule, adapter_for_graph},
+        quantize_weights::{Bits, Feedback, Moments, Rounding, Scheme, Search, quantize_with},
+        rounding::{Method, RoundingError, RoundingOptions, round_weights, set_dynamic_activations},
+        source::{ElementFormat, SourceTensor},
+    },
+};
+use support::{Form, Rng, Tiny, tiny};
+
+const RANK: usize = 4;
+const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
+
+/// A float model whose weights came off their four-bit grid by factors on the channels between norms and matrices.
+fn off_grid(branch: bool) -> Graph {
+    let branch = branch.then_some((RANK, DataType::Float32));
+    let graph =
+        tiny("model", Tiny { seed: 11, ar: 32, cl: 32, forms: &[Form::Int4BlockMin], branch, ..Tiny::default() });
+    let mut graph = float_graph(&graph).expect("plain constants");
+    graph.set_metadata("lora_alpha_tensor", "lora_alpha");
+    let mut rng = Rng(4);
+    for layer in 0..2 {
+        for (norm, readers) in [
+            ("input_layernorm", &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..]),
+            ("post_attention_layernorm", &["mlp.gate_proj", "mlp.up_proj"]),
+        ] {
+            let factors: Vec<f32> = (0..support::HIDDEN).map(|_| (0.5 * rng.float()).exp()).collect();
+            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+            scale_columns(&mut graph, &name(norm), |column| 1.0 / factors[column]);
+            readers.iter().for_each(|reader| scale_columns(&mut graph, &name(reader), |column| factors[column]));
+        }
+    }
+    graph
+}
+
+fn scale_columns(graph: &mut Graph, name: &str, factor: impl Fn(usize) -> f32) {
+    let id = graph.find(name).expect("every tiny model has it");
+    let k = graph.tensor(id).shape.last();
+    let values = dequantize_constant(graph.tensor(id));
+    let scaled: Vec<f32> = values.iter().enumerate().map(|(at, v)| *v as f32 * factor(at % k)).collect();
+    let data = TensorData::Flat(Floats::from_f32(&scaled).bytes().clone());
+    graph.replace_constant(id, DataType::Float32, None, data).expect("the same extents");
+}
+
+fn windows() -> Vec<Vec<u32>> {
+    let mut rng = Rng(77);
+    (0..6).map(|_| (0..24).map(|_| (rng.next() % support::VOCAB as u64) as u32).collect()).collect()
+}
+
+/// Logits of all positions of the first window, on the float path, with `adapter` at strength 0.7.
+fn logits(graph: &Graph, adapter: Option<&Folded>) -> Vec<f32> {
+    let backend = HtpBackend::new(1).expect("one thread");
+    let taps = vec![graph.find("logits").expect("every tiny model has it")];
+    let probe = Probe { taps, max_window: 24, ..Probe::default() };
+    let mut calibrator = Calibrator::new(graph, &probe, &backend).expect("it runs");
+    let adapter = adapter.map(|folded| adapter_for_graph(graph, folded).expect("it fits"));
+    calibrator.set_adapter(adapter, &vec![0.7; calibrator.n_strengths()]).expect("as many as there are");
+    let mut all = Vec::new();
+    calibrator.run(Feed::Ids(&windows()[0]), &mut |rows| all.extend_from_slice(rows.values)).expect("it runs");
+    all
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    (difference / b.iter().map(|b| f64::from(*b).powi(2)).sum::<f64>()).sqrt()
+}
+
+fn random_folded() -> Folded {
+    let mut rng = Rng(21);
+    let mut values = |n: usize| (0..n).map(|_| 0.3 * rng.float()).collect::<Vec<f32>>();
+    let module = |(name, n, k): (&str, usize, usize)| FoldedModule {
+        module: format!("model.layers.1.{name}"),
+        rank: RANK,
+        n,
+        k,
+        a_values: values(RANK * k),
+        b_values: values(n * RANK),
+    };
+    let modules = [
+        ("self_attn.q_proj", 32, 32),
+        ("self_attn.v_proj", 16, 32),
+        ("self_attn.o_proj", 32, 32),
+        ("mlp.up_proj", 64, 32),
+        ("mlp.down_proj", 32, 64),
+    ];
+    Folded { name: "a".to_owned(), rank: RANK, slots: Vec::new(), modules: modules.into_iter().map(module).collect() }
+}
+
+// Guards: equalization changes no result, brings weights that came off a grid back to it, and says what it did.
+#[test]
+fn equalization_keeps_the_function_and_finds_the_grid() {
+    let workers = Workers::new(2).expect("two threads");
+    let graph = off_grid(false);
+    let mut equalized = graph.clone();
+    let reports = equalize(&mut equalized, SCHEME, &workers).expect("a float graph");
+    assert_eq!(reports.len(), 8, "two norms, v to o and up to down in each of two layers");
+    for report in reports.iter().filter(|report| report.source.ends_with("layernorm.weight")) {
+        assert!(report.error_before > 20.0 * report.error_after, "{report:?}");
+    }
+    assert!(distance(&logits(&equalized, None), &logits(&graph, None)) < 1e-3);
+    let mut again = graph.clone();
+    equalize(&mut again, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    assert_eq!(again.metadata(), equalized.metadata(), "the factors do not depend on the number of workers");
+    assert!(matches!(equalize(&mut equalized, SCHEME, &workers), Err(ScalesError::Twice)));
+    let on_grid = float_graph(&tiny("model", Tiny { forms: &[Form::Int4BlockMin], ..Tiny::default() }));
+    let mut on_grid = on_grid.expect("plain constants");
+    equalize(&mut on_grid, SCHEME, &workers).expect("a float graph");
+    assert!(ChannelScales::of(on_grid.metadata()).expect("none").is_empty(), "weights on the grid stay where they are");
+}
+
+// Guards: an adapter has the effect on an equalized base that it has on the base it was trained on; one of another size is
+// refused by the names.
+#[test]
+fn adapters_follow_an_equalized_base() {
+    let graph = off_grid(true);
+    let mut equalized = graph.clone();
+    equalize(&mut equalized, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    let folded = random_folded();
+    let (base, want) = (logits(&graph, None), logits(&graph, Some(&folded)));
+    assert!(distance(&base, &want) > 0.05, "the adapter has an effect");
+    assert!(distance(&logits(&equalized, Some(&folded)), &want) < 1e-3);
+    let scales = ChannelScales::of(equalized.metadata()).expect("recorded just now");
+    let mut wrong = folded;
+    wrong.modules[0].k = 16;
+    wrong.modules[0].a_values.truncate(RANK * 16);
+    let refused = scales.apply_to(&mut wrong).expect_err("the extents differ").to_string();
+    assert!(refused.contains("q_proj") && refused.contains("16 inputs") && refused.contains("32"), "{refused}");
+}
+
+// Guards: a record of scales that is no such record is refused, not taken for none.
+#[test]
+fn damaged_scales_are_refused() {
+    for text in [
+        "",
+        "{}",
+        r#"{"lists":["3c"],"modules":{}}"#,
+        r#"{"lists":["0000"],"modules":{}}"#,
+        r#"{"lists":[],"modules":{"m":{"inputs":0}}}"#,
+        r#"{"lists":["7c00"],"modules":{}}"#,
+        r#"{"lists":["äää"],"modules":{}}"#,
+    ] {
+        let metadata = [("channel_scales".to_owned(), text.to_owned())].into();
+        assert!(ChannelScales::of(&metadata).is_err(), "{text}");
+    }
+}
+
+/// Rows of inputs that hang together, as activations do.
+fn correlated_inputs(k: usize, rows: usize) -> Vec<f32> {
+    let mut rng = Rng(31);
+    let mix: Vec<f32> = (0..k * 8).map(|_| rng.float()).collect();
+    let mut all = Vec::new();
+    for _ in 0..rows {
+        let sources: Vec<f32> = (0..8).map(|_| rng.float()).collect();
+        all.extend((0..k).map(|i| 0.3 * rng.float() + (0..8).map(|j| mix[i * 8 + j] * sources[j]).sum::<f32>()));
+    }
+    all
+}
+
+// Guards: error feedback makes the outputs of a matrix better than nearest codes do, for every scheme; and better scales
+// make them better without it.
+#[test]
+fn feedback_reduces_the_output_error() {
+    let (n, k) = (48, 64);
+    let mut rng = Rng(8);
+    let weights: Vec<f32> = (0..n * k).map(|_| rng.float() * rng.float()).collect();
+    let bytes = weights.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into();
+    let tensor = SourceTensor::new("w", vec![n, k], ElementFormat::F32, bytes).expect("a matrix");
+    let inputs = correlated_inputs(k, 256);
+    let mut moments = Moments::new(k);
+    for x in inputs.chunks_exact(k) {
+        for i in 0..k {
+            (0..k).for_each(|j| moments.sums_mut()[i * k + j] += x[i] * x[j]);
+        }
+    }
+    let importance = moments.diagonal();
+    let feedback = Feedback::new(&moments, 0.01).expect("inputs were seen");
+    let workers = Workers::new(2).expect("two threads");
+    let error = |scheme, rounding: &Rounding<'_>| -> f64 {
+        let quantized = quantize_with(&tensor, scheme, rounding, &workers).expect("finite weights");
+        let tensor = support_tensor(&quantized, n, k);
+        let values = dequantize_constant(&tensor);
+        let differences: Vec<f64> = values.iter().zip(&weights).map(|(q, w)| q - f64::from(*w)).collect();
+        let output = |x: &[f32], d: &[f64]| x.iter().zip(d).map(|(x, d)| f64::from(*x) * d).sum::<f64>().powi(2);
+        inputs.chunks_exact(k).map(|x| differences.chunks_exact(k).map(|d| output(x, d)).sum::<f64>()).sum()
+    };
+    for scheme in [
+        Scheme::AsymmetricBlock4 { block_size: 32 },
+        Scheme::Block { bits: Bits::Four, block_size: 32 },
+        Scheme::BlockExpansion4 { block_size: 32 },
+        Scheme::PerChannel { bits: Bits::Four },
+        Scheme::PerChannel { bits: Bits::Eight },
+    ] {
+        let nearest = error(scheme, &Rounding::NEAREST);
+        let mse = Rounding { search: Search::Mse, importance: Some(&importance), feedback: None };
+        let searched = error(scheme, &mse);
+        let fed_back = error(scheme, &Rounding { feedback: Some(&feedback), ..mse });
+        assert!(searched < nearest * 1.02, "{scheme:?}: {searched} after {nearest}");
+        assert!(fed_back < nearest * 0.5, "{scheme:?}: {fed_back} after {nearest}");
+    }
+}
+
+fn support_tensor(quantized: &qnn_core::offline::quantize_weights::Quantized, n: usize, k: usize) -> qnn_core::Tensor {
+    qnn_core::Tensor {
+        name: "w".to_owned(),
+        tensor_type: qnn_core::TensorType::Static,
+        data_type: quantized.data_type,
+        shape: qnn_core::Shape::fixed(&[n, k]),
+        encoding: Some(quantized.encoding.clone()),
+        data: Some(TensorData::Flat(quantized.data.clone())),
+    }
+}
+
+fn options(scheme: Scheme, method: Method) -> RoundingOptions {
+    let embedding = Scheme::Block { bits: Bits::Eight, block_size: 32 };
+    RoundingOptions { scheme, embedding, fit_blocks: false, method, equalize: true, wide_share: 0.0 }
+}
+
+// Guards: a whole model is rounded, is near what it was, and the report names each weight once; block steps survive a DLC
+// and mean in panels exactly what they mean in the reference.
+#[test]
+fn models_are_rounded_layer_by_layer() {
+    let backend = HtpBackend::new(2).expect("two threads");
+    let graph = off_grid(false);
+    let windows = windows();
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let want = logits(&graph, None);
+    let feedback = Method::Feedback { damping: 0.01 };
+    let mut layers_seen = 0;
+    let (rounded, report) = round_weights(&graph, &options(SCHEME, feedback), &windows, &backend, &mut |step| {
+        layers_seen += usize::from(matches!(step, qnn_core::offline::rounding::RoundingStep::Layer { .. }));
+    })
+    .expect("it can be rounded");
+    assert_eq!((layers_seen, report.weights.len(), report.groups.len()), (2, 15, 8));
+    assert!(distance(&logits(&rounded, None), &want) < 0.02);
+    let steps = Scheme::BlockExpansion4 { block_size: 16 };
+    let (mut rounded, report) = round_weights(
+        &graph,
+        &RoundingOptions { wide_share: 0.2, ..options(steps, feedback) },
+        &windows,
+        &backend,
+        &mut |_| {},
+    )
+    .expect("it can be rounded");
+    let wide: u64 =
+        report.weights.iter().filter(|w| w.bits == 8 && w.name.contains("layers")).map(|w| w.elements).sum();
+    let all: u64 = report.weights.iter().filter(|w| w.name.contains("layers")).map(|w| w.elements).sum();
+    assert!(wide > 0 && wide * 5 <= all, "{wide} of {all} are wide");
+    assert!(distance(&logits(&rounded, None), &want) < 0.15);
+    set_dynamic_activations(&mut rounded, DataType::SFixedPoint16, DataType::SFixedPoint8).expect("plain tensors");
+    let path = std::env::temp_dir().join(format!("genie-rounding-{}.dlc", std::process::id()));
+    dlc::write_dlc(&path, &rounded).expect("it can be stored");
+    let read = dlc::read_dlc(&path).expect("it was written just now");
+    std::fs::remove_file(&path).expect("it is there");
+    let mut n_steps = 0;
+    for tensor in read.tensors().iter().filter(|t| matches!(t.encoding, Some(Encoding::BlockExpansion { .. }))) {
+        let want = dequantize_constant(tensor);
+        let panels = pack_constant(tensor).expect("there is a kernel");
+        let mut row = vec![0.0; tensor.shape.last()];
+        for (n, want) in want.chunks_exact(row.len()).enumerate() {
+            panels.view().dequantize_row(n, &mut row);
+            assert!(row.iter().zip(want).all(|(have, want)| f64::from(*have) == *want), "{} row {n}", tensor.name);
+        }
+        n_steps += 1;
+    }
+    assert!(n_steps > 5);
+}
+
+// Guards: what cannot be done is refused, with the names and numbers.
+#[test]
+fn impossible_roundings_are_refused() {
+    let backend = HtpBackend::new(1).expect("one thread");
+    let graph = off_grid(false);
+    let why = |graph: &Graph, options: RoundingOptions| {
+        round_weights(graph, &options, &[], &backend, &mut |_| {}).expect_err("it has to be refused")
+    };
+    let feedback = Method::Feedback { damping: 0.01 };
+    assert!(matches!(why(&graph, options(SCHEME, feedback)), RoundingError::NoCalibration));
+    let share = RoundingOptions { wide_share: 1.5, ..options(SCHEME, Method::Mse) };
+    assert!(why(&graph, share).to_string().contains("1.5"));
+    let block = why(&graph, options(Scheme::AsymmetricBlock4 { block_size: 24 }, Method::Nearest)).to_string();
+    assert!(block.contains("blocks of 24 in rows of") && block.contains("8, 16, 32"), "{block}");
+    let integers = tiny("model", Tiny { forms: &[Form::Int8Channel], ..Tiny::default() });
+    assert!(matches!(why(&integers, options(SCHEME, Method::Mse)), RoundingError::NothingToRound { .. }));
+    assert!(Feedback::new(&Moments::new(8), 0.01).is_none(), "nothing was seen");
+}
