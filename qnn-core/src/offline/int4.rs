@@ -271,7 +271,12 @@ pub(super) fn keep_grid(tensor: &SourceTensor, block_size: usize) -> Quantized {
         true => BlockOffsets::Symmetric,
         false => BlockOffsets::Integer(blocks().map(|block| block[2]).collect::<Vec<u8>>().into()),
     };
-    Quantized { data_type, data: codes.into(), encoding: Encoding::Block { bitwidth: 4, block_size, scales, offsets } }
+    Quantized {
+        data_type,
+        data: codes.into(),
+        encoding: Encoding::Block { bitwidth: 4, block_size, scales, offsets },
+        squared_error: 0.0,
+    }
 }
 
 /// Scale and offset, before a block's codes.
