@@ -98,7 +98,7 @@ fn weight_format(tensor: &Tensor) -> Result<WeightFormat, String> {
             _ => return Err(format!("{data_type} with these block offsets has no kernel")),
         },
         (Some(Encoding::BlockExpansion { block_size, .. }), DataType::SFixedPoint4) => {
-            int4(*block_size, BlockOffset::Symmetric)
+            WeightFormat::Int4Expansion { block: *block_size }
         }
         (encoding, data_type) => {
             let encoded = if encoding.is_some() { "with this encoding" } else { "without encoding" };
@@ -132,10 +132,10 @@ impl Source<'_> {
             Some(Encoding::Block { block_size, scales, offsets, .. }) => (scales, offsets, *block_size),
             Some(Encoding::BlockExpansion { block_size, scales, steps, .. }) => {
                 let row_blocks = self.k / block_size;
-                let scale = |b: usize| scales.get(b / row_blocks) * f32::from(steps[b]);
-                let scales: Vec<f32> = (rows.start * row_blocks..rows.end * row_blocks).map(scale).collect();
+                let steps = &steps[rows.start * row_blocks..rows.end * row_blocks];
+                let scales: Vec<f32> = rows.map(|row| scales.get(row)).collect();
                 let codes: Vec<i8> = elements.map(|i| self.code(i, format)).collect();
-                return packer.quantized_panel(panel, &codes, &scales, Offsets::None);
+                return packer.quantized_panel(panel, &codes, &scales, Offsets::Steps(steps));
             }
             _ => {
                 let values: Vec<f32> = elements.map(|i| float(self.bytes, self.tensor.data_type, i)).collect();

@@ -35,8 +35,6 @@ enum Scales<'a> {
     One(f32),
     /// One per row or block.
     Each(&'a Floats),
-    /// One per row, times a whole step per block.
-    Steps { scales: &'a Floats, steps: &'a [u8], row_blocks: usize },
 }
 
 #[derive(Debug)]
@@ -47,6 +45,8 @@ enum PackOffsets<'a> {
     /// One i8 per block, and what is added to each to make up for `shift`.
     Whole(&'a [u8], i32),
     Min(&'a Floats),
+    /// A step per block, beside a scale per row.
+    Steps(&'a [u8]),
 }
 
 impl<'a> Packing<'a> {
@@ -133,6 +133,10 @@ impl<'a> Packing<'a> {
                 let offsets: Vec<i8> = all[blocks].iter().map(offset).collect();
                 packer.quantized_panel(panel, &stored, &scales, Offsets::Integer(&offsets))
             }
+            PackOffsets::Steps(all) => {
+                let steps = &all[rows.start * self.layout.steps()..rows.end * self.layout.steps()];
+                packer.quantized_panel(panel, &stored, &scales, Offsets::Steps(steps))
+            }
             PackOffsets::Min(all) => {
                 let minima: Vec<f32> = blocks.map(|i| all.get(i)).collect();
                 packer.quantized_panel(panel, &stored, &scales, Offsets::Min(&minima))
@@ -159,7 +163,6 @@ impl Scales<'_> {
         match self {
             Scales::One(scale) => *scale,
             Scales::Each(scales) => scales.get(index),
-            Scales::Steps { scales, steps, row_blocks } => scales.get(index / row_blocks) * f32::from(steps[index]),
         }
     }
 }
@@ -218,9 +221,8 @@ fn integer_format<'a>(tensor: &'a Tensor, encoding: &'a Encoding) -> Result<(Wei
             Ok((format, Codes { shift, scales: Scales::Each(scales), offsets }))
         }
         Encoding::BlockExpansion { block_size, scales, steps, .. } if data_type == SFixedPoint4 => {
-            let format = WeightFormat::Int4Block { block: *block_size, offset: BlockOffset::Symmetric };
-            let scales = Scales::Steps { scales, steps, row_blocks: steps.len() / scales.len().max(1) };
-            Ok((format, Codes { shift, scales, offsets: none }))
+            let format = WeightFormat::Int4Expansion { block: *block_size };
+            Ok((format, Codes { shift, scales: Scales::Each(scales), offsets: PackOffsets::Steps(steps) }))
         }
         Encoding::BlockExpansion { .. } => refuse(format!("{data_type} with block steps"), "SFIXED_POINT_4"),
     }
