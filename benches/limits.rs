@@ -89,15 +89,13 @@ fn instruction_sets() -> Vec<InstructionSet> {
         let mut sets = Vec::new();
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the CPU has the instruction set.
-            sets.push(InstructionSet {
-                name: "avx512_vnni",
-                run: |n| unsafe { x86_64::vnni(n) },
-                per_iteration: 16 * 64,
-            });
+            let run: fn(usize) = |n| unsafe { x86_64::vnni(n) };
+            sets.push(InstructionSet { name: "avx512_vnni", run, per_iteration: 16 * 64 });
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has the instruction set.
-            sets.push(InstructionSet { name: "avx2", run: |n| unsafe { x86_64::avx2(n) }, per_iteration: 12 * 32 });
+            let run: fn(usize) = |n| unsafe { x86_64::avx2(n) };
+            sets.push(InstructionSet { name: "avx2", run, per_iteration: 12 * 32 });
         }
         sets
     }
