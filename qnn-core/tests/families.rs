@@ -5,12 +5,14 @@ use std::sync::{Arc, atomic::AtomicBool};
 
 use qnn_core::backend::{HtpBackend, ReferenceBackend};
 use qnn_core::binary::Verify;
-use qnn_core::offline::arch::{ActivationBits, CacheType, Precision, WeightType};
+use qnn_core::offline::arch::{ActivationBits, CacheType, Grouping, Precision, WeightType};
 use qnn_core::offline::convert::{ConvertOptions, convert_with_lora};
-use qnn_core::offline::lora::{LoraBits, LoraOptions, UpdatableMode, adapter_from_peft};
+use qnn_core::offline::lora::{LoraBits, LoraOptions, UpdatableMode, adapter_from_peft, attach_points, load_peft};
+use qnn_core::offline::quantize_weights::Bits;
+use qnn_core::offline::source::Source;
 use qnn_core::offline::{dlc, specialize};
-use qnn_core::{Adapter, Backend, Bindings, Context, ContextBuilder, Graph};
-use serde_json::Value;
+use qnn_core::{Adapter, Backend, Bindings, Context, ContextBuilder, Graph, Tensor, TensorData};
+use serde_json::{Value, json};
 
 const FLOAT: Precision =
     Precision { weights: WeightType::F32, activations: ActivationBits::Sixteen, cache: Some(CacheType::F32) };
@@ -82,9 +84,13 @@ fn with_changes(family: &str, changes: &Value) -> tempfile::TempDir {
 
 /// The graph of `input`, with branches for `adapter`.
 fn convert(input: &Path, adapter: Option<&Path>) -> Graph {
+    convert_to(FLOAT, input, adapter)
+}
+
+fn convert_to(precision: Precision, input: &Path, adapter: Option<&Path>) -> Graph {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("model.dlc");
-    let options = ConvertOptions { input: input.to_owned(), output: output.clone(), precision: FLOAT, threads: 1 };
+    let options = ConvertOptions { input: input.to_owned(), output: output.clone(), precision, threads: 1 };
     let lora = adapter.map(|adapter| LoraOptions {
         weight_list: None,
         adapters: vec![adapter.to_owned()],
@@ -194,4 +200,114 @@ fn gguf_files_match_transformers() {
         }
     }
     assert_eq!(all.as_object().unwrap().len(), 8);
+}
+
+/// Guards: with integer weights, activations and caches both backends compute the same of every family, and stay near the
+/// float graph.
+#[test]
+fn quantized_families_agree_on_both_backends() {
+    let golden = Golden::read();
+    let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::PerChannel };
+    let precision = Precision { weights, activations: ActivationBits::Sixteen, cache: Some(CacheType::Int8) };
+    for variant in golden.variants().iter().filter(|v| v.name == "base") {
+        let graph = convert_to(precision, &family_folder(variant.family), None);
+        let largest = variant.logits.iter().flatten().fold(0.0f32, |largest, v| largest.max(v.abs()));
+        let reference = logits(&ReferenceBackend, &graph, None, &golden, 20);
+        let error = worst(&reference, &variant.logits) / largest;
+        assert!(error < 0.1, "{}: off by {error} of the largest logit", variant.family);
+        let difference =
+            worst(&logits(&HtpBackend::new(2).unwrap(), &graph, None, &golden, 20), &[reference]) / largest;
+        assert!(difference < 0.02, "{}: backends differ by {difference} of the largest logit", variant.family);
+    }
+}
+
+/// Guards: the newer way to write rotary parameters (one object with the base inside, or one for each type of layer) gives
+/// the very frequencies that the older keys give.
+#[test]
+fn rope_parameters_are_read_in_both_forms() {
+    let check = |family: &str, old: Value, new: Value| {
+        let tables = |changes: &Value| {
+            let folder = with_changes(family, changes);
+            let graph = convert(folder.path(), None);
+            let is_table = |tensor: &&Tensor| tensor.name.ends_with(".inv_freq");
+            let bytes = |tensor: &Tensor| match &tensor.data {
+                Some(TensorData::Flat(bytes)) => bytes.to_vec(),
+                other => panic!("{}: {other:?}", tensor.name),
+            };
+            graph.tensors().iter().filter(is_table).map(bytes).collect::<Vec<_>>()
+        };
+        let (old, new) = (tables(&old), tables(&new));
+        assert!(!old.is_empty());
+        assert_eq!(old, new, "{family}");
+    };
+    let yarn = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });
+    let mut with_base = yarn.clone();
+    with_base["rope_theta"] = 300.0.into();
+    check(
+        "llama",
+        json!({ "rope_theta": 300.0, "rope_scaling": yarn }),
+        json!({ "rope_theta": null, "rope_scaling": null, "rope_parameters": with_base }),
+    );
+    check(
+        "gemma3",
+        json!({ "rope_theta": 300.0, "rope_local_base_freq": 70.0 }),
+        json!({
+            "rope_theta": null, "rope_local_base_freq": null,
+            "rope_parameters": {
+                "full_attention": { "rope_type": "default", "rope_theta": 300.0 },
+                "sliding_attention": { "rope_type": "default", "rope_theta": 70.0 },
+            },
+        }),
+    );
+}
+
+/// Guards: an adapter of a fused projection whose rows are not those of the parts together is refused by name.
+#[test]
+fn fused_adapter_of_another_size_is_refused() {
+    let folder = family_folder("phi3");
+    let mut points = attach_points(&convert(&folder, None));
+    load_peft(&folder.join("adapter")).unwrap().split_fused(&points).unwrap();
+    let k_proj = points.iter_mut().find(|point| point.module.ends_with("layers.1.self_attn.k_proj")).unwrap();
+    k_proj.n += 2;
+    let error = load_peft(&folder.join("adapter")).unwrap().split_fused(&points).unwrap_err().to_string();
+    for words in ["layers.1.self_attn.qkv_proj.lora_B.weight: 96 outputs, need 98", "k_proj"] {
+        assert!(error.contains(words), "{error} does not say {words}");
+    }
+}
+
+/// Guards: settings that would change the result and are not built, or lists that do not fit the model, are refused by name.
+#[test]
+fn strange_configurations_are_refused() {
+    let check = |family: &str, changes: Value, words: &[&str]| {
+        let folder = with_changes(family, &changes);
+        let error = Source::open(folder.path()).expect_err(words[0]);
+        let text = format!("{:#}", anyhow::Error::from(error));
+        for word in words {
+            assert!(text.contains(word), "{family}: {text} does not say {word}");
+        }
+    };
+    check(
+        "gemma3",
+        json!({ "layer_types": ["full_attention"] }),
+        &["layer_types is a list of 1", "2, the number of layers"],
+    );
+    check("gemma3", json!({ "layer_types": ["full_attention", "chunked"] }), &["layer type \"chunked\""]);
+    check("gemma3", json!({ "hidden_activation": "gelu" }), &["hidden_activation \"gelu\"", "gelu_pytorch_tanh"]);
+    check("gemma3", json!({ "use_bidirectional_attention": true }), &["use_bidirectional_attention"]);
+    check("gemma3", json!({ "query_pre_attn_scalar": 0 }), &["query_pre_attn_scalar"]);
+    check("gemma3", json!({ "rope_local_base_freq": -1 }), &["rope_theta is -1"]);
+    check("gemma2", json!({ "final_logit_softcapping": -3.0 }), &["final_logit_softcapping", "above 0"]);
+    check("gemma2", json!({ "sliding_window": 0 }), &["sliding_window is 0"]);
+    check("smollm3", json!({ "no_rope_layers": [1] }), &["no_rope_layers is a list of 1"]);
+    check("granite", json!({ "logits_scaling": 0 }), &["logits_scaling is 0"]);
+    check("granite", json!({ "residual_multiplier": 0 }), &["residual_multiplier"]);
+    check("phi3", json!({ "partial_rotary_factor": 0.25 }), &["partial_rotary_factor is 0.25"]);
+    let longrope = json!({ "type": "longrope", "short_factor": [1.0], "long_factor": [1.0] });
+    check(
+        "phi3",
+        json!({ "rope_scaling": longrope }),
+        &["rope_scaling/short_factor is 1 numbers above 0", "6, one for"],
+    );
+    let yarn = json!({ "rope_type": "yarn", "factor": "four" });
+    check("llama", json!({ "rope_scaling": yarn }), &["rope_scaling/factor is \"four\"", "a number"]);
 }
