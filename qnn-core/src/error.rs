@@ -117,10 +117,16 @@ pub enum Error {
     },
     /// Weights cannot be rounded.
     #[error("round weights")]
-    Rounding(#[from] RoundingError),
+    Rounding(#[source] Box<RoundingError>),
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),
+}
+
+impl From<RoundingError> for Error {
+    fn from(why: RoundingError) -> Error {
+        Error::Rounding(Box::new(why))
+    }
 }
 
 impl Error {

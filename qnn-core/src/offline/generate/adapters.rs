@@ -66,7 +66,7 @@ pub enum AdapterError {
     #[error(transparent)]
     Encodings(#[from] EncodingsError),
     #[error(transparent)]
-    Lora(#[from] LoraError),
+    Lora(Box<LoraError>),
     #[error(transparent)]
     Safetensors(#[from] LayoutError),
     #[error(transparent)]
@@ -75,6 +75,12 @@ pub enum AdapterError {
     Section(#[from] SectionError),
     #[error(transparent)]
     Binary(#[from] BinaryError),
+}
+
+impl From<LoraError> for AdapterError {
+    fn from(why: LoraError) -> AdapterError {
+        AdapterError::Lora(Box::new(why))
+    }
 }
 
 /// A section file that was written.

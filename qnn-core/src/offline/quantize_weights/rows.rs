@@ -198,9 +198,9 @@ impl RowCoder<'_> {
                 }
                 let at = grids.len();
                 let grid = self.fit(at, &wanted).ok_or(at)?;
-                for i in 0..block_size {
+                for (i, wanted) in wanted.iter().enumerate() {
                     let column = start + i;
-                    let value = wanted[i] + dot(&errors[start..column], &feedback.column(column)[start..column]);
+                    let value = wanted + dot(&errors[start..column], &feedback.column(column)[start..column]);
                     let code = grid.code(value);
                     codes[column] = code as i8;
                     errors[column] = row[column] - grid.value(code);
