@@ -118,7 +118,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: &str| date::format_now(format));
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned(NAME, source.clone())?;
+        environment.add_template_owned(NAME, without_generation_blocks(&source))?;
         Ok(Self { environment, source, variables })
     }
 
@@ -149,6 +149,28 @@ impl ChatTemplate {
         let text = String::from_utf8_lossy(&out.0);
         Ok(Prompt { ids: tokenizer.encode_masked(&text, &mask)?, text: mask.unmask(&text) })
     }
+}
+
+/// `source` with its `generation` blocks made plain scopes. Transformers marks the model's own words with them, for
+/// training; what they hold is rendered as it is.
+fn without_generation_blocks(source: &str) -> String {
+    let mut pieces = source.split("{%");
+    let mut result = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        result.push_str("{%");
+        let tag = piece.split("%}").next().unwrap_or_default();
+        let word = tag.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
+        let scope = match word {
+            "generation" => Some("with"),
+            "endgeneration" => Some("endwith"),
+            _ => None,
+        };
+        match scope {
+            Some(scope) => result.push_str(&piece.replacen(word, &format!(" {scope} "), 1)),
+            None => result.push_str(piece),
+        }
+    }
+    result
 }
 
 fn masked(message: &Message, mask: &Mask) -> Value {

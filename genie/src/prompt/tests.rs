@@ -27,6 +27,31 @@ fn golden_prompts() {
     }
 }
 
+// Guards: templates in the manners of the families render what transformers renders, and refuse what it refuses.
+#[test]
+fn golden_templates() {
+    let golden = golden_json("templates.json");
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let variables = ["bos_token", "eos_token"].map(|name| (name.to_owned(), text(&golden[name])));
+    for template in golden["templates"].as_array().unwrap() {
+        let name = &template["name"];
+        let own = ChatTemplate::new(text(&template["template"]), variables.to_vec()).unwrap();
+        for case in template["cases"].as_array().unwrap() {
+            let turns = case["messages"].as_array().unwrap();
+            let messages: Vec<Message> =
+                turns.iter().map(|turn| Message::new(text(&turn["role"]), text(&turn["content"]))).collect();
+            match (own.render(&messages, &bytes()), case.get("error")) {
+                (Ok(prompt), None) => assert_eq!(prompt.text, case["rendered"], "{name}"),
+                (Err(error), Some(want)) => {
+                    let found = crate::Error::from(error).chain();
+                    assert!(found.contains(&text(want)), "{name}: {found}");
+                }
+                (found, want) => panic!("{name}: {found:?}, transformers: {want:?}"),
+            }
+        }
+    }
+}
+
 // Guards: text given as content or role never becomes a control token, wherever the template puts it.
 #[test]
 fn content_forges_no_control_token() {
