@@ -185,7 +185,7 @@ mod tests {
         let account = qnn_core::backend::Account {
             n_executes: 4,
             time: Duration::from_millis(400),
-            scheduling: Duration::from_millis(20),
+            scheduling: Duration::from_millis(200),
             operations: vec![operation],
         };
         let graphs = [GraphAccount { graph: "token".to_owned(), account }];
@@ -200,7 +200,7 @@ mod tests {
         let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert!(json["header"]["version"]["major"].is_u64() && json["metadata"]["timestamp"].is_u64());
         let graph = &json["components"][1]["graphs"][0];
-        assert_eq!((&graph["graph"], &graph["scheduling-share"]), (&json!("token"), &json!(0.05)));
+        assert_eq!((&graph["graph"], &graph["scheduling-share"]), (&json!("token"), &json!(0.5)));
         let rates = json!([{"name": "linear lm_head", "calls": 4, "share": 0.25,
             "time": {"value": 100_000, "unit": "us"}, "read-rate": {"value": 3e10, "unit": "bytes/sec"},
             "operation-rate": {"value": 1e10, "unit": "ops/sec"}}]);
