@@ -7,6 +7,7 @@ use qnn_core::backend::ReferenceBackend;
 use qnn_core::backend::reference::dequantize_constant;
 use qnn_core::offline::arch::{ActivationBits, CacheType, Precision, WeightType};
 use qnn_core::offline::convert::{ConvertOptions, convert};
+use qnn_core::offline::dry_run::dry_run;
 use qnn_core::offline::{dlc, specialize};
 use qnn_core::{Backend, Bindings, BlockOffsets, Encoding, Graph};
 use serde_json::Value;
@@ -23,6 +24,13 @@ fn import(input: &Path, weights: WeightType) -> Result<Graph, String> {
     let options = ConvertOptions { input: input.to_owned(), output: output.clone(), precision, threads: 1 };
     convert(&options, &mut |_| {}).map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
     Ok(dlc::read_dlc(&output).unwrap())
+}
+
+/// True if a dry run succeeds: everything is read and unpacked, nothing is written.
+fn looks_well(input: &Path) -> bool {
+    let precision = Precision { weights: WeightType::Keep, activations: ActivationBits::Sixteen, cache: None };
+    let options = ConvertOptions { input: input.to_owned(), output: "model.dlc".into(), precision, threads: 1 };
+    dry_run(&options, None).is_ok()
 }
 
 /// Guards: the float graph of a packed checkpoint computes what transformers computes with the unpacked values.
@@ -106,6 +114,32 @@ fn strange_checkpoints_are_refused() {
     check("gptq", &|s| s.header[part("qzeros")]["shape"] = serde_json::json!([4, 2]), &["q_proj.qzeros", "[2, 4]"]);
     check("awq", &|s| s.header[part("qweight")]["dtype"] = "F32".into(), &["q_proj.qweight", "F32", "I32"]);
     check("awq", &|s| s.header[part("scales")]["shape"] = serde_json::json!([32]), &["q_proj.scales", "two extents"]);
+}
+
+/// Guards: no byte of a packed checkpoint's header or configuration can make the importer panic, and a file that is cut is
+/// refused.
+#[test]
+fn damaged_checkpoints_do_not_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(source("gptq").join(file), folder.path().join(file)).unwrap();
+    }
+    for file in ["config.json", "model.safetensors"] {
+        let path = folder.path().join(file);
+        let whole = std::fs::read(&path).unwrap();
+        let header = if file == "config.json" { whole.len() } else { 8 + whole[0] as usize + whole[1] as usize * 256 };
+        for at in 0..header {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << (at % 7);
+            std::fs::write(&path, &damaged).unwrap();
+            looks_well(folder.path());
+        }
+        for length in (0..whole.len()).step_by(whole.len() / 50) {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            assert!(!looks_well(folder.path()), "{file} cut to {length} bytes");
+        }
+        std::fs::write(&path, &whole).unwrap();
+    }
 }
 
 /// A safetensors file taken apart.
