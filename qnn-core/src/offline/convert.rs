@@ -10,9 +10,11 @@ use crate::{
     error::Error,
     graph::Graph,
     offline::{
-        arch::{self, Precision, WeightUse},
+        arch::{self, ActivationBits, Precision, WeightUse},
         dlc,
+        encodings::{EncodingsFile, OverrideReport},
         lora::{self, LoraOptions, LoraPlan, PeftAdapter},
+        quantize,
         source::Source,
     },
     types::DataType,
@@ -46,6 +48,8 @@ pub struct ConvertReport {
     pub sidecars: Vec<PathBuf>,
     /// The adapter branches of the graph.
     pub lora: Option<LoraReport>,
+    /// What an encodings file did.
+    pub overrides: Option<OverrideReport>,
     /// What a user should know before relying on the model.
     pub warnings: Vec<String>,
 }
@@ -90,6 +94,21 @@ pub fn convert_with_lora(
     lora: Option<&LoraOptions>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<ConvertReport, Error> {
+    convert_with_overrides(options, lora, None, progress)
+}
+
+/// As [`convert_with_lora`], with the encodings of the AIMET file `overrides` for the weights and computed tensors that it
+/// names.
+///
+/// # Errors
+/// As [`convert_with_lora`]; [`Error::Encodings`] or [`Error::Quantize`] with the file and what does not fit.
+pub fn convert_with_overrides(
+    options: &ConvertOptions,
+    lora: Option<&LoraOptions>,
+    overrides: Option<&Path>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<ConvertReport, Error> {
+    let overrides = overrides.map(|path| EncodingsFile::open(path).map(|file| (path, file))).transpose()?;
     let import_error = |why| Error::import(&options.input)(why);
     let plan = lora.map(lora::plan).transpose()?;
     let source = Source::open(&options.input)?;
@@ -98,7 +117,14 @@ pub fn convert_with_lora(
     let (graph, weights) =
         arch::build(&source, options.precision, &workers, &mut |name| progress(Progress::Weight(name)))
             .map_err(import_error)?;
-    let (graph, lora) = with_branches(options, graph, plan)?;
+    let (mut graph, lora) = with_branches(options, graph, plan)?;
+    let mut overridden = None;
+    if let Some((path, file)) = overrides {
+        let bits = if options.precision.activations == ActivationBits::Eight { 8 } else { 16 };
+        let (changed, report) =
+            quantize::with_overrides(&graph, &file, bits, options.precision.cache).map_err(Error::quantize(path))?;
+        (graph, overridden) = (changed, Some(report));
+    }
     progress(Progress::Writing);
     if let Some(folder) = options.output.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
@@ -112,6 +138,7 @@ pub fn convert_with_lora(
         weights,
         sidecars,
         lora,
+        overrides: overridden,
         warnings: source.config.warnings,
     })
 }

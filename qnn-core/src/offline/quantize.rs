@@ -46,7 +46,7 @@ pub struct QuantizeOptions {
     pub weights: WeightType,
     /// Width of the inputs of matrices.
     pub activations: Activations,
-    /// Element type of the KV cache; `None` keeps integers, and makes floats integers in a graph with integer weights.
+    /// Element type of the KV cache; `None` is integers.
     pub cache: Option<CacheType>,
 }
 
@@ -160,7 +160,25 @@ pub fn quantize(
             report.tensors.push(tensor);
         }
     }
-    Ok((with_updatable_types(&with_cache(&result, options)?)?, report))
+    Ok((with_updatable_types(&with_cache(&result, options.cache)?)?, report))
+}
+
+/// `graph` with the encodings of `file`; inputs of matrices that it has none for are quantized row by row, as codes of `bits`
+/// bits, when the graph runs.
+///
+/// # Errors
+/// [`QuantizeError::Encodings`] naming the tensors that do not fit.
+pub fn with_overrides(
+    graph: &Graph,
+    file: &EncodingsFile,
+    bits: u8,
+    cache: Option<CacheType>,
+) -> Result<(Graph, OverrideReport), QuantizeError> {
+    let (mut result, report) = override_encodings(graph, file)?;
+    let inputs = matrix_inputs(&result);
+    let open: Vec<TensorId> = inputs.into_iter().filter(|id| result.tensor(*id).encoding.is_none()).collect();
+    make_dynamic(&mut result, &open, bits)?;
+    Ok((with_updatable_types(&with_cache(&result, cache)?)?, report))
 }
 
 /// What the work is done with.
@@ -279,9 +297,9 @@ fn make_dynamic(graph: &mut Graph, open: &[TensorId], bits: u8) -> Result<(), Gr
     open.iter().try_for_each(|id| graph.set_encoding(*id, data_type, None))
 }
 
-/// `graph` with caches of the type that `options` say.
-fn with_cache(graph: &Graph, options: &QuantizeOptions) -> Result<Graph, QuantizeError> {
-    let data_type = match options.cache {
+/// `graph` with caches of type `cache`, by default integers.
+fn with_cache(graph: &Graph, cache: Option<CacheType>) -> Result<Graph, QuantizeError> {
+    let data_type = match cache {
         Some(CacheType::Int8) | None => DataType::SFixedPoint8,
         Some(CacheType::F16) => DataType::Float16,
         Some(CacheType::F32) => DataType::Float32,

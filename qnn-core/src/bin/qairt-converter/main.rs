@@ -9,7 +9,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use qnn_core::offline::{
     arch::{ActivationBits, CacheType, Grouping, Precision, WeightType},
-    convert::{ConvertOptions, Progress, convert_with_lora},
+    convert::{ConvertOptions, Progress, convert_with_overrides},
     dry_run::dry_run,
     lora::{LoraBits, LoraOptions, UpdatableMode},
     quantize_weights::Bits,
@@ -49,6 +49,11 @@ struct Cli {
     /// Bits of the activations that meet integer weights; each row gets its scale when the graph runs.
     #[arg(long, value_name = "BITS", default_value = "16")]
     act_bitwidth: ActBits,
+
+    /// An AIMET encodings file (0.6.1, 1.0.0 or 2.0.0): the weights that it names get its scales, computed tensors its static
+    /// encodings. Best with --weights_bitwidth 32, so that no weight is rounded twice.
+    #[arg(long, value_name = "FILE")]
+    quantization_overrides: Option<PathBuf>,
 
     /// Bits of the KV cache: 8 is integers, 16 and 32 floats. Default: 8, or 32 if no weight is an integer.
     #[arg(long, value_name = "BITS")]
@@ -172,7 +177,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut display = Display::new();
-    let report = convert_with_lora(&options, lora.as_ref(), &mut |progress| display.show(progress))
+    let overrides = cli.quantization_overrides.as_deref();
+    let report = convert_with_overrides(&options, lora.as_ref(), overrides, &mut |progress| display.show(progress))
         .with_context(|| format!("cannot convert {}", options.input.display()));
     display.end();
     print::summary(&report?, &options.output);

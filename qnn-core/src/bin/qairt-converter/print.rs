@@ -19,6 +19,13 @@ pub(crate) fn summary(report: &ConvertReport, output: &Path) {
     for warning in &report.warnings {
         println!("warning: {warning}");
     }
+    if let Some(done) = &report.overrides {
+        println!("overridden: {} weights, {} computed tensors", done.weights.len(), done.activations.len());
+        if let Some(first) = done.unknown.first() {
+            println!("  in the file but not in the graph: {} tensors, {first} the first", done.unknown.len());
+        }
+        done.passed_over.iter().for_each(|(name, why)| println!("  left as it is: {name} ({why})"));
+    }
     println!("wrote {} ({:.1} MiB)", output.display(), mib(report.size_bytes));
     for path in &report.sidecars {
         println!("wrote {}", path.display());

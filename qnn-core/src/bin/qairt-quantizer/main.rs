@@ -95,7 +95,8 @@ struct Cli {
     #[arg(long, value_name = "SCHEMA", default_value = "asymmetric")]
     act_quantizer_schema: SchemaName,
 
-    /// With 8 bits: an input whose signal to noise is below so many decibels over the text gets 16 bits. 0 allows none.
+    /// With 8 bits: an input whose signal to noise is below so many decibels over the text gets 16 bits. The signal is that
+    /// of all but the largest thousandth of its values. 0 allows none.
     #[arg(long, value_name = "DB", default_value_t = 0.0)]
     act_min_sqnr: f64,
 

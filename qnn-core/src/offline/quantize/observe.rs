@@ -1,6 +1,6 @@
 //! What is remembered of a tensor during calibration: a histogram, whatever the length of the text.
 
-/// Range, moments and histogram of the values of one tensor.
+/// Range and histogram of the values of one tensor.
 ///
 /// A bin is a sign, an exponent and the first six bits of a mantissa: the same relative resolution from the smallest to the
 /// largest value, with no range to be chosen beforehand and nothing to be rescaled. 256 KiB, always.
@@ -8,7 +8,6 @@
 pub struct Observer {
     min: f32,
     max: f32,
-    squares: f64,
     count: u64,
     not_finite: u64,
     bins: Vec<u64>,
@@ -27,7 +26,7 @@ pub struct Cell {
 
 impl Default for Observer {
     fn default() -> Observer {
-        Observer { min: 0.0, max: 0.0, squares: 0.0, count: 0, not_finite: 0, bins: vec![0; 1 << (32 - SHIFT)] }
+        Observer { min: 0.0, max: 0.0, count: 0, not_finite: 0, bins: vec![0; 1 << (32 - SHIFT)] }
     }
 }
 
@@ -41,7 +40,6 @@ impl Observer {
             }
             self.min = self.min.min(*value);
             self.max = self.max.max(*value);
-            self.squares += f64::from(*value) * f64::from(*value);
             self.bins[(value.to_bits() >> SHIFT) as usize] += 1;
         }
         self.count += values.len() as u64;
@@ -60,11 +58,6 @@ impl Observer {
     /// Number of NaNs and infinities among them.
     pub fn not_finite(&self) -> u64 {
         self.not_finite
-    }
-
-    /// Mean of the squares.
-    pub fn power(&self) -> f64 {
-        self.squares / self.count.max(1) as f64
     }
 
     /// The bins that are not empty, by their values.

@@ -54,10 +54,23 @@ pub fn encoding(observer: &Observer, bits: u8, calibration: Calibration, schema:
     fit(range, bits, schema)
 }
 
-/// Signal to noise of the encoding for what was seen, in decibels.
+/// Signal to noise of the encoding for what was seen, in decibels. The signal is that of all but the largest thousandth of
+/// the values: a few massive ones, as language models have them, would hide that the others are lost.
 pub fn sqnr_db(observer: &Observer, encoding: &(DataType, Encoding)) -> f64 {
-    let noise = error(&observer.cells(), encoding.clone(), 1.0) / observer.count().max(1) as f64;
-    10.0 * (observer.power() / noise.max(f64::MIN_POSITIVE)).log10()
+    let mut cells = observer.cells();
+    let noise = error(&cells, encoding.clone(), 1.0);
+    cells.sort_by(|a, b| a.middle.abs().total_cmp(&b.middle.abs()));
+    let most = observer.count() as f64 * 0.999;
+    let (mut seen, mut signal) = (0.0, 0.0);
+    for cell in cells {
+        let count = (cell.count as f64).min(most - seen);
+        signal += count * cell.middle * cell.middle;
+        seen += count;
+        if seen >= most {
+            break;
+        }
+    }
+    10.0 * (signal.max(f64::MIN_POSITIVE) / noise.max(f64::MIN_POSITIVE)).log10()
 }
 
 /// The encoding that covers `range`, which contains zero.
