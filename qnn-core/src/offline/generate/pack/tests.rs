@@ -70,6 +70,9 @@ fn float_of(tensor: &Tensor, i: usize) -> f32 {
                 BlockOffsets::Min(minima) => q * scales.get(block) + minima.get(block),
             }
         }
+        Encoding::BlockExpansion { block_size, scales, steps, .. } => {
+            q as f32 * f32::from(steps[i / block_size]) * scales.get(i / K)
+        }
     }
 }
 
