@@ -96,7 +96,7 @@ pub enum Error {
     },
     /// A graph cannot be run over calibration text.
     #[error("calibrate")]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(#[source] Box<CalibrateError>),
     /// An encodings file cannot be read, or does not fit the model.
     #[error("{path}: encodings")]
     Encodings {
@@ -121,6 +121,12 @@ pub enum Error {
     /// A step could not be run.
     #[error("execute")]
     Execute(#[from] ExecuteError),
+}
+
+impl From<CalibrateError> for Error {
+    fn from(why: CalibrateError) -> Error {
+        Error::Calibrate(Box::new(why))
+    }
 }
 
 impl From<RoundingError> for Error {
