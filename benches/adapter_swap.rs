@@ -68,8 +68,8 @@ fn section(context: &Context, name: &str) -> Vec<u8> {
         let (n, k) = if tensor.contains("lora_A") { (RANK, WIDTH) } else { (WIDTH, RANK) };
         let floats: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect();
         let matrix = Matrix { name: tensor.clone(), n, k, values: &floats };
-        let packed = constant(&matrix, DataType::SFixedPoint8, None).and_then(|tensor| panels(&tensor));
-        values.push((tensor.clone(), packed.expect("the values are finite")));
+        let quantized = constant(&matrix, DataType::SFixedPoint8, None).expect("the values are finite");
+        values.push((tensor.clone(), panels(&quantized).expect("it was quantized just now")));
     }
     let slot = Slot { name: name.to_owned(), columns: 0..RANK, scaling: Some(2.0) };
     let description = Description { rank: RANK, slots: vec![slot], ..Description::default() };

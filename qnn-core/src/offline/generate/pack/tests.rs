@@ -39,6 +39,11 @@ fn block(bitwidth: u8, offsets: BlockOffsets) -> Option<Encoding> {
     Some(Encoding::Block { bitwidth, block_size: 16, scales: scales(N * 2), offsets })
 }
 
+fn expansion() -> Option<Encoding> {
+    let steps = (0..N * 2).map(|i| (i % 16 + 1) as u8).collect::<Vec<u8>>().into();
+    Some(Encoding::BlockExpansion { bitwidth: 4, block_size: 16, scales: scales(N), steps })
+}
+
 fn whole(offset: impl Fn(usize) -> i8) -> BlockOffsets {
     BlockOffsets::Integer((0..N * 2).map(|i| offset(i).cast_unsigned()).collect::<Vec<u8>>().into())
 }
@@ -71,7 +76,7 @@ fn float_of(tensor: &Tensor, i: usize) -> f32 {
             }
         }
         Encoding::BlockExpansion { block_size, scales, steps, .. } => {
-            q as f32 * f32::from(steps[i / block_size]) * scales.get(i / K)
+            (q * i32::from(steps[i / block_size])) as f32 * scales.get(i / K)
         }
     }
 }
@@ -103,6 +108,7 @@ fn panels_stand_for_the_same_numbers() {
         (UFixedPoint4, block(4, whole(|i| i as i8 - 30)), whole_block(BlockOffset::Integer)),
         (SFixedPoint4, block(4, whole(|i| i as i8 - 30)), whole_block(BlockOffset::Integer)),
         (UFixedPoint4, block(4, minima), whole_block(BlockOffset::Min)),
+        (SFixedPoint4, expansion(), WeightFormat::Int4Expansion { block: 16 }),
     ];
     for (data_type, encoding, format) in cases {
         let tensor = tensor(data_type, encoding);
