@@ -30,6 +30,9 @@ fn dequantize(quantized: &Quantized, k: usize) -> Vec<f64> {
                 BlockOffsets::Min(mins) => code(i) * scale + f64::from(mins.get(i / block_size)),
             }
         }
+        Encoding::BlockExpansion { block_size, scales, steps, .. } => {
+            code(i) * f64::from(steps[i / block_size]) * f64::from(scales.get(i / k))
+        }
         other => panic!("{other:?}"),
     };
     (0..count).map(value).collect()
@@ -40,7 +43,7 @@ fn tensor(values: &[f32], k: usize) -> SourceTensor {
     SourceTensor::new("w", vec![values.len() / k, k], ElementFormat::F32, bytes.into()).unwrap()
 }
 
-fn schemes() -> [Scheme; 6] {
+fn schemes() -> [Scheme; 7] {
     [
         Scheme::PerChannel { bits: Bits::Eight },
         Scheme::PerChannel { bits: Bits::Four },
@@ -48,6 +51,7 @@ fn schemes() -> [Scheme; 6] {
         Scheme::Block { bits: Bits::Eight, block_size: 24 },
         Scheme::Block { bits: Bits::Four, block_size: 8 },
         Scheme::AsymmetricBlock4 { block_size: 8 },
+        Scheme::BlockExpansion4 { block_size: 8 },
     ]
 }
 
@@ -70,15 +74,22 @@ proptest! {
                 Scheme::PerChannel { bits } => (24, if bits == Bits::Four { 7.0 } else { 127.0 }),
                 Scheme::Block { bits, block_size } => (block_size, if bits == Bits::Four { 7.0 } else { 127.0 }),
                 Scheme::AsymmetricBlock4 { block_size } => (block_size, 15.0),
+                Scheme::BlockExpansion4 { block_size } => (block_size, 7.0),
             };
             let back = dequantize(&one, 24);
             prop_assert_eq!(back.len(), values.len());
-            for (values, back) in values.chunks(block).zip(back.chunks(block)) {
+            for (at, (values, back)) in values.chunks(block).zip(back.chunks(block)).enumerate() {
+                let row = &rows[at * block / 24];
                 let largest = values.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
                 let (min, max) = values.iter().fold((f64::MAX, f64::MIN), |(a, b), v| (a.min(f64::from(*v)), b.max(f64::from(*v))));
                 // Half a step; an offset rounded to a whole step may push one end out by half a step more.
                 let step = match scheme {
                     Scheme::AsymmetricBlock4 { .. } => ((max - min) / levels).max(largest / 127.0),
+                    // A block's whole number is off by at most one, so its ends are off by `levels` of the row's unit.
+                    Scheme::BlockExpansion4 { .. } => {
+                        let most = row.iter().fold(0.0f64, |m, v| m.max(f64::from(((v + shift) * magnitude).abs())));
+                        largest / levels / 2.0 + most / 16.0
+                    }
                     _ => largest / levels / 2.0,
                 };
                 // f16: 2^-11 of the scale at each of `levels` codes and of the minimum; 2^-24 where it is subnormal.
