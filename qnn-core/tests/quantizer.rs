@@ -1,0 +1,204 @@
+//! The promises of the quantizer: every input of a matrix gets an encoding that covers what the text showed, adapters get
+//! their own, both backends follow them, and what cannot be calibrated is refused by name.
+
+mod support;
+
+use std::sync::Arc;
+
+use htp_sim::Workers;
+use qnn_core::{
+    Adapter, Bytes, Context, ContextBuilder, DataType, Encoding, Graph, SectionError, Tensor, TensorData, TensorType,
+    adapter::TensorEncoding,
+    backend::{HtpBackend, ReferenceBackend},
+    binary::Verify,
+    offline::{
+        arch::{Grouping, WeightType},
+        quantize::{
+            Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, matrix_inputs, observe, quantize,
+        },
+        quantize_weights::Bits,
+    },
+};
+use support::{Rng, Runner, Tiny, VOCAB, random_adapter, tiny};
+
+const RANK: usize = 4;
+
+fn options(bits: u8) -> QuantizeOptions {
+    let calibration = Calibration::Mse;
+    QuantizeOptions {
+        weights: WeightType::Int { bits: Bits::Eight, grouping: Grouping::Default },
+        activations: Activations { bits, calibration, schema: Schema::Asymmetric, least_sqnr_db: None },
+        cache: Some(qnn_core::offline::arch::CacheType::F32),
+    }
+}
+
+/// A float model; with branches that may bring encodings of their own, if `branch`.
+fn model(branch: bool) -> Graph {
+    let branch = branch.then_some((RANK, DataType::SFixedPoint8));
+    let mut graph = tiny("model", Tiny { seed: 3, ar: 32, cl: 32, branch, ..Tiny::default() });
+    if branch.is_some() {
+        graph.set_metadata("lora_alpha_tensor", "lora_alpha");
+        graph.set_metadata("quant_updatable_mode", "all");
+    }
+    graph
+}
+
+fn ids(seed: u64, n: usize) -> Vec<u32> {
+    let mut rng = Rng(seed);
+    (0..n).map(|_| (rng.next() % VOCAB as u64) as u32).collect()
+}
+
+fn with_tools<T>(work: impl FnOnce(&mut Tools<'_>) -> T) -> T {
+    let (backend, workers) = (HtpBackend::new(1).expect("one thread"), Workers::new(1).expect("one thread"));
+    work(&mut Tools { backend: &backend, workers: &workers, progress: &mut |_| {} })
+}
+
+fn quantized(graph: &Graph, bits: u8) -> Graph {
+    let text = ids(1, 64);
+    let windows: Vec<&[u32]> = text.chunks(32).collect();
+    with_tools(|tools| quantize(graph, &windows, &options(bits), None, tools)).expect("it can be quantized").0
+}
+
+fn logits(graph: &Graph, htp: bool, adapter: Option<Arc<Adapter>>) -> Vec<f32> {
+    let ids: Vec<i32> = ids(1, 20).iter().map(|id| *id as i32).collect();
+    let backend = HtpBackend::new(2).expect("two threads");
+    let mut runner = if htp { Runner::new(&backend, graph) } else { Runner::new(&ReferenceBackend, graph) };
+    runner.run(&ids, adapter, 1.0)
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let size = b.iter().map(|v| v * v).sum::<f32>().sqrt();
+    a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt() / size
+}
+
+// Broken if an input of a matrix stays without encoding, an encoding does not fit what the tensor holds, or the backends
+// follow it differently.
+#[test]
+fn matrix_inputs_get_encodings_that_fit() {
+    let graph = model(false);
+    let float = logits(&graph, false, None);
+    for (bits, bound) in [(16, 0.02), (8, 0.1)] {
+        let quantized = quantized(&graph, bits);
+        let inputs = matrix_inputs(&quantized);
+        assert_eq!(inputs.len(), 2 * 4 + 1, "four of each layer and the head's");
+        for id in inputs {
+            let tensor = quantized.tensor(id);
+            assert!(matches!(tensor.encoding, Some(Encoding::ScaleOffset { bitwidth, .. }) if bitwidth == bits));
+        }
+        let (htp, reference) = (logits(&quantized, true, None), logits(&quantized, false, None));
+        assert!(distance(&htp, &reference) < 1e-3, "{bits} bits: {}", distance(&htp, &reference));
+        assert!(distance(&htp, &float) < bound, "{bits} bits: {} off float", distance(&htp, &float));
+    }
+}
+
+// Broken if a section loses an adapter's encodings, if they do not hold after an apply, or if they stay after it is gone.
+#[test]
+fn adapters_bring_their_own_encodings() {
+    let graph = model(true);
+    let quantized = quantized(&graph, 16);
+    let bytes = ContextBuilder::new().graph(quantized.clone()).to_binary().expect("it can be stored");
+    let context = Context::from_binary(bytes.into(), Verify::Checksums).expect("it was written just now");
+    let plain = random_adapter(&context, "a", 3, RANK, &["layers"]);
+    // Half the base's range: what the adapter holds outside of it is cut off, which shows.
+    let name = "model.layers.0.input_layernorm";
+    let own = |bits: u8, shrink: f32| {
+        let tensor = quantized.tensor(quantized.find(name).expect("every tiny model has it"));
+        assert_eq!(tensor.tensor_type, TensorType::UpdateableNative);
+        let Some(Encoding::ScaleOffset { scale, offset, .. }) = tensor.encoding else { panic!("no encoding") };
+        let encoding = Encoding::ScaleOffset { bitwidth: bits, scale: scale * shrink, offset };
+        (name.to_owned(), TensorEncoding { data_type: tensor.data_type, encoding })
+    };
+    let with = |encodings: Vec<(String, TensorEncoding)>| {
+        let plain = random_adapter(&context, "a", 3, RANK, &["layers"]);
+        plain.with_encodings(encodings).expect("a computed tensor can have it")
+    };
+    let section = context.section(&with(vec![own(16, 0.5)])).expect("it fits");
+    assert_eq!(
+        context.section(&context.load_section(Bytes::from(section.clone())).expect("it fits")).expect("it fits"),
+        section
+    );
+    let tailored = context.apply_section(None, Bytes::from(section)).expect("it fits");
+    let Some(Encoding::ScaleOffset { scale, .. }) = context.encoding("model", name) else { panic!("no encoding") };
+    let Some(Encoding::ScaleOffset { scale: base, .. }) =
+        quantized.tensor(quantized.find(name).expect("there")).encoding
+    else {
+        panic!("no encoding")
+    };
+    assert_eq!(scale, base * 0.5);
+    let htp = logits(&quantized, true, Some(Arc::clone(&tailored)));
+    assert!(distance(&htp, &logits(&quantized, false, Some(tailored))) < 1e-3);
+    assert!(distance(&htp, &logits(&quantized, true, Some(Arc::new(plain)))) > 1e-3, "the cut-off values have to show");
+    context.clear(None).expect("all graphs");
+    assert!(matches!(context.encoding("model", name), Some(Encoding::ScaleOffset { scale, .. }) if scale == base));
+
+    // Another width, a tensor that no one declared as updatable, and one that is not there.
+    let refused = |encodings| context.section(&with(encodings)).expect_err("it does not fit");
+    assert!(matches!(refused(vec![own(8, 1.0)]), SectionError::Encoding { tensor, .. } if tensor == name));
+    let elsewhere = |tensor: &str| vec![(tensor.to_owned(), own(16, 1.0).1)];
+    assert!(matches!(refused(elsewhere("model.embed_tokens")), SectionError::Encoding { .. }));
+    assert!(matches!(refused(elsewhere("nowhere")), SectionError::UnknownTensor { .. }));
+}
+
+// Broken if calibration runs without the adapter: its observers then see what the base's see.
+#[test]
+fn observers_see_the_adapter() {
+    let graph = model(true);
+    let context = ContextBuilder::new().graph(graph.clone()).to_binary().expect("it can be stored");
+    let context = Context::from_binary(context.into(), Verify::Checksums).expect("it was written just now");
+    let adapter = Arc::new(random_adapter(&context, "a", 3, RANK, &["layers"]));
+    let floats: Vec<_> = adapter
+        .values()
+        .map(|(name, panels)| {
+            let (n, k) = (panels.layout().n(), panels.layout().k());
+            let mut bytes = Vec::new();
+            for row in 0..n {
+                let mut values = vec![0.0; k];
+                panels.view().dequantize_row(row, &mut values);
+                bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            }
+            let (shape, data) = (qnn_core::Shape::fixed(&[n, k]), Some(TensorData::Flat(bytes.into())));
+            let (tensor_type, data_type) = (TensorType::Static, DataType::Float32);
+            let tensor = Tensor { name: name.to_owned(), tensor_type, data_type, shape, encoding: None, data };
+            (name.to_owned(), qnn_core::backend::htp::pack_constant(&tensor).expect("floats have kernels"))
+        })
+        .collect();
+    let adapter = Arc::new(Adapter::new("a", Arc::clone(adapter.names()), floats).expect("names of the context"));
+    let tap = graph.find("model.layers.1.self_attn").expect("every tiny model has it");
+    let text = ids(1, 32);
+    let see = |adapter| with_tools(|tools| observe(&graph, &[tap], &[&text], adapter, tools)).expect("it runs");
+    let (base, adapted) = (see(None), see(Some(&adapter)));
+    assert_eq!(base[0].count(), 32 * 32);
+    assert_ne!(base[0].range(), adapted[0].range());
+}
+
+// Broken if numbers that are none, or no text at all, end in a silent encoding.
+#[test]
+fn what_cannot_be_calibrated_is_refused() {
+    let mut graph = Graph::new("model");
+    for tensor in model(false).tensors() {
+        let mut tensor = tensor.clone();
+        if tensor.name == "model.norm.weight" {
+            let bytes: Vec<u8> = (0..32).flat_map(|_| f32::NAN.to_le_bytes()).collect();
+            tensor.data = Some(TensorData::Flat(bytes.into()));
+        }
+        graph.add_tensor(tensor).expect("as before");
+    }
+    for node in model(false).nodes() {
+        graph.add_node(node.clone()).expect("as before");
+    }
+    let text = ids(1, 32);
+    let error = with_tools(|tools| quantize(&graph, &[&text], &options(8), None, tools)).expect_err("NaN");
+    assert!(
+        matches!(error, QuantizeError::NotFinite { ref tensor, count: 1024, .. } if tensor == "model.norm"),
+        "{error}"
+    );
+    let keep = QuantizeOptions { weights: WeightType::Keep, ..options(8) };
+    let error = with_tools(|tools| quantize(&model(false), &[&text], &keep, None, tools)).expect_err("floats");
+    assert!(matches!(error, QuantizeError::NothingToDo), "{error}");
+    // Without text the inputs are quantized row by row, and nothing is static.
+    let (dynamic, report) =
+        with_tools(|tools| quantize(&model(false), &[], &options(8), None, tools)).expect("it can be");
+    assert!(report.tensors.is_empty() && report.weights > 0);
+    let types = matrix_inputs(&dynamic).into_iter().map(|id| dynamic.tensor(id).clone());
+    assert!(types.into_iter().all(|t| t.data_type == DataType::SFixedPoint8 && t.encoding.is_none()));
+}
