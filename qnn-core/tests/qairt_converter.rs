@@ -63,7 +63,8 @@ fn wrong_input_is_refused() {
     );
     check(&["-i", &broken, "--quant_updatable_mode", "some"], 2, &["none, adapter_only, all"]);
     check(&["-i", &broken, "--weights_bitwidth", "5"], 2, &["--weights_bitwidth", "4, 8, 16, 32"]);
-    check(&["-i", &broken, "--quantization_overrides", "x"], 2, &["--quantization_overrides"]);
+    let missing = place("no.encodings");
+    check(&["-i", &broken, "--quantization_overrides", &missing], 1, &["no.encodings"]);
     check(&["-i", &broken, "--dry_run"], 1, &["broken.gguf", "at byte 8", "number of tensors"]);
     check(&["--dry_run"], 2, &["--input_network"]);
 }
