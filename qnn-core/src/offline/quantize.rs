@@ -79,14 +79,27 @@ pub enum QuantizeError {
     #[error("{path}: {why}")]
     Text { path: String, why: String },
     #[error(transparent)]
-    Encodings(#[from] EncodingsError),
+    Encodings(Box<EncodingsError>),
     #[error(transparent)]
-    Weights(#[from] ImportError),
+    Weights(Box<ImportError>),
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(Box<CalibrateError>),
     #[error(transparent)]
-    Graph(#[from] GraphError),
+    Graph(Box<GraphError>),
 }
+
+/// Each of these is larger than a result should be.
+macro_rules! boxed {
+    ($($error:ty => $variant:ident),*) => {
+        $(impl From<$error> for QuantizeError {
+            fn from(why: $error) -> QuantizeError {
+                QuantizeError::$variant(Box::new(why))
+            }
+        })*
+    };
+}
+
+boxed!(EncodingsError => Encodings, ImportError => Weights, CalibrateError => Calibrate, GraphError => Graph);
 
 /// A step of the work, for a progress display.
 #[derive(Debug, Clone, Copy)]
