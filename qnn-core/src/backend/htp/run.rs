@@ -103,16 +103,7 @@ impl Run<'_> {
                     Ok(())
                 })
             }
-            Work::RotaryTable { positions, inv_freq, scale, cos, sin } => {
-                let positions = self.integers(*positions);
-                let mut table = std::mem::take(&mut memory.floats[*sin]);
-                table.resize(rows * inv_freq.len(), 0.0);
-                let done = self.with_out(memory, *cos, inv_freq.len(), |_, cos| {
-                    htp_sim::rotary_table(positions, inv_freq, *scale, cos, &mut table)
-                });
-                memory.floats[*sin] = table;
-                done
-            }
+            Work::RotaryTable { .. } => self.rotary_table(memory),
             Work::Rotate { x, heads, head_dim, cos, sin } => {
                 self.with_out(memory, *x, heads * head_dim, |memory, x| {
                     htp_sim::rotate(cx, x, *heads, *head_dim, &memory.floats[*cos], &memory.floats[*sin])
@@ -146,6 +137,18 @@ impl Run<'_> {
             }
             other => unreachable!("`run` handles {other:?} itself"),
         }
+    }
+
+    fn rotary_table(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
+        let Work::RotaryTable { positions, inv_freq, scale, cos, sin } = &self.step.work else { return Ok(()) };
+        let positions = self.integers(*positions);
+        let mut table = std::mem::take(&mut memory.floats[*sin]);
+        table.resize(self.rows * inv_freq.len(), 0.0);
+        let done = self.with_out(memory, *cos, inv_freq.len(), |_, cos| {
+            htp_sim::rotary_table(positions, inv_freq, *scale, cos, &mut table)
+        });
+        memory.floats[*sin] = table;
+        done
     }
 
     fn load(&self, memory: &mut Memory, input: usize, out: usize) -> Result<(), ExecuteError> {
