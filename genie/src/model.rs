@@ -1,8 +1,9 @@
 //! A model that is open: what dialogs over it share.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::config::{DialogConfig, Settings};
+use crate::config::{DialogConfig, EngineConfig, Settings};
+use crate::engine::EngineError;
 use crate::engine::qnn::{QnnEngine, QnnModel};
 use crate::prompt::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -30,27 +31,30 @@ pub struct Model(Arc<Parts>);
 struct Parts {
     config: DialogConfig,
     contexts: Arc<QnnModel>,
+    /// For who asks first. It is prepared with the model, since the tokenizer takes longer than the rest.
+    first_engine: Mutex<Option<QnnEngine>>,
     tokenizer: Arc<Tokenizer>,
     template: Option<Arc<ChatTemplate>>,
 }
 
 impl Model {
-    /// Opens what `config` names: the tokenizer beside the context binaries, each on a core of its own.
+    /// Opens what `config` names, and prepares a first engine: the tokenizer in a thread of its own beside the rest.
     ///
     /// # Errors
     /// [`Error`] with what cannot be opened and why.
     pub fn open(config: DialogConfig) -> Result<Self, Error> {
-        let (tokenizer, contexts) = std::thread::scope(|scope| {
+        let (tokenizer, engine, template) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::load(&config.tokenizer_path));
-            let contexts = QnnModel::open(&config.engine);
-            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), contexts)
+            let engine = first_engine(&config.engine);
+            let template = ChatTemplate::beside(&config.tokenizer_path);
+            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine, template)
         });
-        let contexts = contexts.map_err(|why| Error::engine(&config.engine.role, why))?;
-        let template = ChatTemplate::beside(&config.tokenizer_path)?;
+        let (contexts, engine) = engine.map_err(|why| Error::engine(&config.engine.role, why))?;
         Ok(Self(Arc::new(Parts {
-            contexts: Arc::new(contexts),
+            contexts,
+            first_engine: Mutex::new(Some(engine)),
+            template: template?.map(Arc::new),
             tokenizer: Arc::new(tokenizer?),
-            template: template.map(Arc::new),
             config,
         })))
     }
@@ -76,6 +80,9 @@ impl Model {
     /// # Errors
     /// As [`Model::dialog`].
     pub fn engine(&self) -> Result<QnnEngine, Error> {
+        if let Some(engine) = self.0.first_engine.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Ok(engine);
+        }
         QnnEngine::over(Arc::clone(&self.0.contexts)).map_err(|why| Error::engine(&self.0.config.engine.role, why))
     }
 
@@ -97,6 +104,12 @@ impl Model {
     pub(crate) fn template(&self) -> Option<&Arc<ChatTemplate>> {
         self.0.template.as_ref()
     }
+}
+
+fn first_engine(config: &EngineConfig) -> Result<(Arc<QnnModel>, QnnEngine), EngineError> {
+    let contexts = Arc::new(QnnModel::open(config)?);
+    let engine = QnnEngine::over(Arc::clone(&contexts))?;
+    Ok((contexts, engine))
 }
 
 impl std::fmt::Debug for Model {

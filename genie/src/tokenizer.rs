@@ -6,12 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use tokenizers::models::bpe::BPE;
-use tokenizers::{
-    AddedVocabulary, DecoderWrapper, Model, NormalizerWrapper, OffsetType, PostProcessorWrapper, PreTokenizedString,
-    PreTokenizer, PreTokenizerWrapper, TokenizerImpl,
-};
+use tokenizers::{AddedVocabulary, Model, OffsetType, PreTokenizedString, PreTokenizer};
 
+mod bpe;
 mod decoder;
 mod mask;
 
@@ -242,21 +239,15 @@ impl Tokenizer {
     }
 }
 
-/// Reads a `tokenizer.json`: one with a BPE model in one pass, straight into its type.
-///
-/// Left to itself, `tokenizers` finds out what kind of model a file has by way of two trees of JSON values, which takes five
-/// times as long as the rest and memory that the process keeps (`benches/load.rs`). So does any other model.
+/// Reads a `tokenizer.json`, in the fast way if that can read it.
 fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
-    if let Ok(tokenizer) = serde_json::from_slice::<BpeTokenizer>(bytes) {
-        return Ok(tokenizer.into());
+    if let Some(tokenizer) = bpe::read(bytes) {
+        return Ok(tokenizer);
     }
     // First what is wrong with it as JSON: the library says only that no kind of model fits.
     serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|why| why.to_string())?;
     tokenizers::Tokenizer::from_bytes(bytes).map_err(|why| why.to_string())
 }
-
-/// A tokenizer of which one thing is known beforehand.
-type BpeTokenizer = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 /// Added tokens that steer the model: those marked special, and those that look like markup. The rest are words and
 /// runs of spaces which some tokenizers add to save tokens.

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::testing::{CONTROL, END, bytes, golden, golden_json, sentencepiece_json, smollm2, tokenizer};
+use crate::testing::{CONTROL, END, bytes, bytes_json, golden, golden_json, sentencepiece_json, smollm2, tokenizer};
 use crate::text_stream::TextStream;
 
 fn ids(json: &serde_json::Value) -> Vec<u32> {
@@ -38,6 +38,38 @@ fn golden_long_text() {
     let want = ids(&golden_json("ppl.json")["ids"]);
     let text = tokenizer.decode(&want);
     assert_eq!(tokenizer.encode(&text, Specials::AsText).unwrap(), want);
+}
+
+// Guards: the fast way to read a file gives the tokenizer that the library reads, from merges in either form; and what it cannot
+// read is left to the library.
+#[test]
+fn fast_reading() {
+    let check = |json: &serde_json::Value| {
+        let bytes = json.to_string().into_bytes();
+        let (fast, slow) = (bpe::read(&bytes).unwrap(), tokenizers::Tokenizer::from_bytes(&bytes).unwrap());
+        assert_eq!(serde_json::to_value(&fast).unwrap(), serde_json::to_value(&slow).unwrap());
+    };
+    let mut smollm2 = golden_json("smollm2/tokenizer.json");
+    check(&smollm2);
+    for merge in smollm2["model"]["merges"].as_array_mut().unwrap() {
+        let [a, b] = [0, 1].map(|i| merge[i].as_str().unwrap().to_owned());
+        *merge = json!(format!("{a} {b}"));
+    }
+    check(&smollm2);
+    check(&bytes_json());
+    check(&sentencepiece_json());
+
+    let refuse = |pointer: &str, value: serde_json::Value| {
+        let mut json = bytes_json();
+        *json.pointer_mut(pointer).unwrap() = value;
+        assert!(bpe::read(json.to_string().as_bytes()).is_none(), "{json}");
+    };
+    refuse("/version", json!("2.0"));
+    refuse("/model/type", json!("WordPiece"));
+    refuse("/model/merges", json!([["a", "b", "ab"]]));
+    refuse("/model/merges", json!([["a"]]));
+    refuse("/model/merges", json!(["a b c"]));
+    refuse("/model/merges", json!([["a", "absent"]]));
 }
 
 // Guards: no text encoded as text holds a control token, wherever its letters stand; and nothing of it is lost.

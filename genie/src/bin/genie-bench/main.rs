@@ -105,12 +105,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// Prefill and decode rates with what is bound to the engine.
 fn rates(arguments: &Arguments, bench: &mut Bench, report: &mut Report, suffix: &str) -> anyhow::Result<()> {
+    let kernels = bench.engine.kernels();
     for prompt in &arguments.prompts {
-        report.add(&format!("pp{prompt}{suffix}"), "tok/s", bench.prefill(*prompt, arguments.rounds)?);
+        report.add_rates(&format!("pp{prompt}{suffix}"), bench.prefill(*prompt, arguments.rounds)?, kernels);
     }
     for depth in &arguments.depths {
         let rates = bench.decode(*depth, arguments.n_tokens, arguments.rounds)?;
-        report.add(&format!("tg{}_d{depth}{suffix}", arguments.n_tokens), "tok/s", rates);
+        report.add_rates(&format!("tg{}_d{depth}{suffix}", arguments.n_tokens), rates, kernels);
     }
     Ok(())
 }

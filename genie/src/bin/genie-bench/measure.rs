@@ -9,13 +9,37 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use genie::Model;
 use genie::config::DialogConfig;
-use genie::engine::{Engine, Logits, qnn::QnnEngine};
+use genie::engine::{Engine, GraphAccount, Logits, qnn::QnnEngine};
 use genie::profile::operations_table;
 
 /// An open model.
 pub(crate) struct Bench {
     pub(crate) engine: QnnEngine,
     never: AtomicBool,
+}
+
+/// How fast several rounds were, and what each token cost.
+pub(crate) struct Rates {
+    pub(crate) tokens_per_s: Vec<f64>,
+    pub(crate) cost: Cost,
+}
+
+/// What the engine has to read and to multiply for one token, by its own account.
+pub(crate) struct Cost {
+    /// Bytes of weights and cache.
+    pub(crate) bytes: f64,
+    /// Products of weights; those of attention are not counted.
+    pub(crate) weight_products: f64,
+}
+
+impl Cost {
+    fn per_token(graphs: &[GraphAccount], n_tokens: usize) -> Cost {
+        let operations = || graphs.iter().flat_map(|graph| &graph.account.operations);
+        let bytes: u64 = operations().map(|operation| operation.bytes).sum();
+        let of_weights = operations().filter(|operation| !operation.name.starts_with("attention"));
+        let products: u64 = of_weights.map(|operation| operation.multiply_adds).sum();
+        Cost { bytes: bytes as f64 / n_tokens as f64, weight_products: products as f64 / n_tokens as f64 }
+    }
 }
 
 impl Bench {
@@ -33,35 +57,57 @@ impl Bench {
         })
     }
 
-    /// Tokens per second of a prompt, the logits of its last id included.
-    pub(crate) fn prefill(&mut self, prompt: usize, rounds: usize) -> anyhow::Result<Vec<f64>> {
+    /// A prompt, the logits of its last id included.
+    pub(crate) fn prefill(&mut self, prompt: usize, rounds: usize) -> anyhow::Result<Rates> {
         let ids = self.ids(prompt);
-        self.rounds(rounds, |bench| {
-            let start = Instant::now();
-            bench.first_token(&ids)?;
-            Ok(prompt as f64 / start.elapsed().as_secs_f64())
-        })
+        self.rates(prompt, rounds, |_| Ok(()), |bench| bench.first_token(&ids).map(drop))
     }
 
-    /// Tokens per second of greedy decoding behind a cache of `depth` ids.
-    pub(crate) fn decode(&mut self, depth: usize, n_tokens: usize, rounds: usize) -> anyhow::Result<Vec<f64>> {
+    /// Greedy decoding behind a cache of `depth` ids.
+    pub(crate) fn decode(&mut self, depth: usize, n_tokens: usize, rounds: usize) -> anyhow::Result<Rates> {
         let ids = self.ids(depth + 1);
-        self.rounds(rounds, |bench| {
+        let fill = |bench: &mut Bench| {
             bench.engine.rewind(0);
             bench.engine.forward(&ids[..depth], Logits::None, &bench.never)?;
+            Ok(())
+        };
+        self.rates(n_tokens, rounds, fill, |bench| {
             let mut next = ids[depth];
-            let start = Instant::now();
             for _ in 0..n_tokens {
                 next = argmax(bench.engine.forward(&[next], Logits::Last, &bench.never)?);
             }
-            Ok(n_tokens as f64 / start.elapsed().as_secs_f64())
+            Ok(())
         })
+    }
+
+    /// Runs `run`, which computes `n_tokens`, each time after `before`: once to warm up and to keep the account, then `rounds`
+    /// times that count.
+    fn rates(
+        &mut self,
+        n_tokens: usize,
+        rounds: usize,
+        before: impl Fn(&mut Bench) -> anyhow::Result<()>,
+        run: impl Fn(&mut Bench) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Rates> {
+        before(self)?;
+        self.engine.start_account();
+        run(self)?;
+        let cost = Cost::per_token(&self.engine.take_account(), n_tokens);
+        let mut one = || {
+            before(self)?;
+            let start = Instant::now();
+            run(self)?;
+            Ok(n_tokens as f64 / start.elapsed().as_secs_f64())
+        };
+        let tokens_per_s = (0..rounds).map(|_| one()).collect::<anyhow::Result<_>>()?;
+        Ok(Rates { tokens_per_s, cost })
     }
 
     /// Tables of where the time goes: of prompts of `prompt` ids, and of decoding behind `depth` ids.
     pub(crate) fn operations(&mut self, prompt: usize, depth: usize, n_tokens: usize) -> anyhow::Result<String> {
+        let ids = self.ids(prompt);
         self.engine.start_account();
-        self.prefill(prompt, 1)?;
+        self.first_token(&ids)?;
         let mut tables = operations_table(&self.engine.take_account());
         let ids = self.ids(depth + 1);
         self.engine.rewind(0);

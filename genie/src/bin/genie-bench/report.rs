@@ -1,5 +1,7 @@
 //! Figures as they come: JSON lines, or a table at the end.
 
+use crate::measure::{Cost, Rates};
+
 /// Collects figures.
 pub(crate) struct Report {
     table: bool,
@@ -12,7 +14,20 @@ impl Report {
     }
 
     /// Adds the figure `metric`, in `unit`, measured as `values`.
-    pub(crate) fn add(&mut self, metric: &str, unit: &str, mut values: Vec<f64>) {
+    pub(crate) fn add(&mut self, metric: &str, unit: &str, values: Vec<f64>) {
+        self.add_with(metric, unit, values, serde_json::json!({}));
+    }
+
+    /// Adds rates; in JSON with what a token costs and the kernels that computed it, for shares of the machine's limits.
+    pub(crate) fn add_rates(&mut self, metric: &str, rates: Rates, kernels: &str) {
+        let Cost { bytes, weight_products } = rates.cost;
+        let more = serde_json::json!({
+            "bytes_per_token": bytes, "weight_products_per_token": weight_products, "kernels": kernels
+        });
+        self.add_with(metric, "tok/s", rates.tokens_per_s, more);
+    }
+
+    fn add_with(&mut self, metric: &str, unit: &str, mut values: Vec<f64>, more: serde_json::Value) {
         values.sort_by(f64::total_cmp);
         let (min, max) = (values[0], values[values.len() - 1]);
         let median = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
@@ -22,8 +37,10 @@ impl Report {
             self.rows.push([metric.to_owned(), number(median), number(min), number(max), unit.to_owned()]);
             eprintln!("{metric}: {} {unit}", number(median));
         } else {
-            let line = serde_json::json!({"metric": metric, "unit": unit, "median": median, "min": min, "max": max});
-            println!("{line}");
+            let figure = serde_json::json!({"metric": metric, "unit": unit, "median": median, "min": min, "max": max});
+            let both = [figure, more].map(|json| json.as_object().cloned().unwrap_or_default());
+            let line: serde_json::Map<_, _> = both.into_iter().flatten().collect();
+            println!("{}", serde_json::Value::Object(line));
         }
     }
 
