@@ -14,10 +14,11 @@ WORD, FIRST_PROMPT, LONG_PROMPT = "time ", 128, DEPTH - 48
 
 
 class Genie:
-    """Ours, with a bundle and an environment. `costs` gets what a token of each rate reads and multiplies."""
+    """Ours, with a bundle and an environment. `costs` gets what a token of each rate reads and multiplies; `planes` is the number of
+    8-bit products that a weight takes."""
 
-    def __init__(self, args, config, isa=None, threads=None, lora=None):
-        self.args, self.config, self.lora = args, config, lora
+    def __init__(self, args, config, isa=None, threads=None, lora=None, planes=2):
+        self.args, self.config, self.lora, self.planes = args, config, lora, planes
         self.threads = threads or args.threads
         self.environment = os.environ | ({"HTP_SIM_ISA": isa} if isa else {})
         self.costs = {}
@@ -39,7 +40,7 @@ class Genie:
             if figure["metric"].startswith(("start_", "rss_after", "peak_")):
                 continue
             if "kernels" in figure:
-                self.costs[figure["metric"]] = {key: figure[key] for key in ("bytes_per_token", "weight_products_per_token", "kernels")}
+                self.costs[figure["metric"]] = figure | {"planes": self.planes}
             yield figure
 
     def first_token(self, n_words):

@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-RANKS = (8, 16, 32, 64)
+from bundles import RANKS
+
 MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -20,10 +21,13 @@ MODULES = {
 
 def main():
     model, out = sys.argv[1:]
-    shapes = [(tensor.name, [int(n) for n in tensor.shape]) for tensor in gguf.GGUFReader(model).tensors]
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields["general.architecture"].contents()
+    shapes = [(tensor.name, [int(n) for n in tensor.shape]) for tensor in reader.tensors]
     for rank in RANKS:
         random, peft = np.random.default_rng(rank), {}
-        writer = gguf.GGUFWriter(os.path.join(folder(out), f"r{rank}.gguf"), "llama")
+        # The largest is written last: run.sh looks for it.
+        writer = gguf.GGUFWriter(os.path.join(folder(out), f"r{rank}.gguf"), architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(rank))
@@ -48,7 +52,6 @@ def main():
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
         with open(os.path.join(directory, "adapter_config.json"), "w") as file:
             json.dump(config, file, indent=2)
-    folder(os.path.join(out, "genie"))
 
 
 def folder(path):

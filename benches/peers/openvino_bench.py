@@ -1,12 +1,11 @@
 """OpenVINO GenAI, measured as genie-bench measures: one JSON line per figure. Run by compare.py inside its environment.
 
-    openvino_bench.py MODEL.gguf THREADS PROMPTS DEPTHS TOKENS
+    openvino_bench.py MODEL.gguf THREADS rates PROMPTS DEPTHS TOKENS
+    openvino_bench.py MODEL.gguf THREADS first TEXT                   # answers TEXT with a token, to be timed from outside
 
 Without adapters: in a model that it reads from a GGUF it finds no layer of a PEFT file ("Unused LoRA tensor", all of them).
 """
-import json, sys, time
-
-STARTED = time.monotonic()
+import json, sys
 
 import numpy as np
 import openvino as ov
@@ -16,11 +15,15 @@ RANDOM = np.random.default_rng(1)
 
 
 def main():
-    model, threads, prompts, depths, n_tokens = sys.argv[1:]
+    model, threads, what, *rest = sys.argv[1:]
     pipe = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=int(threads))
-    generate(pipe, 128, 1)
-    figure("start_to_first_token_p128", (time.monotonic() - STARTED) * 1e3)
-    figure("rss_after_first", memory_mb())
+    if what == "first":
+        print(pipe.generate(rest[0], max_new_tokens=1, ignore_eos=True, do_sample=False), flush=True)
+    else:
+        rates(pipe, *rest)
+
+
+def rates(pipe, prompts, depths, n_tokens):
     for prompt in numbers(prompts):
         generate(pipe, prompt, 1)
         figure(f"pp{prompt}", prompt / generate(pipe, prompt, 1).get_ttft().mean * 1e3)
@@ -42,12 +45,6 @@ def generate(pipe, n_prompt, n_new):
 
 def numbers(text):
     return [int(word) for word in text.split(",") if word]
-
-
-def memory_mb():
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def figure(metric, value):
