@@ -5,10 +5,11 @@ use std::hint::black_box;
 use std::sync::atomic::AtomicBool;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use genie::config::SamplerConfig;
+use genie::config::{SamplerConfig, TokenPenalty};
 use genie::engine::{Engine, Logits};
 use genie::profile::operations_table;
 use genie::sampler::Sampler;
+use genie::tokenizer::Specials;
 use genie_workspace::bench_model::{cost, ids, open};
 
 fn decode(criterion: &mut Criterion) {
@@ -33,12 +34,17 @@ fn decode(criterion: &mut Criterion) {
     }
 
     engine.rewind(0);
-    let logits = engine.forward(&prompt[..64], Logits::Last, &never).expect("it fits").to_vec();
+    // Pseudo-random ids leave the model with no idea what follows, which no text does.
+    let text =
+        model.tokenizer().encode("The old man walked down to the sea, and", Specials::AsText).expect("it is short");
+    let logits = engine.forward(&text, Logits::Last, &never).expect("it fits").to_vec();
     group.throughput(Throughput::Elements(1));
+    let penalty = TokenPenalty { last_n: 64, repetition: 1.1, presence: 0.1, frequency: 0.1 };
     let random = SamplerConfig { greedy: false, temp: 0.8, seed: Some(1), ..SamplerConfig::default() };
     for (kind, config) in [
         ("greedy", SamplerConfig { greedy: true, ..random.clone() }),
         ("top_k40_p95", SamplerConfig { top_k: 40, top_p: 0.95, ..random.clone() }),
+        ("penalties_top_k40_p95", SamplerConfig { top_k: 40, top_p: 0.95, penalty, ..random.clone() }),
         ("top_p95", SamplerConfig { top_k: 0, top_p: 0.95, ..random.clone() }),
         ("all", SamplerConfig { top_k: 0, top_p: 1.0, ..random }),
     ] {

@@ -40,6 +40,8 @@ pub struct Sampler {
     random: Random,
     penalized: Vec<f32>,
     window: Vec<u32>,
+    /// Of the whole vocabulary, where no top-k cuts it.
+    weights: Vec<f64>,
     candidates: Vec<Candidate>,
 }
 
@@ -58,6 +60,7 @@ impl Sampler {
             config,
             penalized: Vec::new(),
             window: Vec::new(),
+            weights: Vec::new(),
             candidates: Vec::new(),
         }
     }
@@ -109,17 +112,27 @@ impl Sampler {
         if self.config.greedy || self.config.temp == 0.0 || self.config.top_k == 1 {
             return Ok(logits.iter().position(|&value| value == max).expect("the largest is one of them") as u32);
         }
+        let (temp, max) = (f64::from(self.config.temp), f64::from(max));
+        let (top_p, min_p) = (f64::from(self.config.top_p), f64::from(self.config.min_p));
         let candidates = &mut self.candidates;
-        take_top_k(self.config.top_k, logits, candidates);
-        let temp = f64::from(self.config.temp);
-        for candidate in candidates.iter_mut() {
-            candidate.weight = exp((candidate.weight - f64::from(max)) / temp);
-        }
-        if self.config.top_p < 1.0 {
-            take_top_p(f64::from(self.config.top_p), candidates);
+        let total = if 0 < self.config.top_k && self.config.top_k < logits.len() {
+            take_top_k(self.config.top_k, logits, candidates);
+            candidates.iter_mut().for_each(|candidate| candidate.weight = exp((candidate.weight - max) / temp));
+            candidates.iter().map(|candidate| candidate.weight).sum()
+        } else {
+            self.weights.clear();
+            self.weights.extend(logits.iter().map(|&logit| exp((f64::from(logit) - max) / temp)));
+            let total = sum(&self.weights);
+            // Those below this weigh less than `1 - top_p` of all together: top-p stops before it comes to one of them.
+            let least = min_p.max((1.0 - top_p) * total / logits.len() as f64);
+            take_from(least, &self.weights, candidates);
+            total
+        };
+        if top_p < 1.0 {
+            take_top_p(top_p * total, candidates);
         }
         // The likeliest token is always here and weighs 1.
-        candidates.retain(|candidate| f64::from(self.config.min_p) <= candidate.weight);
+        candidates.retain(|candidate| min_p <= candidate.weight);
         Ok(draw(candidates, self.random.unit()))
     }
 
@@ -164,36 +177,51 @@ fn penalize(penalty: &TokenPenalty, window: &mut [u32], logits: &mut [f32]) {
     }
 }
 
-/// The `top_k` largest logits, best first; all of them, in order of ids, if `top_k` is 0 or no limit.
+/// The sum of `values`. In lanes, as in [`largest`].
+fn sum(values: &[f64]) -> f64 {
+    let (chunks, rest) = values.as_chunks::<8>();
+    let lanes = chunks.iter().fold([0.0; 8], |lanes, chunk| std::array::from_fn(|i| lanes[i] + chunk[i]));
+    lanes.iter().chain(rest).sum()
+}
+
+/// The `top_k` largest logits, best first.
 ///
 /// The list never holds more than twice `top_k`: when it is full, the worse half goes, and what is no better than the
-/// rest does not get in again. That reads the logits once and sorts next to nothing.
+/// rest does not get in again. That reads the logits once and sorts next to nothing. Most chunks of logits have none that
+/// gets in, which their largest says in a few instructions.
 fn take_top_k(top_k: usize, logits: &[f32], candidates: &mut Vec<Candidate>) {
     candidates.clear();
-    let has_limit = 0 < top_k && top_k < logits.len();
-    let full = if has_limit { 2 * top_k } else { usize::MAX };
     let mut floor = f32::NEG_INFINITY;
-    for (id, &logit) in logits.iter().enumerate() {
-        if floor < logit {
-            candidates.push(Candidate { weight: f64::from(logit), id: id as u32 });
-            if candidates.len() == full {
-                candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
-                candidates.truncate(top_k);
-                floor = candidates[top_k - 1].weight as f32;
+    for (number, chunk) in logits.chunks(CHUNK).enumerate() {
+        if largest(chunk) <= floor {
+            continue;
+        }
+        for (id, &logit) in (number * CHUNK..).zip(chunk) {
+            if floor < logit {
+                candidates.push(Candidate { weight: f64::from(logit), id: id as u32 });
+                if candidates.len() == 2 * top_k {
+                    candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
+                    candidates.truncate(top_k);
+                    floor = candidates[top_k - 1].weight as f32;
+                }
             }
         }
     }
-    if has_limit {
-        candidates.sort_unstable_by(Candidate::order);
-        candidates.truncate(top_k);
-    }
+    candidates.sort_unstable_by(Candidate::order);
+    candidates.truncate(top_k);
 }
 
-/// The fewest candidates, best first, whose weights sum to `top_p` of all. At least one.
+/// The tokens that weigh `least` or more, and anything at all, in order of ids.
+fn take_from(least: f64, weights: &[f64], candidates: &mut Vec<Candidate>) {
+    candidates.clear();
+    let kept = (0..).zip(weights).filter(|(_, weight)| 0.0 < **weight && least <= **weight);
+    candidates.extend(kept.map(|(id, &weight)| Candidate { weight, id }));
+}
+
+/// The fewest candidates, best first, whose weights sum to `target`. At least one; all if they weigh less.
 ///
 /// Only as many are sorted as are needed, in growing portions.
-fn take_top_p(top_p: f64, candidates: &mut Vec<Candidate>) {
-    let target = top_p * candidates.iter().map(|candidate| candidate.weight).sum::<f64>();
+fn take_top_p(target: f64, candidates: &mut Vec<Candidate>) {
     let (mut sorted, mut sum) = (0, 0.0);
     while sorted < candidates.len() {
         let end = candidates.len().min((8 * sorted).max(FIRST_PORTION));
@@ -233,15 +261,16 @@ impl Candidate {
 /// `e` to the power of `x`, which is at most 0. Below -700 it is 0.
 ///
 /// The result has a relative error below 1e-15, and the same bits everywhere: `x = n ln 2 + r`, a Taylor sum for `r`,
-/// and `n` put into the exponent.
+/// and `n` added to the exponent. Without a branch or a conversion, so that the compiler computes several at once.
 fn exp(x: f64) -> f64 {
-    if x < -700.0 {
-        return 0.0;
-    }
-    let n = (x * std::f64::consts::LOG2_E).round();
+    // Adding this rounds to a whole number, which is then in the lowest bits.
+    const ROUND: f64 = 1.5 * (1_u64 << 52) as f64;
+    let shifted = x * std::f64::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = x - n * LN_2_HIGH - n * LN_2_LOW;
     let sum = TAYLOR.iter().fold(0.0, |sum, term| sum * r + term);
-    sum * f64::from_bits(((1023 + n as i64) as u64) << 52)
+    let scaled = f64::from_bits(sum.to_bits().wrapping_add(shifted.to_bits() << 52));
+    if x < -700.0 { 0.0 } else { scaled }
 }
 
 /// `1 / i!` for `i` from 13 down to 0.
@@ -259,6 +288,9 @@ const TAYLOR: [f64; 14] = {
 /// ln 2 cut to 32 bits, so that `n * LN_2_HIGH` is exact, and the rest of it.
 const LN_2_HIGH: f64 = 0.693_147_180_369_123_8;
 const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+
+/// Logits that top-k looks at together.
+const CHUNK: usize = 64;
 
 /// How many candidates top-p sorts first: enough in most cases.
 const FIRST_PORTION: usize = 64;

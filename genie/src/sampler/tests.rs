@@ -126,17 +126,13 @@ fn exponential() {
 proptest! {
     // Guards: the one-pass top-k is the k best of a full sort, ties and all.
     #[test]
-    fn top_k_equals_a_sort(logits in prop::collection::vec((-4_i8..4).prop_map(f32::from), 1..200), k in 1_usize..40) {
+    fn top_k_equals_a_sort(logits in prop::collection::vec((-4_i8..40).prop_map(f32::from), 1..400), k in 1_usize..40) {
         let mut kept = Vec::new();
         take_top_k(k, &logits, &mut kept);
         let mut sorted: Vec<u32> = (0..logits.len() as u32).collect();
         sorted.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
         sorted.truncate(k);
-        let mut ids: Vec<u32> = kept.iter().map(|candidate| candidate.id).collect();
-        if logits.len() <= k {
-            sorted.sort_unstable();
-            ids.sort_unstable();
-        }
+        let ids: Vec<u32> = kept.iter().map(|candidate| candidate.id).collect();
         prop_assert_eq!(ids, sorted);
     }
 
@@ -150,9 +146,32 @@ proptest! {
         let target = top_p * f64::from(weights.iter().sum::<u32>());
         let mut sum = 0.0;
         let need = sorted.iter().position(|candidate| { sum += candidate.weight; target <= sum }).unwrap() + 1;
-        take_top_p(top_p, &mut kept);
+        take_top_p(target, &mut kept);
         let ids = |list: &[Candidate]| list.iter().map(|candidate| candidate.id).collect::<Vec<_>>();
         prop_assert_eq!(ids(&kept), ids(&sorted[..need]));
+    }
+
+    // Guards: over the whole vocabulary, leaving out what weighs next to nothing leaves every draw as a full sort has it.
+    #[test]
+    fn whole_vocabulary_equals_a_sort(
+        logits in prop::collection::vec(-12.0_f32..4.0, 1..300), top_p in 0.01_f32..=1.0, min_p in 0.0_f32..0.2, seed in 0_u64..1000,
+    ) {
+        let max = f64::from(largest(&logits));
+        let mut sorted: Vec<Candidate> = logits.iter().enumerate()
+            .map(|(id, &logit)| Candidate { weight: exp(f64::from(logit) - max), id: id as u32 }).collect();
+        let total: f64 = sorted.iter().map(|candidate| candidate.weight).sum();
+        if top_p < 1.0 {
+            sorted.sort_by(Candidate::order);
+            let mut sum = 0.0;
+            let within = |candidate: &Candidate| { let before = sum; sum += candidate.weight; before < f64::from(top_p) * total };
+            sorted = sorted.into_iter().take_while(within).collect();
+        }
+        sorted.retain(|candidate| f64::from(min_p) <= candidate.weight);
+        let mut random = Random::new(Some(seed));
+        let mut sampler = sampler(|config| *config = SamplerConfig { seed: Some(seed), top_p, min_p, ..config.clone() });
+        for _ in 0..4 {
+            prop_assert_eq!(sampler.sample(&logits, &[]), Ok(draw(&sorted, random.unit())));
+        }
     }
 
     // Guards: whatever the settings and the logits, the token is one that is not ruled out.
