@@ -1,11 +1,14 @@
 //! A resident team of threads for regions of a few microseconds.
 //!
-//! A region is published by raising an epoch. Threads that are awake join it and take items from a shared counter; the
-//! caller takes items too, closes the region when none are left, and waits only for the threads that joined. A thread
-//! that is asleep or not scheduled costs nothing but its help: the team works with more workers than cores.
+//! A region is published by raising an epoch. Threads that are awake join it and take items; the caller takes items too,
+//! closes the region when none are left, and waits only for the threads that joined. A thread that is asleep or not
+//! scheduled costs nothing but its help: the team works with more workers than cores.
+//!
+//! Each worker has a share of neighbouring items and takes those first: it streams through memory that lies together, and
+//! the counter of its share stays in its own cache. Then it helps with the shares of the others.
 //!
 //! ```text
-//! caller: write job, items = 0; state = (epoch + 1, open, 0 active); wake sleepers
+//! caller: write job; state = (epoch + 1, open, 0 active); wake sleepers
 //!         take items until none are left; state.open = false; wait until state.active = 0
 //! thread: spin, then yield, then park until the epoch changes
 //!         if state.open: state.active += 1 (one exchange with the epoch); take items; state.active -= 1
@@ -37,7 +40,7 @@ impl Workers {
     pub fn new(n: usize) -> io::Result<Self> {
         let n = n.clamp(1, MAX_WORKERS);
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let shared = Arc::new(Shared::new(if n > cores { SPINS_OVERSUBSCRIBED } else { SPINS }));
+        let shared = Arc::new(Shared::new(n, if n > cores { SPINS_OVERSUBSCRIBED } else { SPINS }));
         let mut team = Self { shared, threads: Vec::with_capacity(n - 1), region: Mutex::new(()) };
         for worker in 1..n {
             let shared = Arc::clone(&team.shared);
@@ -71,7 +74,7 @@ impl Workers {
     /// worker that makes it.
     ///
     /// # Panics
-    /// If `f` panics, the remaining items are dropped and the first panic is resumed here.
+    /// If there are more than 2^27 items. If `f` panics, the remaining items are dropped and the first panic is resumed here.
     pub fn for_each(&self, n_items: usize, f: impl Fn(usize, usize) + Sync) {
         if let Some(worker) = self.current_worker() {
             (0..n_items).for_each(|item| f(item, worker));
@@ -80,6 +83,7 @@ impl Workers {
         if n_items == 0 {
             return;
         }
+        assert!(n_items <= MAX_ITEMS, "{n_items} items, at most {MAX_ITEMS}");
         // A panic in a region is resumed after the guard's region has been closed, so a poisoned lock means no harm.
         let _serialised = self.region.lock().unwrap_or_else(PoisonError::into_inner);
         if n_items == 1 || self.threads.is_empty() {
@@ -89,7 +93,7 @@ impl Workers {
         }
         let run = |worker: usize| {
             let _identity = Identity::enter(&self.shared, worker);
-            self.shared.take_items(n_items, |item| f(item, worker));
+            self.shared.take_items(n_items, worker, |item| f(item, worker));
         };
         self.shared.open(&run);
         for (i, thread) in self.threads.iter().enumerate().take(n_items - 1) {
@@ -131,7 +135,8 @@ impl fmt::Debug for Workers {
 /// What the caller and the threads share. The hot words have a cache line each.
 struct Shared {
     state: Line<AtomicU64>,
-    next: Line<AtomicUsize>,
+    /// The share of each worker.
+    shares: Box<[Line<Share>]>,
     /// Threads that sleep or are about to: lets a busy team skip the system call.
     asleep: Line<[AtomicBool; MAX_WORKERS]>,
     job: UnsafeCell<Option<Job>>,
@@ -151,6 +156,37 @@ impl<T> std::ops::Deref for Line<T> {
     }
 }
 
+/// How many items of a worker's share have been taken: the epoch, and the number below it. A number of another epoch is none
+/// yet, so that nobody has to reset the shares of others when a region opens.
+struct Share(AtomicU64);
+
+impl Share {
+    /// The next of the `len` items, in a region that stays open as long as this runs.
+    fn take(&self, epoch: u64, len: usize) -> Option<usize> {
+        let tag = epoch << ITEM_BITS;
+        let mut seen = self.0.load(Ordering::Relaxed);
+        while seen & !MAX_TAKEN != tag {
+            if len == 0 {
+                return None;
+            }
+            match self.0.compare_exchange(seen, tag | 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(0),
+                Err(now) => seen = now,
+            }
+        }
+        if (seen & MAX_TAKEN) as usize >= len {
+            return None;
+        }
+        let item = (self.0.fetch_add(1, Ordering::Relaxed) & MAX_TAKEN) as usize;
+        (item < len).then_some(item)
+    }
+
+    /// Drops what is left in this epoch.
+    fn abandon(&self, epoch: u64) {
+        self.0.store(epoch << ITEM_BITS | MAX_ITEMS as u64, Ordering::Relaxed);
+    }
+}
+
 /// A borrowed closure without its type and lifetime.
 #[derive(Clone, Copy)]
 struct Job {
@@ -165,10 +201,10 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
-    fn new(spins: u32) -> Self {
+    fn new(n_workers: usize, spins: u32) -> Self {
         Self {
             state: Line(AtomicU64::new(0)),
-            next: Line(AtomicUsize::new(0)),
+            shares: (0..n_workers).map(|_| Line(Share(AtomicU64::new(0)))).collect(),
             asleep: Line([const { AtomicBool::new(false) }; MAX_WORKERS]),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
@@ -189,7 +225,6 @@ impl Shared {
         let job = Job { closure: ptr::from_ref(run).cast(), call: call::<F> };
         // SAFETY: the last region was closed and no thread is active, so nobody reads `job` now.
         unsafe { *self.job.get() = Some(job) };
-        self.next.store(0, Ordering::Relaxed);
         let epoch = self.state.load(Ordering::Relaxed) & !(EPOCH - 1);
         self.state.store(epoch.wrapping_add(EPOCH) | OPEN, Ordering::SeqCst);
     }
@@ -215,22 +250,31 @@ impl Shared {
         }
     }
 
-    fn take_items(&self, n_items: usize, f: impl Fn(usize)) {
-        loop {
-            let item = self.next.fetch_add(1, Ordering::Relaxed);
-            if item >= n_items {
-                return;
+    /// Runs `f` for the items of `worker`'s share, then for what is left of the others'. The caller has the region open.
+    fn take_items(&self, n_items: usize, worker: usize, f: impl Fn(usize)) {
+        let epoch = self.epoch();
+        let n = self.shares.len();
+        let (len, n_longer) = (n_items / n, n_items % n);
+        for share in (worker..n).chain(0..worker) {
+            let first = share * len + share.min(n_longer);
+            let len = len + usize::from(share < n_longer);
+            while let Some(item) = self.shares[share].take(epoch, len) {
+                f(first + item);
             }
-            f(item);
         }
     }
 
     /// Runs `run(worker)`; keeps the first panic and drops the remaining items.
     fn run_caught(&self, run: impl Fn(usize), worker: usize) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(worker))) {
-            self.next.store(NO_MORE_ITEMS, Ordering::Relaxed);
+            self.shares.iter().for_each(|share| share.abandon(self.epoch()));
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
+    }
+
+    /// The epoch of the region that the calling thread is in, cut to what a share holds.
+    fn epoch(&self) -> u64 {
+        self.state.load(Ordering::Relaxed) / EPOCH & (u64::MAX >> ITEM_BITS)
     }
 
     /// A thread's life.
@@ -313,8 +357,12 @@ const ACTIVE: u64 = (1 << 16) - 1;
 const OPEN: u64 = 1 << 16;
 const EPOCH: u64 = 1 << 17;
 
-/// Far above any item, far below overflow.
-const NO_MORE_ITEMS: usize = usize::MAX / 2;
+/// Bits of a share's number of items: one more than [`MAX_ITEMS`] needs, so that workers who find nothing cannot overflow it.
+const ITEM_BITS: u32 = 28;
+const MAX_TAKEN: u64 = (1 << ITEM_BITS) - 1;
+
+/// Items of one region.
+const MAX_ITEMS: usize = 1 << 27;
 
 #[cfg(test)]
 mod tests;
