@@ -119,10 +119,10 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         for target in targets.iter().flatten() {
             if group < grid.groups(&target.half) {
                 let tile = grid.tile(item / n_groups, group, target.half.weights);
-                let mut buffer = [0.0; TILE_VALUES];
-                let values = &mut buffer[..tile.values()];
-                finish(cx, x, &target.half, &tile, values);
-                target.store(&tile, values);
+                with_buffer(tile.values(), |values| {
+                    finish(cx, x, &target.half, &tile, values);
+                    target.store(&tile, values);
+                });
                 return;
             }
             group -= grid.groups(&target.half);
@@ -154,14 +154,14 @@ pub fn gated_linear(
     let target = Target { half: gate, write: Write::Store, n, out: Disjoint::new(out) };
     cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
-        let (mut gate_values, mut up_values) = ([0.0; TILE_VALUES], [0.0; TILE_VALUES]);
-        let gate_values = &mut gate_values[..tile.values()];
-        let up_values = &mut up_values[..tile.values()];
-        finish(cx, x, &gate, &tile, gate_values);
-        finish(cx, x, &up, &tile, up_values);
-        // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
-        unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
-        target.store(&tile, gate_values);
+        with_buffer(2 * tile.values(), |values| {
+            let (gate_values, up_values) = values.split_at_mut(tile.values());
+            finish(cx, x, &gate, &tile, gate_values);
+            finish(cx, x, &up, &tile, up_values);
+            // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
+            unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
+            target.store(&tile, gate_values);
+        });
     });
     Ok(())
 }
@@ -236,6 +236,11 @@ impl Target<'_> {
     }
 }
 
+/// Calls `f` with `len` zeros on the stack. Those of a decode tile are few: it does not pay for clearing a large buffer.
+fn with_buffer(len: usize, f: impl FnOnce(&mut [f32])) {
+    if len <= SMALL_VALUES { f(&mut [0.0; SMALL_VALUES][..len]) } else { f(&mut [0.0; 2 * TILE_VALUES][..len]) }
+}
+
 /// How an output is cut into tiles.
 struct Grid {
     m: usize,
@@ -247,7 +252,7 @@ impl Grid {
     fn plan(m: usize, n_panels: usize, workers: usize) -> Self {
         let tile_rows = m.clamp(1, MAX_TILE_ROWS);
         let fits = TILE_VALUES / PANEL / tile_rows;
-        let share = n_panels.div_ceil(workers * TILES_PER_WORKER);
+        let share = n_panels / (workers * TILES_PER_WORKER);
         Self { m, tile_rows, tile_panels: share.clamp(1, fits.min(MAX_TILE_PANELS)) }
     }
 
@@ -281,14 +286,17 @@ pub const MAX_PARTS: usize = 8;
 /// f32 values in a tile's buffer: 8 KiB, a quarter of the smallest L1.
 const TILE_VALUES: usize = 2048;
 
+/// f32 values of the two tiles of a gated layer with one row.
+const SMALL_VALUES: usize = 2 * MAX_TILE_PANELS * PANEL;
+
 /// Rows of a tile: as many as fit with one panel.
 const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL;
 
 /// Panels of a tile. A decode tile of eight 4-bit panels streams 16 KiB and more, a few hundred nanoseconds at least.
 const MAX_TILE_PANELS: usize = 8;
 
-/// Tiles per worker, at least, so that a worker that was interrupted does not hold up the others for long.
-const TILES_PER_WORKER: usize = 6;
+/// Tiles per worker, at least, as far as there are panels: what a worker waits for in the end is one tile of another.
+const TILES_PER_WORKER: usize = 24;
 
 #[cfg(test)]
 mod tests;

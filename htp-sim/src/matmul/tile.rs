@@ -1,6 +1,6 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::{Branch, Gate, PANEL, Rows, TILE_VALUES};
+use super::{Branch, Gate, PANEL, Rows, TILE_VALUES, with_buffer};
 use crate::Cx;
 use crate::kernels::{FloatFn, FloatTile, IntegerTile};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
@@ -74,15 +74,15 @@ fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32])
     if (0..tile.rows).all(is_zero) {
         return;
     }
-    let mut buffer = [0.0; TILE_VALUES];
-    let products = &mut buffer[..values.len()];
-    compute_floats(cx, FloatRows { x: t, stride: branch.t_stride }, branch.up, tile, products);
     let width = tile.panels * PANEL;
-    for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
-        if !is_zero(row) {
-            values.iter_mut().zip(products).for_each(|(value, product)| *value += product);
+    with_buffer(values.len(), |products| {
+        compute_floats(cx, FloatRows { x: t, stride: branch.t_stride }, branch.up, tile, products);
+        for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
+            if !is_zero(row) {
+                values.iter_mut().zip(products).for_each(|(value, product)| *value += product);
+            }
         }
-    }
+    });
 }
 
 fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
