@@ -40,6 +40,11 @@ impl TileUnit for Emulated {
         }
     }
 
+    unsafe fn zero<const T: usize>(&mut self) {
+        self.shape(T);
+        self.tiles[T] = [[0; 64]; 16];
+    }
+
     unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
         let (c, a, b) = (self.shape(C), self.shape(A), self.shape(B));
         assert!(C != A && C != B && A != B, "registers {C}, {A}, {B}");

@@ -18,6 +18,12 @@ pub(super) trait TileUnit: Default {
     /// As [`configure`](Self::configure), which has given `T` a shape, and every row of it can be read.
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize);
 
+    /// Clears register `T` (`tilezero`).
+    ///
+    /// # Safety
+    /// As [`configure`](Self::configure), which has given `T` a shape.
+    unsafe fn zero<const T: usize>(&mut self);
+
     /// Adds to the i32 of register `C` the products of the signed bytes of `A` and `B` (`tdpbssd`).
     ///
     /// # Safety
@@ -104,6 +110,17 @@ impl TileUnit for Hardware {
             };
         }
         with_register!(T, tileload)
+    }
+
+    #[inline]
+    unsafe fn zero<const T: usize>(&mut self) {
+        macro_rules! tilezero {
+            ($register:tt) => {
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("tilezero ", $register), options(nostack, nomem, preserves_flags)) }
+            };
+        }
+        with_register!(T, tilezero)
     }
 
     #[inline]

@@ -1,25 +1,24 @@
 //! Matrix products of one tile of the output, in tiles of the unit.
 //!
-//! A panel of weights is what the unit wants as its second operand once its codes are signed bytes: 8-bit codes are read
-//! where they lie, 4-bit codes are unpacked once for all rows. Up to four blocks of 16 rows of a plane are multiplied by
-//! each tile of weights.
+//! 8-bit codes are read where they lie, 4-bit codes are unpacked once for all rows of a span.
 //!
 //! ```text
-//! for each panel, for each piece of k (as many inputs as are unpacked at a time):
-//!     for each group of blocks: sums = 0, or what the last piece left
-//!         for each 64 inputs: load weights; for each block: load x, sums += x · weights
-//!         keep the sums
-//!     floats from the sums
+//! for each panel, for each span of rows, for each piece of k (as many inputs as are unpacked at a time):
+//!     a scale per output: sums += x · weights
+//!     a scale per block:  for each block: sums = x · weights, floats += scale · sums
 //! ```
+
+mod blocks;
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::insn::{Shapes, TileUnit};
+use super::insn::TileUnit;
+use super::tiles::{MAX_ROWS, Operands, Span, Sums};
 use crate::arch::x86_64::avx512_vnni;
 use crate::arch::x86_64::avx512_vnni::matmul::{Place, channel_finish, load_bytes, load_i8, store};
 use crate::kernels::IntegerTile;
-use crate::packed::PANEL;
+use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8c<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
@@ -36,210 +35,86 @@ pub(crate) fn q_w4e<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     product::<U, FOUR_BIT_STEPS>(tile, out);
 }
 
-/// Leaves small tiles to VNNI and cuts the others into spans of [`MAX_ROWS`] rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w8b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    product::<U, EIGHT_BIT_BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w4b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    product::<U, FOUR_BIT_BLOCKS>(tile, out);
+}
+
+/// Leaves what does not fill the tiles to VNNI and cuts the rest into spans of [`MAX_ROWS`] rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn product<U: TileUnit, const CODES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if tile.rows < MIN_ROWS || tile.width < PANEL {
+    let is_blocks = matches!(CODES, EIGHT_BIT_BLOCKS | FOUR_BIT_BLOCKS);
+    if tile.rows < MIN_ROWS || tile.width < PANEL || is_blocks && tile.block > PIECE {
         return match CODES {
             EIGHT_BIT => avx512_vnni::matmul::q_w8c(tile, out),
             FOUR_BIT => avx512_vnni::matmul::q_w4c(tile, out),
-            _ => avx512_vnni::matmul::q_w4e(tile, out),
+            FOUR_BIT_STEPS => avx512_vnni::matmul::q_w4e(tile, out),
+            EIGHT_BIT_BLOCKS => avx512_vnni::matmul::q_w8b(tile, out),
+            _ => avx512_vnni::matmul::q_w4b(tile, out),
         };
     }
     let mut unit = U::default();
     for panel in 0..tile.panels {
         for first in (0..tile.rows).step_by(MAX_ROWS) {
-            let rows = MAX_ROWS.min(tile.rows - first);
-            span::<U, CODES>(&mut unit, tile, Span { panel, first, rows }, out);
+            let span = Span { panel, first, rows: MAX_ROWS.min(tile.rows - first) };
+            if is_blocks {
+                blocks::span::<U, CODES>(&mut unit, tile, span, out);
+            } else {
+                channel_span::<U, CODES>(&mut unit, tile, span, out);
+            }
         }
     }
     // SAFETY: a table with this unit exists only where it may be used.
     unsafe { unit.release() };
 }
 
-/// Some rows of one panel.
-#[derive(Clone, Copy)]
-struct Span {
-    panel: usize,
-    first: usize,
-    rows: usize,
-}
-
+/// A span by weights with a scale per output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn span<U: TileUnit, const CODES: u8>(unit: &mut U, tile: &IntegerTile<'_>, span: Span, out: &mut [f32]) {
-    let codes = &tile.codes[span.panel * tile.panel_bytes..];
-    // Left as they are: filling 48 KiB would cost as much as the products of a short row.
-    let mut sums = Sums([const { MaybeUninit::uninit() }; 2 * MAX_ROWS]);
-    let mut unpacked = Unpacked([const { MaybeUninit::uninit() }; PIECE / 4]);
+fn channel_span<U: TileUnit, const CODES: u8>(unit: &mut U, tile: &IntegerTile<'_>, span: Span, out: &mut [f32]) {
+    let mut sums = Sums::uninit();
+    let mut unpacked = Unpacked::uninit();
     for from in (0..tile.k).step_by(PIECE) {
-        let k = PIECE.min(tile.k - from);
-        let weights = match CODES {
-            EIGHT_BIT => &codes.as_chunks::<64>().0[from / 4..][..k / 4],
-            _ => unpack::<CODES>(tile, span.panel, from, &mut unpacked.0[..k / 4]),
-        };
-        piece(unit, tile, (span, from), weights, &mut sums);
+        let weights = signed_bytes::<CODES>(tile, span.panel, from..tile.k.min(from + PIECE), &mut unpacked);
+        let operands = Operands { tile, span, from, weights, afresh: from == 0 };
+        for part in span.parts() {
+            // SAFETY: a table with this unit exists only where it may be used. The first piece stores the sums.
+            unsafe {
+                part.configure(unit, weights.len());
+                part.multiply(unit, operands, &mut sums, |_, _| ());
+            }
+        }
     }
-    let planes = if tile.lo.is_empty() { 1 } else { 2 };
     for row in 0..span.rows {
         let at = Place { panel: span.panel, row: span.first + row };
-        let target = &mut out[(at.row * tile.panels + at.panel) * PANEL..];
-        // SAFETY: `piece` stored the sums of every row of the span in every plane.
+        // SAFETY: the parts are all rows of the span, and their sums were stored in every plane.
         let [values] = unsafe {
-            match planes {
-                1 => channel_finish(tile, at, [[load_sums(&sums.0[row])]]),
-                _ => channel_finish(tile, at, [[load_sums(&sums.0[row]), load_sums(&sums.0[MAX_ROWS + row])]]),
+            match tile.lo.is_empty() {
+                true => channel_finish(tile, at, [[load_sums(sums.row(0, row))]]),
+                false => channel_finish(tile, at, [[load_sums(sums.row(0, row)), load_sums(sums.row(1, row))]]),
             }
         };
-        store(target, values);
+        store(&mut out[(at.row * tile.panels + at.panel) * PANEL..], values);
     }
 }
 
-/// Adds to `sums` the products of the span's rows, from input `from` on, and `weights`, `[k/4][16][4]` signed bytes.
-fn piece<U: TileUnit>(
-    unit: &mut U,
-    tile: &IntegerTile<'_>,
-    (span, from): (Span, usize),
-    weights: &[[u8; 64]],
-    sums: &mut Sums,
-) {
-    let planes = if tile.lo.is_empty() { &[tile.hi][..] } else { &[tile.hi, tile.lo][..] };
-    let mut row = 0;
-    while row < span.rows {
-        let rows = BLOCK_ROWS.min(span.rows - row);
-        let n_blocks = if rows == BLOCK_ROWS { ((span.rows - row) / BLOCK_ROWS).min(4 / planes.len()) } else { 1 };
-        let mut x = [tile.hi.as_ptr().cast(); 4];
-        let mut at = [0; 4];
-        for i in 0..n_blocks * planes.len() {
-            let (block_row, plane) = (row + i / planes.len() * BLOCK_ROWS, i % planes.len());
-            let first = (span.first + block_row) * tile.x_stride + from;
-            // Up to the last byte that the tiles read.
-            let last = first + (rows - 1) * tile.x_stride + weights.len() * 4;
-            x[i] = planes[plane][first..last].as_ptr().cast();
-            at[i] = plane * MAX_ROWS + block_row;
-        }
-        let group = Group { rows, x, x_stride: tile.x_stride, at, is_first: from == 0 };
-        // SAFETY: a table with this unit exists only where it may be used. The slices above reach to the last byte of each
-        // block's rows; `at + rows` rows of sums are inside the array, as the span has at most `MAX_ROWS` rows.
-        unsafe {
-            match n_blocks * planes.len() {
-                1 => group.multiply::<U, 1>(unit, weights, sums),
-                2 => group.multiply::<U, 2>(unit, weights, sums),
-                3 => group.multiply::<U, 3>(unit, weights, sums),
-                _ => group.multiply::<U, 4>(unit, weights, sums),
-            }
-        }
-        row += n_blocks * rows;
+/// The codes of some inputs of a panel as signed bytes, `[k/4][16][4]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn signed_bytes<'a, const CODES: u8>(
+    tile: &IntegerTile<'a>,
+    panel: usize,
+    inputs: std::ops::Range<usize>,
+    unpacked: &'a mut Unpacked,
+) -> &'a [[u8; 64]] {
+    let fours = inputs.len() / 4;
+    if matches!(CODES, EIGHT_BIT | EIGHT_BIT_BLOCKS) {
+        return &tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0[inputs.start / 4..][..fours];
     }
-}
-
-/// Blocks of x that share the loads of weights.
-struct Group {
-    /// Rows of each block.
-    rows: usize,
-    x: [*const u8; 4],
-    x_stride: usize,
-    /// Where in the sums each block starts, in rows.
-    at: [usize; 4],
-    /// Whether there are no sums yet.
-    is_first: bool,
-}
-
-impl Group {
-    /// # Safety
-    /// The unit may be used; each of the first `N` blocks has `rows` rows of as many bytes as `weights` has inputs, and
-    /// `rows` rows in `sums`.
-    #[inline]
-    unsafe fn multiply<U: TileUnit, const N: usize>(&self, unit: &mut U, weights: &[[u8; 64]], sums: &mut Sums) {
-        let (full, cut) = (weights.len() / 16, weights.len() % 16);
-        let sum = (self.rows, PANEL * 4);
-        // A register without a use keeps a valid shape.
-        let cut_k = cut.max(1);
-        let shapes = [sum, sum, sum, sum, (self.rows, 64), (16, 64), (self.rows, cut_k * 4), (cut_k, 64)];
-        // SAFETY: the caller's promise; the shapes of sums, x and weights match, for the full tiles and the cut ones.
-        unsafe {
-            unit.configure(&Shapes::new(shapes));
-            if !self.is_first {
-                self.load_sums::<U, N>(unit, sums);
-            }
-            for i in 0..full {
-                unit.load::<5>(weights.as_ptr().add(i * 16).cast(), 64);
-                self.add::<U, N, 4, 5>(unit, i * 64);
-            }
-            if cut > 0 {
-                unit.load::<7>(weights.as_ptr().add(full * 16).cast(), 64);
-                self.add::<U, N, 6, 7>(unit, full * 64);
-            }
-            self.store_sums::<U, N>(unit, sums);
-        }
-    }
-
-    /// Adds the products of `N` blocks, from byte `from` of their rows on, and register `B`.
-    ///
-    /// # Safety
-    /// As [`multiply`](Self::multiply), with `B` loaded.
-    #[inline]
-    unsafe fn add<U: TileUnit, const N: usize, const A: usize, const B: usize>(&self, unit: &mut U, from: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            unit.load::<A>(self.x[0].add(from), self.x_stride);
-            unit.dot::<0, A, B>();
-            if N > 1 {
-                unit.load::<A>(self.x[1].add(from), self.x_stride);
-                unit.dot::<1, A, B>();
-            }
-            if N > 2 {
-                unit.load::<A>(self.x[2].add(from), self.x_stride);
-                unit.dot::<2, A, B>();
-            }
-            if N > 3 {
-                unit.load::<A>(self.x[3].add(from), self.x_stride);
-                unit.dot::<3, A, B>();
-            }
-        }
-    }
-
-    /// Where the sums of block `i` lie.
-    fn sums_of(&self, i: usize, sums: &mut Sums) -> *mut u8 {
-        sums.0[self.at[i]..][..self.rows].as_mut_ptr().cast()
-    }
-
-    /// # Safety
-    /// As [`multiply`](Self::multiply), and the sums were stored before.
-    #[inline]
-    unsafe fn load_sums<U: TileUnit, const N: usize>(&self, unit: &mut U, sums: &mut Sums) {
-        // SAFETY: the caller's promise; each place has `rows` rows.
-        unsafe {
-            unit.load::<0>(self.sums_of(0, sums), PANEL * 4);
-            if N > 1 {
-                unit.load::<1>(self.sums_of(1, sums), PANEL * 4);
-            }
-            if N > 2 {
-                unit.load::<2>(self.sums_of(2, sums), PANEL * 4);
-            }
-            if N > 3 {
-                unit.load::<3>(self.sums_of(3, sums), PANEL * 4);
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`multiply`](Self::multiply).
-    #[inline]
-    unsafe fn store_sums<U: TileUnit, const N: usize>(&self, unit: &mut U, sums: &mut Sums) {
-        // SAFETY: the caller's promise; each place has `rows` rows.
-        unsafe {
-            unit.store::<0>(self.sums_of(0, sums), PANEL * 4);
-            if N > 1 {
-                unit.store::<1>(self.sums_of(1, sums), PANEL * 4);
-            }
-            if N > 2 {
-                unit.store::<2>(self.sums_of(2, sums), PANEL * 4);
-            }
-            if N > 3 {
-                unit.store::<3>(self.sums_of(3, sums), PANEL * 4);
-            }
-        }
-    }
+    unpack::<CODES>(tile, panel, inputs.start, &mut unpacked.0[..fours])
 }
 
 /// Writes the codes of inputs `from..` of a panel as signed bytes, steps included: as many inputs as `to` has room for, a
@@ -253,7 +128,11 @@ fn unpack<'a, const CODES: u8>(
 ) -> &'a [[u8; 64]] {
     let codes = &tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0[from / 8..];
     let blocks = tile.k / tile.block;
-    let (low_mask, mut step, mut zero) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1), _mm512_set1_epi8(8));
+    let mut zero = match (CODES, tile.offset) {
+        (FOUR_BIT_BLOCKS, BlockOffset::Integer | BlockOffset::Min) => _mm512_setzero_si512(),
+        _ => _mm512_set1_epi8(8),
+    };
+    let (low_mask, mut step) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
     assert!(to.len() <= codes.len() * 2 && to.len().is_multiple_of(2));
     for (i, (pair, codes)) in to.as_chunks_mut::<2>().0.iter_mut().zip(codes).enumerate() {
         let k = from + i * 8;
@@ -278,33 +157,30 @@ fn unpack<'a, const CODES: u8>(
     unsafe { to.assume_init_ref() }
 }
 
-/// # Safety
-/// The sums were stored.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load_sums(from: &MaybeUninit<[i32; PANEL]>) -> __m512i {
-    // SAFETY: 64 bytes, unaligned; the caller's promise.
+fn load_sums(from: &[i32; PANEL]) -> __m512i {
+    // SAFETY: 64 bytes, unaligned.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
-
-/// The planes' sums of a span, `hi` first. Aligned as the tiles' rows like it.
-#[repr(align(64))]
-struct Sums([MaybeUninit<[i32; PANEL]>; 2 * MAX_ROWS]);
 
 /// Unpacked weights.
 #[repr(align(64))]
 struct Unpacked([MaybeUninit<[u8; 64]>; PIECE / 4]);
 
+impl Unpacked {
+    #[inline]
+    fn uninit() -> Self {
+        Self([const { MaybeUninit::uninit() }; PIECE / 4])
+    }
+}
+
 /// How the codes lie.
 const EIGHT_BIT: u8 = 0;
 const FOUR_BIT: u8 = 1;
 const FOUR_BIT_STEPS: u8 = 2;
-
-/// Rows of a tile of x.
-const BLOCK_ROWS: usize = 16;
-
-/// Rows of a span: with two planes 16 KiB of sums.
-const MAX_ROWS: usize = 128;
+const EIGHT_BIT_BLOCKS: u8 = 3;
+const FOUR_BIT_BLOCKS: u8 = 4;
 
 /// Inputs that are unpacked at a time: 32 KiB.
 const PIECE: usize = 2048;

@@ -1,10 +1,11 @@
 //! AMX: tiles of 16 rows by 64 bytes for prompts, everything else from [`avx512_vnni`](super::avx512_vnni).
 //!
-//! The weights with one scale per output (8 and 4 bit, with steps or without) use tiles. Those with a float scale per block
-//! would have to leave the tiles after every block; they stay with VNNI.
+//! Weights with one scale per output (8 and 4 bit, with steps or without) are summed in the tiles over all of k. With a float
+//! scale per block, the sums leave the tiles after every block.
 
 mod insn;
 mod matmul;
+mod tiles;
 
 #[cfg(test)]
 mod emulated;
@@ -26,6 +27,8 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w8c: matmul::q_w8c::<U>,
         matmul_q_w4c: matmul::q_w4c::<U>,
         matmul_q_w4e: matmul::q_w4e::<U>,
+        matmul_q_w8b: matmul::q_w8b::<U>,
+        matmul_q_w4b: matmul::q_w4b::<U>,
         ..avx512_vnni::KERNELS
     }
 }

@@ -544,7 +544,7 @@ fn load_f32(from: &[u8]) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_f16(from: &[u8]) -> __m512 {
+pub(in crate::arch::x86_64) fn load_f16(from: &[u8]) -> __m512 {
     // SAFETY: the slice has 32 bytes (checked here), unaligned.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from[..32].as_ptr().cast()) })
 }
