@@ -3,10 +3,19 @@
 //! The method is the usual one for comparing forms of one model: the text's ids, without special tokens, are cut into
 //! windows; each starts from an empty cache at position 0; the first id of a window is not scored; perplexity is
 //! `exp` of the mean negative natural logarithm of the probability of all scored ids.
+//!
+//! [`compare`] runs two forms of one model over the same windows and says how far they are apart, and where.
 
 use std::sync::atomic::AtomicBool;
 
 use crate::engine::{Engine, EngineError, Logits};
+use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
+
+pub mod compare;
+mod noise;
+pub mod summary;
+
+pub use compare::{Comparer, Comparison};
 
 /// How a text is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +52,34 @@ pub enum AccuracyError {
     /// The model could not be run.
     #[error("engine")]
     Engine(#[from] EngineError),
+    /// A text could not be made ids.
+    #[error("tokenizer")]
+    Tokenizer(#[from] TokenizerError),
+    /// One of the two models of a comparison cannot be used, or not with this adapter.
+    #[error("{side}")]
+    Side {
+        /// Which of the two.
+        side: compare::Side,
+        /// Why.
+        #[source]
+        why: Box<crate::Error>,
+    },
+    /// The models of a comparison are no two forms of one model.
+    #[error("{what}: the reference has {reference}, the model to compare {tested}")]
+    Differ {
+        /// In what they differ.
+        what: String,
+        /// What the reference has.
+        reference: String,
+        /// What the other one has.
+        tested: String,
+    },
+    /// What a layer gives to the next cannot be looked at.
+    #[error("tensor {tensor}, what its layer gives to the next, is not computed as such in both models")]
+    Hidden {
+        /// The tensor.
+        tensor: String,
+    },
 }
 
 /// Scores `ids` window by window; `progress` is told windows done and in all. The engine is rewound to 0 before each
@@ -56,23 +93,47 @@ pub fn perplexity(
     cut: Windows,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Perplexity, AccuracyError> {
-    let too_short = AccuracyError::TooShort { have: ids.len(), window: cut.window };
-    if cut.window < 2 || ids.len() < cut.window {
-        return Err(too_short);
-    }
-    let windows: Vec<&[u32]> = ids.chunks_exact(cut.window).take(cut.windows).collect();
-    if windows.is_empty() {
-        return Err(too_short);
-    }
-    let (mut nll, mut window_mean_nll) = (Vec::new(), Vec::new());
+    let windows = cut.of(ids)?;
+    let mut nll = Vec::new();
     for (done, window) in windows.iter().enumerate() {
-        let start = nll.len();
         score_window(engine, window, &mut nll)?;
-        window_mean_nll.push(mean(&nll[start..]));
         progress(done + 1, windows.len());
     }
     engine.rewind(0);
-    Ok(Perplexity { perplexity: mean(&nll).exp(), nll, window_mean_nll })
+    Ok(Perplexity::new(nll, cut.window - 1))
+}
+
+/// The ids of `text`, which all of `tokenizers` have to agree on.
+///
+/// # Errors
+/// [`AccuracyError::Differ`] with the first id that differs.
+pub fn shared_ids(reference: &Tokenizer, tested: &Tokenizer, text: &str) -> Result<Vec<u32>, AccuracyError> {
+    let ids = reference.encode(text, Specials::AsText)?;
+    let other = tested.encode(text, Specials::AsText)?;
+    let at = ids.iter().zip(&other).position(|(a, b)| a != b).unwrap_or(ids.len().min(other.len()));
+    if at == ids.len() && at == other.len() {
+        return Ok(ids);
+    }
+    let id = |ids: &[u32]| ids.get(at).map_or_else(|| format!("{} ids", ids.len()), u32::to_string);
+    Err(AccuracyError::Differ { what: format!("id {at} of the text"), reference: id(&ids), tested: id(&other) })
+}
+
+impl Windows {
+    /// The full windows of `ids`.
+    fn of(self, ids: &[u32]) -> Result<Vec<&[u32]>, AccuracyError> {
+        if self.window < 2 || self.windows == 0 || ids.len() < self.window {
+            return Err(AccuracyError::TooShort { have: ids.len(), window: self.window });
+        }
+        Ok(ids.chunks_exact(self.window).take(self.windows).collect())
+    }
+}
+
+impl Perplexity {
+    /// Of the scored ids of windows, each with `scored` of them.
+    fn new(nll: Vec<f64>, scored: usize) -> Perplexity {
+        let window_mean_nll = nll.chunks(scored).map(mean).collect();
+        Perplexity { perplexity: mean(&nll).exp(), nll, window_mean_nll }
+    }
 }
 
 fn score_window(engine: &mut dyn Engine, window: &[u32], nll: &mut Vec<f64>) -> Result<(), EngineError> {

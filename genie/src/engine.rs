@@ -149,6 +149,14 @@ pub enum EngineError {
     /// The model was made to run only with an adapter, and none is applied.
     #[error("no adapter is applied")]
     NotReady(#[source] qnn_core::context::StateError),
+    /// The model does not tell its layers apart, or not as this library records it.
+    #[error("graph {graph}: {why}")]
+    Outline {
+        /// The graph.
+        graph: String,
+        /// What it lacks.
+        why: String,
+    },
     /// The config says one thing and the model another.
     #[error("{what}: config says {config}, model has {model}")]
     Mismatch {

@@ -13,12 +13,14 @@ pub mod account;
 pub mod htp;
 pub mod reference;
 pub mod state;
+pub mod watch;
 
 pub use account::Account;
 pub use htp::HtpBackend;
 pub use reference::ReferenceBackend;
 pub use state::State;
 pub(crate) use state::cache_format;
+pub use watch::{Seen, Watch, Watched};
 
 /// Turns a graph into something that runs.
 pub trait Backend {
@@ -44,6 +46,19 @@ pub trait Executable: Send {
     /// # Errors
     /// [`ExecuteError`]. Outputs are then unspecified; of the state only rows at and after `cache_index` can differ.
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError>;
+
+    /// As [`Executable::execute`], and shows `watch` every tensor that is computed as such (not what fusion leaves out), which
+    /// it may change.
+    ///
+    /// # Errors
+    /// As [`Executable::execute`].
+    fn execute_watched(
+        &mut self,
+        bindings: &mut Bindings,
+        state: &mut State,
+        cancel: &AtomicBool,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ExecuteError>;
 
     /// Keeps an account of where the time goes, from zero and from now on. A backend that cannot does nothing.
     fn start_account(&mut self) {}

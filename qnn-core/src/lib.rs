@@ -19,6 +19,7 @@ pub mod graph;
 pub mod map;
 pub mod offline;
 pub mod op;
+pub mod outline;
 pub mod record;
 pub mod tensor;
 pub mod types;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use htp_sim::{PackedLayout, PackedWeights};
+use htp_sim::{BlockOffset, PackedLayout, PackedWeights, WeightFormat};
 
 use crate::{
     encoding::Encoding,
@@ -80,6 +80,11 @@ impl Panels {
     /// The layout.
     pub fn layout(&self) -> &PackedLayout {
         &self.layout
+    }
+
+    /// The format in words: `int4 block 32, symmetric`.
+    pub fn format_name(&self) -> String {
+        format_name(self.layout.format())
     }
 
     /// The bytes: codes, scales, offsets.
@@ -176,5 +181,26 @@ impl std::fmt::Display for Shape {
             }
         }
         f.write_str("]")
+    }
+}
+
+/// A weight format in words, as tools print it.
+pub(crate) fn format_name(format: WeightFormat) -> String {
+    match format {
+        WeightFormat::F32 => "f32".to_owned(),
+        WeightFormat::F16 => "f16".to_owned(),
+        WeightFormat::Bf16 => "bf16".to_owned(),
+        WeightFormat::Int8PerChannel => "int8 per channel".to_owned(),
+        WeightFormat::Int4PerChannel => "int4 per channel".to_owned(),
+        WeightFormat::Int8Block { block } => format!("int8 block {block}"),
+        WeightFormat::Int4Expansion { block } => format!("int4 block {block} steps"),
+        WeightFormat::Int4Block { block, offset } => {
+            let offset = match offset {
+                BlockOffset::Symmetric => "symmetric",
+                BlockOffset::Integer => "whole offsets",
+                BlockOffset::Min => "float minima",
+            };
+            format!("int4 block {block}, {offset}")
+        }
     }
 }

@@ -139,6 +139,37 @@ fn adapters_follow_an_equalized_base() {
     assert!(refused.contains("q_proj") && refused.contains("16 inputs") && refused.contains("32"), "{refused}");
 }
 
+// Guards: who compares an equalized model with the original knows by what each tensor was scaled, sums with an adapter's
+// branch included.
+#[test]
+fn scaled_tensors_are_known_by_their_factors() {
+    let graph = off_grid(false);
+    let mut equalized = graph.clone();
+    equalize(&mut equalized, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    let factors = ChannelScales::of(equalized.metadata()).expect("recorded just now").of_tensors(&equalized);
+    let normed = "model.layers.0.input_layernorm";
+    let values = |graph: &Graph| {
+        let taps = vec![graph.find(normed).expect("every tiny model has it")];
+        let probe = Probe { taps, max_window: 24, ..Probe::default() };
+        let mut calibrator = Calibrator::new(graph, &probe, &HtpBackend::new(1).expect("one thread")).expect("it runs");
+        let mut all = Vec::new();
+        calibrator.run(Feed::Ids(&windows()[0]), &mut |rows| all.extend_from_slice(rows.values)).expect("it runs");
+        all
+    };
+    let (scaled, want) = (values(&equalized), values(&graph));
+    let undone: Vec<f32> = scaled.iter().zip(factors[normed].iter().cycle()).map(|(v, factor)| v / factor).collect();
+    assert!(distance(&undone, &want) < 1e-3 && distance(&scaled, &want) > 0.05);
+
+    let mut graph = off_grid(true);
+    let list = "3c00".repeat(16);
+    let record =
+        format!("{{\"lists\":[\"{list}\"],\"modules\":{{\"model.layers.1.self_attn.v_proj\":{{\"outputs\":0}}}}}}");
+    graph.set_metadata("channel_scales", &record);
+    let factors = ChannelScales::of(graph.metadata()).expect("a record").of_tensors(&graph);
+    let names: Vec<&str> = factors.keys().map(String::as_str).collect();
+    assert_eq!(names, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.v_proj.lora_add"]);
+}
+
 // Guards: a record of scales that is no such record is refused, not taken for none.
 #[test]
 fn damaged_scales_are_refused() {

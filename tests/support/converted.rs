@@ -24,6 +24,7 @@ pub struct Converted {
     folder: TempDir,
     context_size: usize,
     n_vocab: usize,
+    num_splits: usize,
     /// Use cases: a name and the PEFT directories that it is made of.
     use_cases: Vec<(String, Vec<PathBuf>)>,
 }
@@ -32,8 +33,13 @@ impl Converted {
     /// Converts the real model `input`, a folder or file below `$GENIE_MODELS` (or `models/`).
     pub fn real(input: &str, precision: Precision) -> Result<Converted> {
         let input = models_folder().join(input);
-        let converted =
-            Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, use_cases: Vec::new() };
+        let converted = Converted {
+            folder: TempDir::new()?,
+            context_size: 1024,
+            n_vocab: 49152,
+            num_splits: 1,
+            use_cases: Vec::new(),
+        };
         converted.make(&input, precision).with_context(|| format!("{} (see tests/golden)", input.display()))?;
         Ok(converted)
     }
@@ -44,7 +50,8 @@ impl Converted {
         let input = models_folder().join(input);
         let use_case = |parts: &[&str]| (parts.join("+"), parts.iter().map(|part| adapter_folder(part)).collect());
         let use_cases = [&["json"][..], &["pirate"], &["sql"], &["json", "pirate"]].map(use_case).into();
-        let converted = Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, use_cases };
+        let converted =
+            Converted { folder: TempDir::new()?, context_size: 1024, n_vocab: 49152, num_splits: 1, use_cases };
         converted.make(&input, precision).with_context(|| format!("{} (see tests/golden)", input.display()))?;
         Ok(converted)
     }
@@ -60,10 +67,20 @@ impl Converted {
         precision: Precision,
         adapters: &[(&str, &Path)],
     ) -> Result<Converted> {
+        Converted::tiny_in_splits(model, precision, adapters, 1)
+    }
+
+    /// The same in so many context binaries.
+    pub fn tiny_in_splits(
+        model: &TinyModel,
+        precision: Precision,
+        adapters: &[(&str, &Path)],
+        num_splits: usize,
+    ) -> Result<Converted> {
         let use_case = |(name, folder): &(&str, &Path)| ((*name).to_owned(), vec![folder.to_path_buf()]);
         let use_cases = adapters.iter().map(use_case).collect();
-        let converted =
-            Converted { folder: TempDir::new()?, context_size: model.max_positions, n_vocab: model.vocab, use_cases };
+        let (context_size, n_vocab) = (model.max_positions, model.vocab);
+        let converted = Converted { folder: TempDir::new()?, context_size, n_vocab, num_splits, use_cases };
         let source = converted.path().join("source");
         model.write_hf(&source)?;
         converted.make(&source, precision)?;
@@ -89,7 +106,7 @@ impl Converted {
             binary_file: "model".to_owned(),
             ar: vec![128, 1],
             cl: vec![self.context_size],
-            num_splits: 1,
+            num_splits: self.num_splits,
             adapter_weight_config,
             lora_weight_sharing: false,
         };
@@ -116,10 +133,15 @@ impl Converted {
         dialog["context"]["size"] = json!(self.context_size);
         dialog["context"]["n-vocab"] = json!(self.n_vocab);
         dialog["engine"]["n-threads"] = json!(2);
-        dialog["engine"]["model"]["binary"]["ctx-bins"] = json!(["model.bin"]);
+        let files: Vec<String> = match self.num_splits {
+            1 => vec!["model.bin".to_owned()],
+            n => (1..=n).map(|i| format!("model_{i}_of_{n}.bin")).collect(),
+        };
+        dialog["engine"]["model"]["binary"]["ctx-bins"] = json!(files);
         if !self.use_cases.is_empty() {
-            let adapter =
-                |name: &str| json!({"version": 1, "name": name, "bin-sections": [format!("model_{name}.bin")]});
+            let section = |file: &String, name: &str| file.replace(".bin", &format!("_{name}.bin"));
+            let sections = |name: &str| files.iter().map(|file| section(file, name)).collect::<Vec<_>>();
+            let adapter = |name: &str| json!({"version": 1, "name": name, "bin-sections": sections(name)});
             let names = self.use_cases.iter().map(|(name, _)| name.as_str()).chain(["default_adapter"]);
             let adapters: Vec<_> = names.map(adapter).collect();
             dialog["engine"]["model"]["binary"]["lora"] = json!({"version": 1, "adapters": adapters});

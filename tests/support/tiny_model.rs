@@ -36,6 +36,8 @@ pub struct TinyModel {
     pub qkv_bias: bool,
     /// Sliding window.
     pub window: Option<usize>,
+    /// A layer whose matrices are rounded to sixteenths.
+    pub coarse_layer: Option<usize>,
 }
 
 /// One tensor under its Hugging Face name: `[n, k]` or `[k]`, row-major.
@@ -66,6 +68,7 @@ impl TinyModel {
             tied: true,
             qkv_bias: false,
             window: None,
+            coarse_layer: None,
         }
     }
 
@@ -88,12 +91,17 @@ impl TinyModel {
     /// All weights. Each is a multiple of 1/1024 below 2, so f16 holds it exactly.
     pub fn tensors(&self) -> Vec<TinyTensor> {
         let mut random = SplitMix64(self.seed);
+        let coarse = self.coarse_layer.map(|layer| format!("layers.{layer}."));
         self.shapes()
             .into_iter()
             .map(|(name, shape)| {
                 let centre = if name.ends_with("norm.weight") { 1024 } else { 0 };
                 let count = shape.iter().product();
-                let values = (0..count).map(|_| (centre + random.below(513) as i32 - 256) as f32 / 1024.0).collect();
+                let mut values: Vec<f32> =
+                    (0..count).map(|_| (centre + random.below(513) as i32 - 256) as f32 / 1024.0).collect();
+                if coarse.as_ref().is_some_and(|layer| name.contains(layer) && name.contains("_proj")) {
+                    values.iter_mut().for_each(|value| *value = (*value * 16.0).round() / 16.0);
+                }
                 TinyTensor { name, shape, values }
             })
             .collect()

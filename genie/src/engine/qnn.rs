@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use qnn_core::{
     Adapter, Backend, Bindings, Executable, Graph, State,
     adapter::Slot,
-    backend::{ExecuteError, HtpBackend},
+    backend::{ExecuteError, HtpBackend, Watch},
 };
 
 use super::{AdapterInfo, AdapterSlot, AdapterSource, Engine, EngineError, GraphAccount, Logits};
@@ -16,8 +16,10 @@ use crate::config::EngineConfig;
 
 mod graph_name;
 mod model;
+mod outline;
 
 pub use model::QnnModel;
+pub use outline::Spot;
 
 /// A model in context binaries, run by the `htp` backend. Several engines may run over one [`QnnModel`].
 ///
@@ -120,8 +122,42 @@ impl QnnEngine {
         self.model.n_threads()
     }
 
+    /// The model.
+    pub fn model(&self) -> &QnnModel {
+        &self.model
+    }
+
+    /// As [`Engine::forward`] for ids that fit one run (see [`QnnModel::max_rows`]), with all their logits; shows `watch`
+    /// each computed tensor of every split, which it may change.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`].
+    pub fn forward_watched(&mut self, ids: &[u32], watch: &mut Watch<'_>) -> Result<&[f32], EngineError> {
+        self.check(ids)?;
+        self.run(ids, Logits::All, &AtomicBool::new(false), Some(watch))?;
+        Ok(self.logits(ids.len()))
+    }
+
+    /// Refuses ids that are no tokens or do not fit behind what is in the cache.
+    fn check(&self, ids: &[u32]) -> Result<(), EngineError> {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.n_vocab) {
+            return Err(EngineError::TokenOutOfRange { id: *id, n_vocab: self.n_vocab });
+        }
+        let need = self.position + ids.len();
+        if need > self.context_size {
+            return Err(EngineError::ContextExceeded { have: self.context_size, need });
+        }
+        Ok(())
+    }
+
     /// Runs one chunk through every split; `wanted` are the rows whose logits are computed.
-    fn run(&mut self, ids: &[u32], wanted: Logits, cancel: &AtomicBool) -> Result<(), EngineError> {
+    fn run(
+        &mut self,
+        ids: &[u32],
+        wanted: Logits,
+        cancel: &AtomicBool,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<(), EngineError> {
         self.integers.set(ids, self.position, wanted);
         let graph = self.ar.iter().position(|ar| ids.len() <= *ar).expect("chunks are at most the largest AR-n");
         for i in 0..self.splits.len() {
@@ -132,7 +168,10 @@ impl QnnEngine {
                 self.model.context(i).ready(&runner.graph).map_err(EngineError::NotReady)?;
             }
             runner.feed(&self.integers, before.last().map(|split| &split.runners[graph].bindings))?;
-            runner.executable.execute(&mut runner.bindings, state, cancel)?;
+            match watch.as_deref_mut() {
+                None => runner.executable.execute(&mut runner.bindings, state, cancel)?,
+                Some(watch) => runner.executable.execute_watched(&mut runner.bindings, state, cancel, watch)?,
+            }
         }
         self.position += ids.len();
         Ok(())
@@ -163,20 +202,14 @@ impl Engine for QnnEngine {
     }
 
     fn forward(&mut self, ids: &[u32], logits: Logits, cancel: &AtomicBool) -> Result<&[f32], EngineError> {
-        if let Some(id) = ids.iter().find(|id| **id as usize >= self.n_vocab) {
-            return Err(EngineError::TokenOutOfRange { id: *id, n_vocab: self.n_vocab });
-        }
-        let need = self.position + ids.len();
-        if need > self.context_size {
-            return Err(EngineError::ContextExceeded { have: self.context_size, need });
-        }
+        self.check(ids)?;
         self.all_logits.clear();
         let largest = self.ar[self.ar.len() - 1];
         let n_chunks = ids.len().div_ceil(largest);
         let mut last_rows = 0;
         for (i, chunk) in ids.chunks(largest).enumerate() {
             let wanted = if logits == Logits::Last && i + 1 < n_chunks { Logits::None } else { logits };
-            self.run(chunk, wanted, cancel)?;
+            self.run(chunk, wanted, cancel, None)?;
             last_rows = chunk.len();
             if logits == Logits::All {
                 let mut all = std::mem::take(&mut self.all_logits);

@@ -15,7 +15,9 @@ use htp_sim::{Cx, Grid, Kernels, QuantizedRows, Workers};
 
 use crate::{adapter::Adapter, graph::Graph, tensor::Panels};
 
-use super::{Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm};
+use super::{
+    Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm, watch::Watch,
+};
 
 mod lower;
 mod meter;
@@ -154,8 +156,14 @@ impl Htp {
     }
 }
 
-impl Executable for Htp {
-    fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
+impl Htp {
+    fn run(
+        &mut self,
+        bindings: &mut Bindings,
+        state: &mut State,
+        cancel: &AtomicBool,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<(), ExecuteError> {
         bindings.check_complete()?;
         if let Some(adapter) = bindings.adapter() {
             self.resolve(adapter.names())?;
@@ -174,6 +182,11 @@ impl Executable for Htp {
             if let (Some(meter), Some(begun)) = (&mut self.meter, step_begun) {
                 meter.add_step(i, begun.elapsed(), Cost::of(step, bindings, &applied, state));
             }
+            if let Some(watch) = watch.as_deref_mut() {
+                for tensor in self.plan.shown.iter().filter(|tensor| tensor.after == i) {
+                    run::show(&cx, tensor, bindings.rows_of(tensor.rows), &mut self.memory, watch)?;
+                }
+            }
         }
         for (buffer, output) in &self.plan.outputs {
             bindings.swap_output(*output, &mut self.memory.floats[*buffer]);
@@ -182,6 +195,22 @@ impl Executable for Htp {
             meter.add_execute(begun.elapsed(), self.backend.workers.n_regions() - n_regions);
         }
         Ok(())
+    }
+}
+
+impl Executable for Htp {
+    fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
+        self.run(bindings, state, cancel, None)
+    }
+
+    fn execute_watched(
+        &mut self,
+        bindings: &mut Bindings,
+        state: &mut State,
+        cancel: &AtomicBool,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ExecuteError> {
+        self.run(bindings, state, cancel, Some(watch))
     }
 
     fn start_account(&mut self) {

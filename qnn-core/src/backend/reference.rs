@@ -13,7 +13,7 @@ use crate::{
 };
 
 use super::{
-    Backend, Bindings, Executable, ExecuteError, PrepareError, STATIC_CACHE, State, Value,
+    Backend, Bindings, Executable, ExecuteError, PrepareError, STATIC_CACHE, Seen, State, Value, Watch, Watched,
     state::{Cache, CacheForm},
 };
 
@@ -61,6 +61,16 @@ fn base_grids(graph: &Graph) -> Result<Vec<Option<Grid>>, PrepareError> {
 
 impl Executable for Reference {
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
+        self.execute_watched(bindings, state, cancel, &mut |_| Seen::Kept)
+    }
+
+    fn execute_watched(
+        &mut self,
+        bindings: &mut Bindings,
+        state: &mut State,
+        cancel: &AtomicBool,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ExecuteError> {
         bindings.check_complete()?;
         let adapter = bindings.adapter().map(|adapter| &**adapter);
         self.load_adapter(adapter);
@@ -80,7 +90,12 @@ impl Executable for Reference {
             let node = self.graph.nodes()[i].clone();
             let outputs = self.run(&node, state)?;
             for (id, value) in node.outputs.iter().zip(outputs) {
-                self.values[id.index()] = as_stored(self.graph.tensor(*id), grids[id.index()], value);
+                let tensor = self.graph.tensor(*id);
+                let value = as_stored(tensor, grids[id.index()], value);
+                self.values[id.index()] = match shown(tensor, &value, watch) {
+                    None => value,
+                    Some(other) => as_stored(tensor, grids[id.index()], other),
+                };
             }
         }
         for output in bindings.outputs_mut() {
@@ -257,6 +272,19 @@ fn attend<'c>(
         }
     }
     out
+}
+
+/// Shows `watch` the value of `tensor`; what it puts in its place, if it does.
+fn shown(tensor: &Tensor, value: &[f64], watch: &mut Watch<'_>) -> Option<Vec<f64>> {
+    if value.is_empty() {
+        return None;
+    }
+    let mut values: Vec<f32> = value.iter().map(|v| *v as f32).collect();
+    let width = tensor.shape.row_elements().unwrap_or(value.len());
+    match watch(Watched { name: &tensor.name, width, values: &mut values }) {
+        Seen::Kept => None,
+        Seen::Replaced => Some(values.into_iter().map(f64::from).collect()),
+    }
 }
 
 /// What a computed tensor really holds: its value on the grid of its type and encoding.

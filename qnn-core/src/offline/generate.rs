@@ -21,7 +21,7 @@ use crate::{
     offline::{dlc::read_dlc, specialize},
     op::OpKind,
     record::{self, GraphRecord},
-    tensor::{Tensor, TensorId},
+    tensor::{Tensor, TensorId, format_name},
 };
 
 mod adapters;
@@ -410,26 +410,6 @@ fn check_positions(graph: &Graph, cl: &[usize]) -> Result<(), GenerateError> {
 /// Bytes of a constant in the DLC.
 fn size_bytes(tensor: &Tensor) -> u64 {
     record::parts(tensor).iter().map(|(_, bytes)| bytes.len() as u64).sum()
-}
-
-fn format_name(format: WeightFormat) -> String {
-    match format {
-        WeightFormat::F32 => "f32".to_owned(),
-        WeightFormat::F16 => "f16".to_owned(),
-        WeightFormat::Bf16 => "bf16".to_owned(),
-        WeightFormat::Int8PerChannel => "int8 per channel".to_owned(),
-        WeightFormat::Int4PerChannel => "int4 per channel".to_owned(),
-        WeightFormat::Int8Block { block } => format!("int8 block {block}"),
-        WeightFormat::Int4Expansion { block } => format!("int4 block {block} steps"),
-        WeightFormat::Int4Block { block, offset } => {
-            let offset = match offset {
-                htp_sim::BlockOffset::Symmetric => "symmetric",
-                htp_sim::BlockOffset::Integer => "whole offsets",
-                htp_sim::BlockOffset::Min => "float minima",
-            };
-            format!("int4 block {block}, {offset}")
-        }
-    }
 }
 
 /// Metadata key: positions that the model was trained for.

@@ -1,44 +1,84 @@
-//! `genie-accuracy`: perplexity of a model on a text, as JSON.
+//! `genie-accuracy`: perplexity of a model on a text; how far it is from a float model, and where; a report of such results.
 
-use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Parser;
-use genie::AdapterChoice;
-use genie::accuracy::{Windows, perplexity};
+use genie::accuracy::{Comparer, Windows, perplexity, shared_ids, summary::Summary};
 use genie::adapters::{Adapters, Selection};
-use genie::config::DialogConfig;
-use genie::engine::{Engine, qnn::QnnEngine};
-use genie::tokenizer::{Specials, Tokenizer};
+use genie::engine::Engine;
+use genie::tokenizer::Specials;
+use genie::{AdapterChoice, DialogConfig, Model};
 
-/// Perplexity of a model on a text, as one line of JSON.
+mod adapters;
+mod machine;
+mod record;
+mod report;
+mod table;
+
+use record::{CaseRecord, ModelRecord, Record, TextRecord};
+
+/// Perplexity of a model on a text, or how far the model is from another form of it.
 ///
 /// The text's ids (no special tokens added) are cut into windows; each starts from an empty cache without BOS; the first
-/// id of a window is not scored. Perplexity is exp of the mean negative log-likelihood of the scored ids.
+/// id of a window is not scored. Perplexity is exp of the mean negative log-likelihood of the scored ids, printed as one
+/// line of JSON for the base or for each adapter named.
+///
+/// With --reference (the same model in floats, say) both run over the same windows, and the result is a table: perplexities
+/// and their ratio, how often the most probable token is the same, the Kullback-Leibler divergence, and for each layer the
+/// ratio of signal to quantization noise in decibels, of the error that the layer makes when it is given what the reference
+/// gave to it, and of the error that has accumulated by then.
 #[derive(Parser)]
-#[command(name = "genie-accuracy", version)]
+#[command(name = "genie-accuracy", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Arguments {
     /// Dialog config (JSON).
-    #[arg(short, long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(short, long, value_name = "FILE", required_unless_present = "results", requires = "text")]
+    config: Option<PathBuf>,
     /// Text to score.
     #[arg(long, value_name = "FILE")]
-    text: PathBuf,
+    text: Option<PathBuf>,
+    /// Dialog config of the model to compare with.
+    #[arg(long, value_name = "FILE", requires = "config")]
+    reference: Option<PathBuf>,
     /// Ids per window.
     #[arg(long, default_value_t = 512)]
     window: usize,
     /// Most windows to score.
     #[arg(long, default_value_t = 8)]
     windows: usize,
-    /// Adapter of the config to run with, and its strengths.
+    /// Adapter of the config to run with instead of the base, and its strengths; repeatable. A reference needs it too.
     #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
-    lora: Option<AdapterChoice>,
+    lora: Vec<AdapterChoice>,
+    /// Run the base and then with each adapter of the config.
+    #[arg(long, conflicts_with = "lora")]
+    all_adapters: bool,
     /// Also print the negative log-likelihood of every scored id.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "reference")]
     nll: bool,
+    /// Write what a comparison found to this file (JSON).
+    #[arg(short, long, value_name = "FILE", requires = "reference")]
+    output: Option<PathBuf>,
+    /// Write a report of the comparison, and of those in --results, to this file (HTML, one file with all it needs).
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Results of earlier comparisons (files of --output), for the report.
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "report")]
+    results: Vec<PathBuf>,
+    /// Name of the model in the result. Default: that of the config's folder.
+    #[arg(long, value_name = "TEXT", requires = "reference")]
+    label: Option<String>,
+    /// Commands that made the model, one a line, to be kept with the result.
+    #[arg(long, value_name = "FILE", requires = "reference")]
+    commands: Option<PathBuf>,
 }
+
+const EXAMPLES: &str = "Examples:
+  genie-accuracy -c w8/genie_config.json --text book.txt
+  genie-accuracy -c w8/genie_config.json --text book.txt --reference float/genie_config.json --all_adapters
+  genie-accuracy -c w8/genie_config.json --text book.txt --reference float/genie_config.json -o w8.json --report w8.html
+  genie-accuracy --results w8.json w4.json --report all.html";
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -51,37 +91,139 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = DialogConfig::from_file(&arguments.config)?;
-    let text = std::fs::read_to_string(&arguments.text).with_context(|| arguments.text.display().to_string())?;
-    let tokenizer = Tokenizer::load(&config.tokenizer_path)?;
-    let ids = tokenizer.encode(&text, Specials::AsText)?;
-    let mut engine = QnnEngine::open(&config.engine)?;
-    if let Some(choice) = &arguments.lora {
-        let mut adapters = Adapters::new(&config.engine.lora, &config.engine.role);
-        let selection = adapters.resolve(&mut engine, choice)?;
-        engine.select_adapter(selection.as_ref().map(Selection::for_engine))?;
+    if arguments.report.is_some() && arguments.reference.is_none() && arguments.results.is_empty() {
+        bail!("--report has nothing to report: it needs --reference or --results");
     }
-    let cut = Windows { window: arguments.window, windows: arguments.windows };
-    let show_progress = std::io::stderr().is_terminal();
-    let result = perplexity(&mut engine, &ids, cut, |done, all| {
-        if show_progress {
-            eprint!("\rwindow {done} of {all}{}", if done == all { "\n" } else { "" });
+    let mut records = arguments.results.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
+    if let (Some(config), Some(text)) = (&arguments.config, &arguments.text) {
+        let model = Model::open(DialogConfig::from_file(config)?)?;
+        let text_path = text;
+        let text = std::fs::read_to_string(text).with_context(|| text.display().to_string())?;
+        match &arguments.reference {
+            None => perplexities(arguments, &model, &text)?,
+            Some(reference) => {
+                let reference = Side { config: reference, model: Model::open(DialogConfig::from_file(reference)?)? };
+                let tested = Side { config, model };
+                let record = compare(arguments, &reference, &tested, (text_path, &text))?;
+                print!("{}", table::text(&record));
+                if let Some(output) = &arguments.output {
+                    write_file(output, &record.to_json()?)?;
+                }
+                records.push(record);
+            }
         }
-    })?;
-    let mut line = serde_json::json!({
-        "metric": "perplexity",
-        "value": result.perplexity,
-        "scored_ids": result.nll.len(),
-        "window": arguments.window,
-        "windows": result.window_mean_nll.len(),
-        "window_mean_nll": result.window_mean_nll,
-    });
-    if let Some(AdapterChoice::Named { name, strengths }) = &arguments.lora {
-        line["lora"] = serde_json::json!({ "adapter": name, "strengths": strengths });
     }
-    if arguments.nll {
-        line["nll"] = serde_json::json!(result.nll);
+    match &arguments.report {
+        Some(path) => write_file(path, &report::html(&records)?),
+        None => Ok(()),
     }
-    println!("{line}");
+}
+
+/// A model of a comparison and the config that it was opened with.
+struct Side<'a> {
+    config: &'a Path,
+    model: Model,
+}
+
+/// Prints one line of JSON for each adapter asked for.
+fn perplexities(arguments: &Arguments, model: &Model, text: &str) -> anyhow::Result<()> {
+    let ids = model.tokenizer().encode(text, Specials::AsText)?;
+    let config = &model.config().engine;
+    let mut engine = model.engine()?;
+    let mut adapters = Adapters::new(&config.lora, &config.role);
+    for choice in adapters::choices(arguments.all_adapters, &arguments.lora, &config.lora)? {
+        let selection = adapters.resolve(&mut engine, &choice)?;
+        engine.select_adapter(selection.as_ref().map(Selection::for_engine))?;
+        let result = perplexity(&mut engine, &ids, arguments.cut(), progress(&choice))?;
+        let mut line = serde_json::json!({
+            "metric": "perplexity",
+            "value": result.perplexity,
+            "scored_ids": result.nll.len(),
+            "window": arguments.window,
+            "windows": result.window_mean_nll.len(),
+            "window_mean_nll": result.window_mean_nll,
+        });
+        if let AdapterChoice::Named { name, strengths } = &choice {
+            line["lora"] = serde_json::json!({ "adapter": name, "strengths": strengths });
+        }
+        if arguments.nll {
+            line["nll"] = serde_json::json!(result.nll);
+        }
+        println!("{line}");
+    }
     Ok(())
+}
+
+/// Compares the two with the base and the adapters asked for.
+fn compare(
+    arguments: &Arguments,
+    reference: &Side<'_>,
+    tested: &Side<'_>,
+    (text_path, text): (&Path, &str),
+) -> anyhow::Result<Record> {
+    let ids = shared_ids(reference.model.tokenizer(), tested.model.tokenizer(), text)?;
+    let commands = match &arguments.commands {
+        Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        None => String::new(),
+    };
+    let lora = &tested.model.config().engine.lora;
+    let choices = adapters::choices(arguments.all_adapters, &arguments.lora, lora)?;
+    let mut comparer = Comparer::new(&reference.model, &tested.model)?;
+    let mut cases = Vec::with_capacity(choices.len());
+    for choice in &choices {
+        let found = comparer.run(choice, &ids, arguments.cut(), progress(choice))?;
+        cases.push(CaseRecord::new(choice, adapters::files(choice, lora)?, &found));
+    }
+    let n_windows = cases.first().map_or(0, |case| case.reference.window_mean_nll.len());
+    let engine = tested.model.engine()?;
+    Ok(Record {
+        format: record::FORMAT.to_owned(),
+        version: record::VERSION,
+        label: arguments.label.clone().unwrap_or_else(|| folder_name(tested.config)),
+        machine: machine::read(engine.kernels(), engine.n_threads()),
+        command: machine::command_line(),
+        commands: commands.lines().map(str::to_owned).filter(|line| !line.trim().is_empty()).collect(),
+        text: TextRecord {
+            file: text_path.display().to_string(),
+            ids: ids.len(),
+            window: arguments.window,
+            windows: n_windows,
+        },
+        reference: ModelRecord::new(reference.config, &Summary::of(&reference.model)?),
+        model: ModelRecord::new(tested.config, &Summary::of(&tested.model)?),
+        cases,
+    })
+}
+
+impl Arguments {
+    fn cut(&self) -> Windows {
+        Windows { window: self.window, windows: self.windows }
+    }
+}
+
+/// Shows how far the work with `choice` is: window by window on a terminal, else when it is done.
+fn progress(choice: &AdapterChoice) -> impl FnMut(usize, usize) {
+    let name = adapters::name(choice).unwrap_or("base").to_owned();
+    let is_terminal = std::io::stderr().is_terminal();
+    move |done, all| match (is_terminal, done == all) {
+        (true, _) => eprint!("\r{name}: window {done} of {all}{}", if done == all { "\n" } else { "" }),
+        (false, true) => eprintln!("{name}: {all} windows"),
+        (false, false) => {}
+    }
+}
+
+fn folder_name(config: &Path) -> String {
+    let folder = config.canonicalize().ok().and_then(|path| Some(path.parent()?.file_name()?.to_owned()));
+    folder.map_or_else(|| config.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Writes all of a file or nothing.
+fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
+    let place = || path.display().to_string();
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = PathBuf::from(temporary);
+    let mut file = std::fs::File::create(&temporary).with_context(place)?;
+    file.write_all(content.as_bytes()).and_then(|()| file.sync_all()).with_context(place)?;
+    std::fs::rename(&temporary, path).with_context(place)
 }

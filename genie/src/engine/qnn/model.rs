@@ -64,6 +64,11 @@ impl QnnModel {
         Ok(QnnModel { config: config.clone(), contexts, chosen, backend, n_threads, loaded: Mutex::default() })
     }
 
+    /// The context binaries, in split order.
+    pub fn contexts(&self) -> &[Context] {
+        &self.contexts
+    }
+
     pub(super) fn config(&self) -> &EngineConfig {
         &self.config
     }

@@ -12,7 +12,7 @@ use crate::{
 
 use super::{
     pack::{floats_of, pack_constant},
-    step::{Binary, CacheRef, Float, NormOut, Quantized, QuantizedSpec, Step, Unary, Work},
+    step::{Binary, CacheRef, Float, NormOut, Quantized, QuantizedSpec, Shown, Source, Step, Unary, Work},
 };
 
 mod fuse;
@@ -33,6 +33,8 @@ pub(super) struct Lowered {
     pub(super) grid_slots: Vec<String>,
     /// Slots of the updatable tensors that meet inputs on a static grid.
     pub(super) summed_slots: Vec<usize>,
+    /// The computed tensors, in the order of the steps.
+    pub(super) shown: Vec<Shown>,
 }
 
 /// Lowers `graph`.
@@ -41,11 +43,7 @@ pub(super) struct Lowered {
 /// [`PrepareError`] naming the node or tensor that this backend cannot run.
 pub(super) fn lower(graph: &Graph) -> Result<Lowered, PrepareError> {
     let mut lowering = Lowering::new(graph)?;
-    for at in 0..graph.nodes().len() {
-        if !lowering.done[at] {
-            lowering.node(at)?;
-        }
-    }
+    lowering.nodes()?;
     lowering.finish()
 }
 
@@ -55,11 +53,7 @@ pub(super) fn lower(graph: &Graph) -> Result<Lowered, PrepareError> {
 /// As [`lower`].
 pub(super) fn surviving(graph: &Graph) -> Result<Vec<bool>, PrepareError> {
     let mut lowering = Lowering::new(graph)?;
-    for at in 0..graph.nodes().len() {
-        if !lowering.done[at] {
-            lowering.node(at)?;
-        }
-    }
+    lowering.nodes()?;
     Ok(lowering.places.iter().map(|place| place.float.is_some() || place.quantized.is_some()).collect())
 }
 
@@ -78,6 +72,8 @@ struct Lowering<'g> {
     writers: Vec<Option<usize>>,
     done: Vec<bool>,
     places: Vec<Place>,
+    /// The tensors that were given a place since the last node.
+    placed: Vec<TensorId>,
     /// Weights in the kernels' layout.
     panels: HashMap<TensorId, Panels>,
     /// Graph input number of each input tensor.
@@ -102,11 +98,13 @@ impl<'g> Lowering<'g> {
             slots: Vec::new(),
             grid_slots: Vec::new(),
             summed_slots: Vec::new(),
+            shown: Vec::new(),
         };
         let places = vec![Place::default(); graph.tensors().len()];
         let done = vec![false; graph.nodes().len()];
         let panels = pack_weights(graph)?;
-        let mut lowering = Lowering { graph, readers, writers, done, places, panels, input_numbers, result };
+        let placed = Vec::new();
+        let mut lowering = Lowering { graph, readers, writers, done, places, placed, panels, input_numbers, result };
         lowering.check_types()?;
         lowering.load_inputs()?;
         Ok(lowering)
@@ -146,12 +144,38 @@ impl<'g> Lowering<'g> {
             let tensor = self.graph.tensor(id);
             if tensor.data_type != DataType::Int32 {
                 let out = self.new_float(tensor);
-                self.places[id.index()].float = Some(out);
+                self.put(id, out);
                 self.push(&tensor.name, tensor.shape.0[0], Work::Load { input: number, out });
                 self.requantize(id)?;
             }
         }
         Ok(())
+    }
+
+    fn nodes(&mut self) -> Result<(), PrepareError> {
+        // Graph inputs have places too, but nothing computes them.
+        self.placed.clear();
+        for at in 0..self.graph.nodes().len() {
+            if !self.done[at] {
+                self.node(at)?;
+                self.show_placed();
+            }
+        }
+        Ok(())
+    }
+
+    /// After the steps of a node: its tensors are there now.
+    fn show_placed(&mut self) {
+        for id in std::mem::take(&mut self.placed) {
+            let (tensor, place) = (self.graph.tensor(id), self.places[id.index()]);
+            // Where there are codes, they are what counts.
+            let place = place.quantized.map(Source::Quantized).or(place.float.map(Source::Float));
+            if let Some(place) = place {
+                let (rows, width) = (tensor.shape.0[0], tensor.shape.row_elements().unwrap_or(0));
+                let after = self.result.steps.len() - 1;
+                self.result.shown.push(Shown { name: tensor.name.clone(), rows, width, place, after });
+            }
+        }
     }
 
     fn node(&mut self, at: usize) -> Result<(), PrepareError> {
@@ -201,6 +225,7 @@ impl<'g> Lowering<'g> {
             Some(spec) => {
                 let quantized = self.new_quantized(spec.clone());
                 self.places[output.index()].quantized = Some(quantized);
+                self.placed.push(output);
                 NormOut::Quantized(quantized, self.grid(output)?)
             }
             None => NormOut::Float(self.output(node, 0)),
@@ -245,7 +270,7 @@ impl<'g> Lowering<'g> {
         let from = self.float(input)?;
         let alone = self.readers[input.index()] == [at] && !self.graph.tensor(input).tensor_type.is_output();
         let x = if alone {
-            self.places[output.index()].float = Some(from);
+            self.put(output, from);
             from
         } else {
             let out = self.output(node, 0);
@@ -287,8 +312,14 @@ impl<'g> Lowering<'g> {
     fn output(&mut self, node: &Node, number: usize) -> Float {
         let id = node.outputs[number];
         let float = self.new_float(self.graph.tensor(id));
-        self.places[id.index()].float = Some(float);
+        self.put(id, float);
         float
+    }
+
+    /// Notes that the value of `id` is in buffer `float`.
+    fn put(&mut self, id: TensorId, float: Float) {
+        self.places[id.index()].float = Some(float);
+        self.placed.push(id);
     }
 
     fn new_float(&mut self, tensor: &Tensor) -> Float {

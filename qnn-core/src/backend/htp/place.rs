@@ -6,7 +6,7 @@ use crate::op::AttentionAttrs;
 
 use super::{
     lower::Lowered,
-    step::{QuantizedSpec, Step},
+    step::{QuantizedSpec, Shown, Source, Step},
 };
 
 /// A plan over real buffers.
@@ -24,6 +24,8 @@ pub(super) struct Plan {
     pub(super) grid_slots: Vec<String>,
     /// Slots of the updatable tensors that meet inputs on a static grid: their sums of rows may be needed.
     pub(super) summed_slots: Vec<usize>,
+    /// The computed tensors, in the order of the steps.
+    pub(super) shown: Vec<Shown>,
 }
 
 /// The kernels' form of the attributes.
@@ -43,12 +45,24 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
     for (float, _) in &lowered.outputs {
         float_life[*float].touch(n_steps);
     }
+    for tensor in &lowered.shown {
+        match tensor.place {
+            Source::Float(f) => float_life[f].touch(tensor.after),
+            Source::Quantized(q) => quantized_life[q].touch(tensor.after),
+        }
+    }
     let (float_home, float_owners) = assign(&float_life, |_, _| true);
     let (quantized_home, quantized_owners) =
         assign(&quantized_life, |a, b| lowered.quantized[a] == lowered.quantized[b]);
     for step in &mut lowered.steps {
         step.work.floats(&mut |f| *f = float_home[*f]);
         step.work.quantized(&mut |q| *q = quantized_home[*q]);
+    }
+    for tensor in &mut lowered.shown {
+        match &mut tensor.place {
+            Source::Float(f) => *f = float_home[*f],
+            Source::Quantized(q) => *q = quantized_home[*q],
+        }
     }
     let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
     Plan {
@@ -59,6 +73,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         slots: lowered.slots,
         grid_slots: lowered.grid_slots,
         summed_slots: lowered.summed_slots,
+        shown: lowered.shown,
     }
 }
 

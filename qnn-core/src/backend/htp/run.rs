@@ -4,7 +4,7 @@ use htp_sim::{Branch, Cache, Cx, Gate, GateUp, Grid, Part, Rows, ShapeError, Wri
 
 use crate::{
     adapter::Adapter,
-    backend::{Bindings, ExecuteError, State, Value},
+    backend::{Bindings, ExecuteError, Seen, State, Value, Watch, Watched},
     tensor::Panels,
 };
 
@@ -12,7 +12,8 @@ use super::{
     Memory,
     place::attention_params,
     step::{
-        Binary, BranchPart, CacheRef, DownPart, GridRef, LinearPart, MAX_PARTS, NormOut, Source, Step, Unary, Work,
+        Binary, BranchPart, CacheRef, DownPart, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary,
+        Work,
     },
 };
 
@@ -35,6 +36,33 @@ pub(super) fn run(
         Work::Gated { .. } => run.gated(memory),
         Work::Attention { q, k, v, out, cache } => run.attention(memory, state, [*q, *k, *v, *out], cache),
         _ => run.elementwise(memory),
+    }
+}
+
+/// Shows `watch` a tensor of `rows` rows that was computed just now, and takes over what it writes.
+pub(super) fn show(
+    cx: &Cx<'_>,
+    tensor: &Shown,
+    rows: usize,
+    memory: &mut Memory,
+    watch: &mut Watch<'_>,
+) -> Result<(), ExecuteError> {
+    let (name, width) = (&tensor.name[..], tensor.width);
+    match tensor.place {
+        _ if rows == 0 => Ok(()),
+        Source::Float(x) => {
+            watch(Watched { name, width, values: &mut memory.floats[x][..rows * width] });
+            Ok(())
+        }
+        Source::Quantized(x) => {
+            let codes = &mut memory.quantized[x];
+            let mut values: Vec<f32> = (0..rows * width).map(|i| codes.value(i / width, i % width)).collect();
+            match watch(Watched { name, width, values: &mut values }) {
+                Seen::Kept => Ok(()),
+                Seen::Replaced => htp_sim::quantize_rows(cx, &values, codes)
+                    .map_err(|e| ExecuteError::Kernel { node: name.to_owned(), why: e.to_string() }),
+            }
+        }
     }
 }
 

@@ -24,6 +24,17 @@ pub(super) struct Step {
     pub(super) work: Work,
 }
 
+/// A computed tensor, as one who watches the run is shown it.
+#[derive(Debug)]
+pub(super) struct Shown {
+    pub(super) name: String,
+    pub(super) rows: Dim,
+    pub(super) width: usize,
+    pub(super) place: Source,
+    /// Number of the step after which its value is there.
+    pub(super) after: usize,
+}
+
 /// The work of a step.
 #[derive(Debug)]
 pub(super) enum Work {

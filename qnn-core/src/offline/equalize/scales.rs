@@ -6,7 +6,12 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::groups::{Group, Source};
-use crate::{graph::GraphError, offline::lora::Folded};
+use crate::{
+    graph::{Graph, GraphError},
+    offline::lora::Folded,
+    op::OpKind,
+    tensor::TensorId,
+};
 
 /// Why an equalization cannot be recorded or applied.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +112,28 @@ impl ChannelScales {
             }
         }
         Ok(())
+    }
+
+    /// By what each channel of the computed tensors of `graph` differs from the model as it was, by tensor name: the inputs
+    /// and outputs of the scaled modules. A tensor that is not here is as it was.
+    pub fn of_tensors(&self, graph: &Graph) -> BTreeMap<String, Vec<f32>> {
+        let name = |id: &TensorId| graph.tensor(*id).name.clone();
+        let mut factors = BTreeMap::new();
+        for node in graph.nodes() {
+            let Some(scales) = self.modules.get(&node.name) else { continue };
+            if !scales.inputs.is_empty() {
+                factors.insert(name(&node.inputs[0]), scales.inputs.clone());
+            }
+            if !scales.outputs.is_empty() {
+                // Nothing but an adapter's branch is added to an output that was scaled.
+                let sums = graph.nodes().iter().filter(|other| other.op == OpKind::ElementWiseAdd);
+                let sum = sums.filter(|sum| sum.inputs.contains(&node.outputs[0])).map(|sum| &sum.outputs[0]);
+                for id in sum.chain(&node.outputs) {
+                    factors.insert(name(id), scales.outputs.clone());
+                }
+            }
+        }
+        factors
     }
 
     /// Records that the channels of `group` were scaled by `factors`.

@@ -47,13 +47,13 @@ impl Lowering<'_> {
                     self.done[add_node] = true;
                     let out = self.float(residual)?;
                     let sum = self.graph.nodes()[add_node].outputs[0];
-                    self.places[sum.index()].float = Some(out);
+                    self.put(sum, out);
                     sums.push(sum);
                     (out, true)
                 }
                 None => {
                     let out = self.new_float(self.graph.tensor(unit.output));
-                    self.places[unit.output.index()].float = Some(out);
+                    self.put(unit.output, out);
                     sums.push(unit.output);
                     (out, false)
                 }
