@@ -83,9 +83,9 @@ fn integers_are_near_their_floats() {
 
     let cut = open(&Converted::tiny_in_splits(&tiny(), int8(), &[], 2).expect("it converts"));
     assert_eq!(compare(&reference, &cut, &AdapterChoice::Base).expect("they can be compared"), found);
-    let summary = Summary::of(&cut).expect("it is open");
+    let summary = Summary::of(&cut);
     assert_eq!(summary.files.len(), 2);
-    let whole = Summary::of(&tested).expect("it is open");
+    let whole = Summary::of(&tested);
     assert_eq!((&summary.inputs, &summary.cache), (&whole.inputs, &whole.cache));
     assert!(whole.weights.keys().any(|format| format.starts_with("int8 block")), "{:?}", whole.weights);
 }

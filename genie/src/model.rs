@@ -101,6 +101,10 @@ impl Model {
         &self.0.tokenizer
     }
 
+    pub(crate) fn contexts(&self) -> &QnnModel {
+        &self.0.contexts
+    }
+
     pub(crate) fn template(&self) -> Option<&Arc<ChatTemplate>> {
         self.0.template.as_ref()
     }

@@ -145,6 +145,11 @@ impl Comparer {
         Ok(Comparer { reference, free, forced, spots })
     }
 
+    /// An engine of the tested model: it tells the kernels and the threads that are used.
+    pub fn engine(&self) -> &QnnEngine {
+        &self.free.engine
+    }
+
     /// Compares the two over windows of `ids` ([`super::shared_ids`]), both with the adapter and strengths of `choice`;
     /// `progress` is told windows done and in all.
     ///

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, HashSet};
 use qnn_core::{Graph, OpKind, Tensor, TensorData, TensorType};
 
 use crate::Model;
-use crate::engine::EngineError;
 
 /// What a model consists of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,29 +21,21 @@ pub struct Summary {
 
 impl Summary {
     /// Of an open model.
-    ///
-    /// # Errors
-    /// As [`Model::engine`].
-    pub fn of(model: &Model) -> Result<Summary, crate::Error> {
-        let engine = model.engine()?;
+    pub fn of(model: &Model) -> Summary {
         let config = &model.config().engine;
         let (mut weights, mut inputs, mut caches) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         let mut files = Vec::new();
-        for (context, path) in engine.model().contexts().iter().zip(&config.ctx_bins) {
+        for (context, path) in model.contexts().contexts().iter().zip(&config.ctx_bins) {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             files.push((name, context.size_bytes()));
             // All graphs of a context are over the same weights.
-            let name = context.graphs().next().map(str::to_owned);
-            let Some(graph) = name.and_then(|name| context.graph(&name)) else {
-                let (wanted, found) = ("graph".to_owned(), "none".to_owned());
-                return Err(crate::Error::engine(&config.role, EngineError::MissingGraph { wanted, found }));
-            };
+            let Some(graph) = context.graphs().next().and_then(|name| context.graph(name)) else { continue };
             count(graph, &mut weights, &mut inputs);
             caches.extend(graph.states().into_iter().map(|id| kind(graph.tensor(id))));
         }
         caches.sort();
         caches.dedup();
-        Ok(Summary { files, weights, inputs, cache: caches.join(", ") })
+        Summary { files, weights, inputs, cache: caches.join(", ") }
     }
 }
 

@@ -2,17 +2,19 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use genie::engine::qnn::QnnEngine;
+
 use crate::record::MachineRecord;
 
-/// What this program knows about the machine and itself.
-pub(crate) fn read(kernels: &str, threads: usize) -> MachineRecord {
+/// What this program knows about the machine, `engine` and itself.
+pub(crate) fn read(engine: &QnnEngine) -> MachineRecord {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     MachineRecord {
         date: date(seconds),
         cpu: cpu(),
         system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-        kernels: kernels.to_owned(),
-        threads,
+        kernels: engine.kernels().to_owned(),
+        threads: engine.n_threads(),
         genie: genie::VERSION.to_owned(),
     }
 }

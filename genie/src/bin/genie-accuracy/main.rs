@@ -175,12 +175,11 @@ fn compare(
         cases.push(CaseRecord::new(choice, adapters::files(choice, lora)?, &found));
     }
     let n_windows = cases.first().map_or(0, |case| case.reference.window_mean_nll.len());
-    let engine = tested.model.engine()?;
     Ok(Record {
         format: record::FORMAT.to_owned(),
         version: record::VERSION,
         label: arguments.label.clone().unwrap_or_else(|| folder_name(tested.config)),
-        machine: machine::read(engine.kernels(), engine.n_threads()),
+        machine: machine::read(comparer.engine()),
         command: machine::command_line(),
         commands: commands.lines().map(str::to_owned).filter(|line| !line.trim().is_empty()).collect(),
         text: TextRecord {
@@ -189,8 +188,8 @@ fn compare(
             window: arguments.window,
             windows: n_windows,
         },
-        reference: ModelRecord::new(reference.config, &Summary::of(&reference.model)?),
-        model: ModelRecord::new(tested.config, &Summary::of(&tested.model)?),
+        reference: ModelRecord::new(reference.config, &Summary::of(&reference.model)),
+        model: ModelRecord::new(tested.config, &Summary::of(&tested.model)),
         cases,
     })
 }
