@@ -5,7 +5,7 @@ import argparse, os, re, subprocess, sys, time
 
 import report
 from bundles import DEPTH, Bundles
-from contenders import LONG_PROMPT, Genie, LlamaCpp, Script, json_lines
+from contenders import Genie, LlamaCpp, Script, json_lines, up_to_512
 
 
 def main():
@@ -50,7 +50,7 @@ def arguments():
     parser.add_argument("--prompts", default="128,512,2048")
     parser.add_argument("--depths", default="0,512,2048")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of one decode measurement")
-    parser.add_argument("--quick", action="store_true", help="one round, without the prompt and the depth of 2048 and without the memory there")
+    parser.add_argument("--quick", action="store_true", help="one round, without the prompt and the depth of 2048")
     parser.add_argument("--adapters", action="store_true", help="with adapters of rank 8, 16, 32 and 64 too, in genie and in llama.cpp")
     parser.add_argument("--isa", default="", help="genie once more with these kernel tiers, with commas between, for example avx512_vnni,avx2")
     parser.add_argument("--avx2", action="store_true", help="genie with its avx2 tier beside a llama.cpp that is built for AVX2 only")
@@ -60,9 +60,7 @@ def arguments():
     parser.add_argument("--output", help="write the JSON lines to this file, not to standard output")
     args = parser.parse_args()
     if args.quick:
-        args.rounds = 1
-        shorter = lambda text: ",".join(word for word in text.split(",") if int(word) < LONG_PROMPT)
-        args.prompts, args.depths = shorter(args.prompts), shorter(args.depths)
+        args.rounds, (args.prompts, args.depths) = 1, up_to_512(args)
     longest = max(int(word) for word in f"{args.prompts},{args.depths}".split(",") if word)
     if DEPTH < longest or 256 < args.tokens:
         parser.error(f"a prompt or depth of {longest} and {args.tokens} tokens; need at most {DEPTH} and 256")

@@ -3,7 +3,7 @@
 A variant is a setting that a user could choose, such as flash attention on or off; the best one counts. `worth(metric,
 variant)` says whether it still can be the best: after the first round the others are left out.
 """
-import json, os, subprocess, sys, time
+import json, os, subprocess, time
 
 from bundles import DEPTH, RANKS
 
@@ -24,17 +24,17 @@ class Genie:
         self.costs = {}
 
     def round(self, worth):
-        for figure in self.bench(self.config):
+        args = self.args
+        for figure in self.bench(self.config, args.prompts, args.depths):
             yield figure["metric"], "", figure["median"]
         yield from first_tokens(self.first_token, worth)
         for rank in RANKS if self.lora else ():
-            for figure in self.bench(self.lora, "-l", f"r{rank}"):
+            for figure in self.bench(self.lora, *up_to_512(args), "-l", f"r{rank}"):
                 if figure["metric"].endswith("_lora1") or figure["metric"] in LORA_COSTS:
                     yield f"{figure['metric']}_r{rank}", "", figure["median"]
 
-    def bench(self, config, *extra):
-        args = self.args
-        command = [f"{args.ours}/genie-bench", "-c", config, "-p", args.prompts, "-d", args.depths, "-n", str(args.tokens)]
+    def bench(self, config, prompts, depths, *extra):
+        command = [f"{self.args.ours}/genie-bench", "-c", config, "-p", prompts, "-d", depths, "-n", str(self.args.tokens)]
         for figure in json_lines([*command, "-t", str(self.threads), "-r", "1", "--json", *extra], self.environment):
             # Its own figures of start and memory are without text: `first_tokens` measures all contenders alike.
             if figure["metric"].startswith(("start_", "rss_after", "peak_")):
@@ -83,12 +83,14 @@ class LlamaCpp:
     def adapters(self, worth):
         """Through a program over its library: llama-bench knows no adapters."""
         args = self.args
+        prompts, depths = up_to_512(args)
+        rates = [f"pp{prompt}_lora1" for prompt in numbers(prompts)] + [f"tg{args.tokens}_d{depth}_lora1" for depth in numbers(depths)]
         for rank in RANKS:
             other = RANKS[RANKS.index(rank) - 1]
             for variant, path, flash in self.variants():
-                if not worth(f"tg{args.tokens}_d0_lora1_r{rank}", variant) and not worth(f"pp128_lora1_r{rank}", variant):
+                if not any(worth(f"{rate}_r{rank}", variant) for rate in rates):
                     continue
-                command = [f"{self.binaries}/llama-lora", path, str(args.threads), str(flash), args.prompts, args.depths, str(args.tokens)]
+                command = [f"{self.binaries}/llama-lora", path, str(args.threads), str(flash), prompts, depths, str(args.tokens)]
                 for figure in json_lines(command + [self.lora(rank) + ".gguf", self.lora(other) + ".gguf"]):
                     yield f"{figure['metric']}_r{rank}", variant, figure["median"]
 
@@ -135,6 +137,11 @@ def first_output(command, behind=b"", environment=None):
     if child.returncode != 0 or at is None:
         raise ValueError(f"{os.path.basename(command[0])} ended with {child.returncode}{'' if at else ' and no answer'}")
     return (at - start) * 1e3, usage.ru_maxrss * 1024 / 1e6
+
+
+def up_to_512(args):
+    """The prompts and depths that are measured where there is much else to measure."""
+    return tuple(",".join(word for word in text.split(",") if word and int(word) <= 512) for text in (args.prompts, args.depths))
 
 
 def json_lines(command, environment=None):

@@ -23,7 +23,8 @@ use report::Report;
 /// switch (ms to go over to another loaded adapter; needs two in the config), alpha_change (ms to set another strength),
 /// adapter_load (ms, files cached by the system), adapter_load_cold (ms, files not cached; adapter_read_cold is the time to
 /// do no more than read them) and rss_per_adapter (MB of each adapter of the config, loaded and used). Each is the median
-/// of the rounds, with the least and the greatest.
+/// of the rounds, with the least and the greatest; in JSON, rates also have the bytes that a token reads, its products with
+/// weights, and the kernels in use.
 #[derive(Parser)]
 #[command(name = "genie-bench", version)]
 struct Arguments {
