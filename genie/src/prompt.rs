@@ -126,7 +126,8 @@ impl ChatTemplate {
     ///
     /// Token ids are those that the rendered text has, except that nothing inside a role or a content becomes a control
     /// token. In contents of the role `assistant` markup that is not marked special keeps its meaning: a template may
-    /// look for it there, to drop an old chain of thought.
+    /// look for it there, to drop an old chain of thought. In the others a character that could begin a control token is
+    /// hidden from the template: it finds no `<think>` there, and to its filter `title` no `<` begins a word.
     ///
     /// # Errors
     /// [`PromptError`] if the template refuses the messages or exceeds a limit.

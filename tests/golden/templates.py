@@ -252,6 +252,8 @@ FILTERS = """\
 {{ (messages | first).role | capitalize }} {{ (messages | last).content | replace('a', 'o') }}
 {{ {'a': 1, 'b': [1.5, none, true, "é<&'\\""]} | tojson }}
 {{ {'k': [1, {'x': 'y'}]} | tojson(indent=2) }}
+{{ {'type': 'function', 'name': messages[0].role, 'arguments': {'z': 1, 'a': {'y': 2, 'b': 3}}} | tojson }}
+{{ messages[0] | tojson }} {{ messages | tojson(indent=1) }}
 {{ [3, 1, 2] | sort | join }} {{ (1, 2) | length }} {{ 7 // 2 }} {{ 7 % 4 }} {{ 2 ** 3 }} {{ "a" in "abc" }} {{ none is none }}
 {{ "x,y".split(",") | last }} {{ "  pad ".strip() ~ "!" }} {{ "%s-%d" | format("a", 3) }} {{ messages is iterable }} {{ "5" | int + 1 }}
 {{ messages[0].items() | list | length }} {{ messages[0].get('name', 'nobody') }} {{ messages[0]['role'].title() }}
