@@ -129,8 +129,9 @@ impl Dialog {
 
     /// Gives the model a raw prompt and streams its answer. (`GenieDialog_query`)
     ///
-    /// Raw means as it is: no chat template is applied, and the text of a control token is that token. Text from
-    /// people belongs into [`Dialog::chat`]. `callback` gets the answer in pieces of whole characters and may stop it.
+    /// Raw means as it is: no chat template is applied, and the text of a control token is that token. Only what the
+    /// tokenizer opens every text with ([`Tokenizer::opening`], BOS with many models) is put before a prompt that opens a
+    /// conversation, unless the prompt has it already. Text from people belongs into [`Dialog::chat`]. `callback` gets the answer in pieces of whole characters and may stop it.
     ///
     /// `code` says which part of a prompt this is:
     /// - [`SentenceCode::Complete`]: all of it; the conversation goes on behind what it holds.
@@ -172,7 +173,7 @@ impl Dialog {
         let started = Instant::now();
         let ids = match code {
             SentenceCode::Abort => Vec::new(),
-            _ => self.tokenizer.encode(prompt, Specials::Recognise)?,
+            _ => self.raw_ids(prompt, code)?,
         };
         let output = Output::text(&mut callback, &self.settings.stop_sequences);
         self.run(Call { ids, code, options, started }, output)
@@ -333,6 +334,22 @@ impl Dialog {
     fn find_stop_tokens(&mut self) {
         let stops = self.settings.stop_sequences.iter();
         self.stop_tokens = stops.filter_map(|stop| self.tokenizer.control_token(stop)).collect();
+    }
+
+    /// The ids of a raw prompt.
+    fn raw_ids(&mut self, prompt: &str, code: SentenceCode) -> Result<Vec<u32>, Error> {
+        let mut ids = self.tokenizer.encode(prompt, Specials::Recognise)?;
+        self.undo();
+        let is_first = match code {
+            SentenceCode::Rewind => true,
+            SentenceCode::Complete | SentenceCode::Begin => self.history.is_empty(),
+            _ => false,
+        };
+        let opening = self.tokenizer.opening();
+        if is_first && !ids.starts_with(opening) {
+            ids.splice(0..0, opening.iter().copied());
+        }
+        Ok(ids)
     }
 
     /// One call, from ids to report.

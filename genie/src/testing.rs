@@ -43,6 +43,18 @@ pub(crate) fn bytes_json() -> Value {
     })
 }
 
+/// [`bytes_json`], whose texts open with the token `<user>`.
+pub(crate) fn bytes_after_bos() -> Arc<Tokenizer> {
+    let mut json = bytes_json();
+    let id = END + 1;
+    let template = json!([{"SpecialToken": {"id": "<user>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+    json["post_processor"] = json!({
+        "type": "TemplateProcessing", "single": template, "pair": template,
+        "special_tokens": {"<user>": {"id": "<user>", "ids": [id], "tokens": ["<user>"]}},
+    });
+    Arc::new(tokenizer(&json))
+}
+
 pub(crate) fn tokenizer(json: &Value) -> Tokenizer {
     Tokenizer::from_bytes(json.to_string().as_bytes(), "test").unwrap()
 }

@@ -11,6 +11,7 @@ use tokenizers::{AddedVocabulary, Model, OffsetType, PreTokenizedString, PreToke
 mod bpe;
 mod decoder;
 mod mask;
+mod opening;
 
 use decoder::Decoder;
 pub(crate) use mask::Mask;
@@ -20,6 +21,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     decoder: Decoder,
     control: Vec<Control>,
+    opening: Vec<u32>,
 }
 
 /// A token that steers the model, such as `<|im_end|>`.
@@ -96,7 +98,7 @@ pub enum TokenizerError {
         /// Length allowed.
         limit_bytes: u64,
     },
-    /// The text is not a tokenizer of the kind that `tokenizers` writes.
+    /// The text is not a tokenizer of the kind that `tokenizers` writes, or not a configuration of one.
     #[error("{}: not a tokenizer: {why}", path.display())]
     Format {
         /// The file.
@@ -126,18 +128,19 @@ pub enum TokenizerError {
 }
 
 impl Tokenizer {
-    /// Loads a `tokenizer.json`.
+    /// Loads a `tokenizer.json`, and what the `tokenizer_config.json` beside it says of the tokens that open a text.
     ///
     /// # Errors
     /// [`TokenizerError`] with the file and the reason.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let fail = |why| TokenizerError::Read { path: path.to_owned(), why };
-        let have_bytes = std::fs::metadata(path).map_err(fail)?.len();
-        if MAX_FILE_BYTES < have_bytes {
-            return Err(TokenizerError::TooLong { path: path.to_owned(), have_bytes, limit_bytes: MAX_FILE_BYTES });
+        let mut tokenizer = Self::from_bytes(&read(path)?, path)?;
+        let config_path = path.with_file_name("tokenizer_config.json");
+        if config_path.is_file() {
+            let fail = |why| TokenizerError::Format { path: config_path.clone(), why };
+            tokenizer.opening = opening::configured(&tokenizer, &read(&config_path)?).map_err(fail)?;
         }
-        Self::from_bytes(&std::fs::read(path).map_err(fail)?, path)
+        Ok(tokenizer)
     }
 
     /// Reads the bytes of a `tokenizer.json`; `path` is what errors name.
@@ -155,7 +158,16 @@ impl Tokenizer {
         inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
         let decoder = Decoder::new(inner.get_decoder());
         let control = control_tokens(inner.get_added_vocabulary());
-        Ok(Self { inner, decoder, control })
+        let opening = opening::of_post_processor(&inner);
+        Ok(Self { inner, decoder, control, opening })
+    }
+
+    /// The ids that a text of its own opens with: BOS, for models that were trained with one before each text.
+    ///
+    /// They are what the file's post-processor puts there, unless `add_bos_token` in `tokenizer_config.json` says otherwise.
+    /// [`Tokenizer::encode`] never adds them.
+    pub fn opening(&self) -> &[u32] {
+        &self.opening
     }
 
     /// Encodes `text`. Nothing is added to it: no token that begins or ends a text.
@@ -261,6 +273,15 @@ fn control_tokens(added: &AddedVocabulary) -> Vec<Control> {
         .collect();
     control.sort_by_key(|control| control.id);
     control
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
+    let fail = |why| TokenizerError::Read { path: path.to_owned(), why };
+    let have_bytes = std::fs::metadata(path).map_err(fail)?.len();
+    if MAX_FILE_BYTES < have_bytes {
+        return Err(TokenizerError::TooLong { path: path.to_owned(), have_bytes, limit_bytes: MAX_FILE_BYTES });
+    }
+    std::fs::read(path).map_err(fail)
 }
 
 fn check_length(text: &str) -> Result<(), TokenizerError> {

@@ -10,7 +10,7 @@ pub struct ContextConfig {
     pub size: usize,
     /// Number of token ids, which is the number of logits. (`n-vocab`)
     pub n_vocab: usize,
-    /// Token that begins a text; never added by itself. (`bos-token`; -1 means none)
+    /// Token that begins a text. Only checked: whether a prompt gets one is the tokenizer's to say. (`bos-token`; -1 means none)
     pub bos_token: Option<u32>,
     /// Tokens that end an answer: `eos-token`, and `eot-token` where there is one.
     pub eos_tokens: Vec<u32>,

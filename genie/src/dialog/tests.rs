@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{ContextConfig, SamplerConfig, TokenPenalty};
 use crate::engine::scripted::Scripted;
-use crate::testing::{END, bytes};
+use crate::testing::{END, bytes, bytes_after_bos};
 use crate::{Code, sampler::SamplerError};
 
 const N_VOCAB: usize = 261;
@@ -95,6 +95,33 @@ fn sentence_codes_out() {
     check("", 9, &[("", Begin), ("", End)], Finish::Eos);
     check("é!", 9, &[("é", Begin), ("!", Continue), ("", End)], Finish::Eos);
     check("aé", 2, &[("a", Begin), ("\u{FFFD}", End)], Finish::Length);
+}
+
+// Guards: BOS stands once, at the beginning of a conversation, whether the prompt has it or not; never in the middle, and
+// never before ids that the caller gives.
+#[test]
+fn raw_prompts_open_with_bos() {
+    use SentenceCode::{Begin, Complete, Continue, End, Rewind};
+    let dialog = || {
+        let engine = Box::new(Scripted::replying(N_VOCAB, CONTEXT, &[], END));
+        Dialog::with_engine(settings(greedy()), engine, bytes_after_bos(), None).unwrap()
+    };
+    let check = |parts: &[(&str, SentenceCode)], want: &[u32]| {
+        let mut dialog = dialog();
+        for (part, code) in parts {
+            ask(&mut dialog, part, *code).unwrap();
+        }
+        assert_eq!(dialog.history(), want, "{parts:?}");
+    };
+    let (a, b, bos, end) = (97, 98, END + 1, END);
+    check(&[("a", Complete)], &[bos, a, end]);
+    check(&[("<user>a", Complete)], &[bos, a, end]);
+    check(&[("a", Complete), ("b", Complete)], &[bos, a, end, b, end]);
+    check(&[("a", Begin), ("b", Continue), ("", End)], &[bos, a, b, end]);
+    check(&[("a", Complete), ("b", Rewind)], &[bos, b, end]);
+    let mut by_ids = dialog();
+    by_ids.token_query(&[a], Complete, |_, _| Flow::Continue).unwrap();
+    assert_eq!(by_ids.history(), [a, end]);
 }
 
 // Guards: parts of a prompt give the answer that the whole gives, and nothing is said before End.

@@ -138,6 +138,48 @@ fn refused_files() {
     assert!(matches!(&absent, TokenizerError::Read { path, .. } if path.ends_with("absent.json")), "{absent}");
 }
 
+// Guards: a raw prompt opens as transformers and llama.cpp open it: what the post-processor puts before a text, nothing of
+// what it puts behind one, unless the configuration says otherwise.
+#[test]
+fn openings() {
+    let token = |text: &str| json!({"SpecialToken": {"id": text, "type_id": 0}});
+    let (text, special) = (
+        json!({"Sequence": {"id": "A", "type_id": 0}}),
+        json!({"</s>": {"id": "</s>", "ids": [263], "tokens": ["</s>"]}}),
+    );
+    let template = |single: &[&serde_json::Value]| json!({"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special});
+    let bos = token("</s>");
+    let check = |post_processor: serde_json::Value, config: Option<&str>, want: &[u32]| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut json = sentencepiece_json();
+        json["post_processor"] = post_processor.clone();
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        if let Some(config) = config {
+            std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        }
+        let tokenizer = Tokenizer::load(folder.path().join("tokenizer.json")).unwrap();
+        assert_eq!(tokenizer.opening(), want, "{post_processor} {config:?}");
+        assert_eq!(tokenizer.encode("a", Specials::Recognise).unwrap(), [259]);
+    };
+    let (before, both, behind) = (template(&[&bos, &text]), template(&[&bos, &text, &bos]), template(&[&text, &bos]));
+    check(json!(null), None, &[]);
+    check(before.clone(), None, &[263]);
+    check(both, Some("{}"), &[263]);
+    check(behind, None, &[]);
+    check(before.clone(), Some(r#"{"add_bos_token": true, "bos_token": "</s>"}"#), &[263]);
+    check(before, Some(r#"{"add_bos_token": false, "bos_token": "</s>"}"#), &[]);
+    check(json!(null), Some(r#"{"add_bos_token": true, "bos_token": {"content": "</s>"}}"#), &[263]);
+    check(json!(null), Some(r#"{"bos_token": "</s>"}"#), &[]);
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), sentencepiece_json().to_string()).unwrap();
+    for (config, want) in [(r#"{"add_bos_token": true, "bos_token": "<x>"}"#, "<x>"), ("{", "EOF")] {
+        std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        let error = Tokenizer::load(folder.path().join("tokenizer.json")).err().unwrap().to_string();
+        assert!(error.contains("tokenizer_config.json") && error.contains(want), "{error}");
+    }
+}
+
 /// The sentencepiece-like tokenizer with other parts.
 fn with_parts(parts: &serde_json::Value) -> Tokenizer {
     let mut json = sentencepiece_json();

@@ -9,7 +9,8 @@ use genie::AdapterChoice;
 
 /// Give a model a prompt and print its answer.
 ///
-/// The prompt is raw: no chat template is applied unless --chat is given.
+/// The prompt is raw: no chat template is applied unless --chat is given. Only a BOS token is put before it, with models
+/// whose tokenizer asks for one and if the prompt does not begin with it.
 #[derive(Debug, Parser)]
 #[command(name = "genie-t2t-run", version, after_help = EXAMPLES)]
 #[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "tokens_file"])))]
