@@ -227,6 +227,21 @@ impl Graph {
         };
     }
 
+    /// Makes intermediate tensor `id` a graph output that is called `name`; nodes keep their names.
+    ///
+    /// # Errors
+    /// [`GraphError::DuplicateTensor`] if the name is taken; the graph is then unchanged.
+    pub fn name_output(&mut self, id: TensorId, name: &str) -> Result<(), GraphError> {
+        if self.by_name.contains_key(name) {
+            return Err(GraphError::DuplicateTensor { graph: self.name.clone(), name: name.to_owned() });
+        }
+        let old = std::mem::replace(&mut self.tensors[id.index()].name, name.to_owned());
+        self.by_name.remove(&old);
+        self.by_name.insert(name.to_owned(), id);
+        self.mark_output(id);
+        Ok(())
+    }
+
     /// Sets the element type and encoding of a computed tensor, as a quantizer does.
     ///
     /// # Errors

@@ -36,7 +36,8 @@ pub enum OpKind {
         cap: f32,
     },
     /// `positions [rows]` (i32), `inv_freq [half]` -> `cos [rows, half]`, `sin [rows, half]` of
-    /// `positions · inv_freq`, both times `scale`.
+    /// `positions · inv_freq`, both times `scale`. A third input is the frequencies for long contexts: a graph that is bound
+    /// to a context length has those that it needs as its second (see [`fn@crate::offline::specialize`]).
     RotaryTable {
         /// Attention scaling of long-context variants; 1 otherwise.
         scale: f32,
@@ -173,10 +174,14 @@ impl Rule<'_> {
     }
 
     fn rotary_table(&self) -> Result<Vec<Shape>, GraphError> {
-        self.count(2..=2)?;
+        self.count(2..=3)?;
         self.rank(0, 1)?;
         self.rank(1, 1)?;
         self.data_type(0, DataType::Int32)?;
+        if let Some(long) = self.inputs.get(2) {
+            let shape = &self.inputs[1].shape;
+            self.expect(2, long.shape == *shape, || format!("shape {shape}, as {}", self.inputs[1].name))?;
+        }
         let table = Shape(vec![self.inputs[0].shape.0[0], self.inputs[1].shape.0[0]]);
         Ok(vec![table.clone(), table])
     }

@@ -57,7 +57,10 @@ FAMILIES = {
     "phi3": ("phi3", torch.float16, dict(sliding_window=7, head_dim=None, hidden_size=48), {
         "partial": dict(partial_rotary_factor=0.5, sliding_window=None),
         "longrope": dict(rope_scaling=dict(type="longrope", short_factor=FLAT, long_factor=[4.0] * 6),
-                         original_max_position_embeddings=32)}, FUSED),
+                         original_max_position_embeddings=32),
+        "longrope_beyond": dict(rope_scaling=dict(type="longrope", short_factor=FLAT,
+                                                  long_factor=[1.5, 2.0, 3.0, 4.0, 6.0, 7.0]),
+                                original_max_position_embeddings=12)}, FUSED),
     "smollm3": ("smollm3", torch.bfloat16, dict(no_rope_layers=[1, 0], attention_bias=True, mlp_bias=True), {
         "interval": dict(no_rope_layers=None, no_rope_layer_interval=2),
         "sliding": dict(use_sliding_window=True, sliding_window=6, layer_types=None)}, SPLIT),
@@ -83,6 +86,9 @@ def randomize(model, seed):
 def logits(model):
     with torch.no_grad():
         whole = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        # Here a context that grows beyond this length rotates new keys in another way than those in its cache.
+        if (getattr(model.config, "original_max_position_embeddings", None) or len(IDS)) < len(IDS):
+            return [[round(v, 5) for v in whole[row].tolist()] for row in ROWS]
         past, steps = None, []
         for i, token in enumerate(IDS):
             out = model(torch.tensor([[token]]), past_key_values=past, use_cache=True,

@@ -6,7 +6,7 @@ mod hf;
 mod rope;
 
 pub use hf::{HfConfig, HfDefaults, from_hf};
-pub use rope::{Rope, RopeBase};
+pub use rope::{LongRope, Rope, RopeBase};
 
 /// Sizes and choices of a decoder-only language model. All sizes have been checked against the limits below.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,11 +130,22 @@ impl ModelConfig {
         self.layers.iter_mut().for_each(|layer| layer.window = window);
     }
 
+    /// What a user should know of a rotary embedding that depends on the length of the context.
+    fn warn_of_long_contexts(&mut self) {
+        let long = self.ropes.iter().filter_map(|rope| rope.long.as_ref()).map(|long| long.above);
+        self.warnings.extend(long.map(|above| {
+            format!(
+                "LongRoPE: context binaries for up to {above} positions (--cl) use the factors for short contexts, larger ones \
+                 those for long contexts at every position"
+            )
+        }));
+    }
+
     /// Checks every size against its limit and against the others.
     ///
     /// # Errors
     /// [`ImportError::Config`] naming the key.
-    pub fn check(self) -> Result<ModelConfig, ImportError> {
+    pub fn check(mut self) -> Result<ModelConfig, ImportError> {
         let sizes = [
             ("hidden_size", self.hidden_size, MAX_WIDTH),
             ("intermediate_size", self.intermediate_size, MAX_WIDTH),
@@ -164,6 +175,7 @@ impl ModelConfig {
             return Err(config_error("sliding_window", 0, "at least 1, or null".to_owned()));
         }
         self.check_numbers()?;
+        self.warn_of_long_contexts();
         Ok(self)
     }
 
@@ -185,7 +197,8 @@ impl ModelConfig {
         }
         for rope in &self.ropes {
             let useless = rope.inv_freq.is_empty() || rope.inv_freq.len() * 2 > self.head_dim;
-            if useless || !rope.scale.is_finite() || rope.inv_freq.iter().any(|f| !f.is_finite()) {
+            let long = rope.long.iter().flat_map(|long| &long.inv_freq);
+            if useless || !rope.scale.is_finite() || rope.inv_freq.iter().chain(long).any(|f| !f.is_finite()) {
                 let have = format!("{} frequencies", rope.inv_freq.len());
                 return Err(config_error("rope", have, format!("1 to {}, all finite", self.head_dim / 2)));
             }

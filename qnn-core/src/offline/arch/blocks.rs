@@ -9,11 +9,12 @@ use htp_sim::Workers;
 
 use super::weights::{ActivationBits, CacheType, Constant, MakeConstant, Precision, WeightClass, WeightUse};
 use crate::{
-    graph::{Graph, Node},
+    graph::Graph,
     offline::{
         config::{GatedActivation, ModelConfig, Rope},
         error::ImportError,
         source::{Source, SourceTensor},
+        specialize::LONG_CONTEXT_ABOVE,
     },
     op::{AttentionAttrs, OpKind},
     tensor::{Dim, Shape, Tensor, TensorData, TensorId},
@@ -182,40 +183,12 @@ impl<'a> Builder<'a> {
         let module = if self.config.tied_head { embedding } else { "lm_head" };
         let normed = self.norm_for(norm, hidden, &[format!("{module}.weight")])?;
         let inputs = self.linear_inputs(module, normed, self.config.vocab_size, false)?;
-        let mut steps = vec![("lm_head", OpKind::FullyConnected, inputs)];
-        if self.config.logit_multiplier != 1.0 {
-            let factor = self.float_constant("logits.factor", &[self.config.logit_multiplier])?;
-            steps.push(("lm_head.scaled", OpKind::ElementWiseMultiply, vec![factor]));
-        }
+        let mut logits = self.op("lm_head", OpKind::FullyConnected, &inputs, DataType::Float32)?;
+        logits = self.scale("lm_head.scaled", logits, self.config.logit_multiplier)?;
         if let Some(cap) = self.config.logit_soft_cap {
-            steps.push(("lm_head.capped", OpKind::SoftCap { cap }, vec![]));
+            logits = self.op("lm_head.capped", OpKind::SoftCap { cap }, &[logits], DataType::Float32)?;
         }
-        let last = steps.len() - 1;
-        let mut x = None;
-        for (i, (name, op, constants)) in steps.into_iter().enumerate() {
-            let inputs: Vec<TensorId> = x.into_iter().chain(constants).collect();
-            x = Some(if i == last {
-                self.logits(name, op, inputs)?
-            } else {
-                self.op(name, op, &inputs, DataType::Float32)?
-            });
-        }
-        Ok(())
-    }
-
-    /// The node called `name`, whose result is the graph's output.
-    fn logits(&mut self, name: &str, op: OpKind, inputs: Vec<TensorId>) -> Result<TensorId, ImportError> {
-        let rows = self.graph.tensor(inputs[0]).shape.0[0];
-        let logits = self.graph.add_tensor(Tensor {
-            name: "logits".to_owned(),
-            tensor_type: TensorType::AppRead,
-            data_type: DataType::Float32,
-            shape: Shape(vec![rows, Dim::Fixed(self.config.vocab_size)]),
-            encoding: None,
-            data: None,
-        })?;
-        self.graph.add_node(Node { name: name.to_owned(), op, inputs, outputs: vec![logits] })?;
-        Ok(logits)
+        Ok(self.graph.name_output(logits, "logits")?)
     }
 
     /// Element type of a tensor that the matrices called `weights` multiply: integers, quantized per row when the graph
@@ -286,11 +259,15 @@ impl<'a> Builder<'a> {
     }
 
     fn rotary_table(&mut self, rope: usize) -> Result<[TensorId; 2], ImportError> {
-        let Rope { inv_freq, scale } = &self.config.ropes[rope];
+        let Rope { inv_freq, scale, long } = &self.config.ropes[rope];
         let name = if rope == 0 { "model.rotary_emb".to_owned() } else { format!("model.rotary_emb_{rope}") };
-        let inv_freq = self.float_constant(&format!("{name}.inv_freq"), inv_freq)?;
+        let mut inputs = vec![self.inputs.positions, self.float_constant(&format!("{name}.inv_freq"), inv_freq)?];
+        if let Some(long) = long {
+            inputs.push(self.float_constant(&format!("{name}.inv_freq_long"), &long.inv_freq)?);
+            self.graph.set_metadata(LONG_CONTEXT_ABOVE, long.above.to_string());
+        }
         let op = OpKind::RotaryTable { scale: *scale };
-        let table = self.graph.op(&name, op, &[self.inputs.positions, inv_freq], DataType::Float32)?;
+        let table = self.graph.op(&name, op, &inputs, DataType::Float32)?;
         let table = [table[0], table[1]];
         self.rotary_tables[rope] = Some(table);
         Ok(table)

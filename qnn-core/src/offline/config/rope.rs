@@ -12,6 +12,17 @@ pub struct Rope {
     pub inv_freq: Vec<f32>,
     /// Factor on sine and cosine: YaRN's attention factor, 1 otherwise.
     pub scale: f32,
+    /// What contexts beyond the original length use instead, with LongRoPE.
+    pub long: Option<LongRope>,
+}
+
+/// Frequencies for long contexts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// As [`Rope::inv_freq`].
+    pub inv_freq: Vec<f32>,
+    /// Contexts of more positions than this one are long.
+    pub above: usize,
 }
 
 /// What a scaling works on.
@@ -30,8 +41,7 @@ pub struct RopeBase {
 impl RopeBase {
     /// Plain rotary embedding: `theta^(-2i / rotary_dim)`.
     pub fn plain(&self) -> Rope {
-        let inv_freq = (0..self.rotary_dim / 2).map(|i| self.frequency(i) as f32).collect();
-        Rope { inv_freq, scale: 1.0 }
+        self.with_factors(|_| 1.0)
     }
 
     /// The embedding that `scaling` describes, an object like `rope_scaling` in `config.json`; `key` names it in errors.
@@ -62,7 +72,7 @@ impl RopeBase {
     /// Plain frequencies, each divided by the factor that `factor` gives for it.
     pub fn with_factors(&self, factor: impl Fn(usize) -> f64) -> Rope {
         let inv_freq = (0..self.rotary_dim / 2).map(|i| (self.frequency(i) / factor(i)) as f32).collect();
-        Rope { inv_freq, scale: 1.0 }
+        Rope { inv_freq, scale: 1.0, long: None }
     }
 
     fn frequency(&self, i: usize) -> f64 {
@@ -125,29 +135,28 @@ impl RopeBase {
         Ok(Rope { scale: scale as f32, ..rope })
     }
 
-    /// The factors for contexts up to the original length. Those for longer ones would ask for every key to be rotated
-    /// anew when a context grows beyond it, so the model's context ends there.
+    /// One list of factors for contexts up to the original length, another for longer ones.
     fn longrope(&self, scaling: &Scaling<'_>) -> Result<Rope, ImportError> {
         let pairs = self.rotary_dim / 2;
-        let path = format!("{}/short_factor", scaling.key);
-        let factors = scaling.value.get("short_factor").and_then(Value::as_array);
-        let factors: Vec<f64> = factors.into_iter().flatten().filter_map(Value::as_f64).filter(|f| *f > 0.0).collect();
-        if factors.len() != pairs {
-            let have = format!("{} numbers above 0", factors.len());
-            return Err(config_error(&path, have, format!("{pairs}, one for each rotated pair")));
-        }
-        let original = self.original_max_positions.unwrap_or(self.max_positions) as f64;
+        let (short, long) = (scaling.factors("short_factor", pairs)?, scaling.factors("long_factor", pairs)?);
+        let original = self.original_max_positions.unwrap_or(self.max_positions);
         let factor = match self.original_max_positions {
-            Some(_) => self.max_positions as f64 / original,
+            Some(_) => self.max_positions as f64 / original as f64,
             None => scaling.positive_or("factor", 1.0)?,
         };
         let scale = match scaling.number("attention_factor")? {
             Some(_) => scaling.positive("attention_factor")?,
             None if factor <= 1.0 => 1.0,
-            None => (1.0 + factor.ln() / original.ln()).sqrt(),
+            None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
         };
-        let rope = self.with_factors(|i| factors[i]);
-        Ok(Rope { scale: scale as f32, ..rope })
+        Ok(self.with_both(&short, &long, original, scale as f32))
+    }
+
+    /// Plain frequencies divided by `short`, and for contexts of more than `original` positions by `long`.
+    pub fn with_both(&self, short: &[f64], long: &[f64], original: usize, scale: f32) -> Rope {
+        let long = (original < self.max_positions)
+            .then(|| LongRope { inv_freq: self.with_factors(|i| long[i]).inv_freq, above: original });
+        Rope { scale, long, ..self.with_factors(|i| short[i]) }
     }
 }
 
@@ -166,6 +175,18 @@ impl<'a> Scaling<'a> {
             None if self.value.get("factor").is_none() => Ok("default"),
             _ => Err(config_error(&format!("{}/rope_type", self.key), self.value, SUPPORTED_SCALINGS.to_owned())),
         }
+    }
+
+    /// The list called `key`: a factor above 0 for each of `pairs`.
+    fn factors(&self, key: &str, pairs: usize) -> Result<Vec<f64>, ImportError> {
+        let list = self.value.get(key).and_then(Value::as_array);
+        let factors: Vec<f64> = list.into_iter().flatten().filter_map(Value::as_f64).filter(|f| *f > 0.0).collect();
+        if factors.len() != pairs {
+            let have = format!("{} numbers above 0", factors.len());
+            let want = format!("{pairs}, one for each rotated pair");
+            return Err(config_error(&format!("{}/{key}", self.key), have, want));
+        }
+        Ok(factors)
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>, ImportError> {

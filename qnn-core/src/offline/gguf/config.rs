@@ -62,7 +62,6 @@ impl GgufModel {
             "gemma2" => self.gemma2(&mut config)?,
             "gemma3" => self.gemma3(&mut config, rope)?,
             "granite" => self.granite(&mut config)?,
-            "phi3" => self.phi3(&mut config)?,
             // Every fourth layer does not rotate.
             "smollm3" => config.layers.iter_mut().skip(3).step_by(4).for_each(|layer| layer.rope = None),
             _ => {}
@@ -110,11 +109,13 @@ impl GgufModel {
     fn rope(&self, base: RopeBase) -> Result<Rope, ImportError> {
         let pairs = base.rotary_dim / 2;
         if let Some(factors) = self.rope_factors("rope_freqs.weight", pairs)? {
-            return Ok(base.with_factors(|i| f64::from(factors[i])));
+            return Ok(base.with_factors(|i| factors[i]));
         }
-        if let Some(factors) = self.rope_factors("rope_factors_short.weight", pairs)? {
+        if let Some(short) = self.rope_factors("rope_factors_short.weight", pairs)? {
+            let long = self.rope_factors("rope_factors_long.weight", pairs)?;
+            let original = self.optional_size("rope.scaling.original_context_length")?.unwrap_or(base.max_positions);
             let scale = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0) as f32;
-            return Ok(Rope { scale, ..base.with_factors(|i| f64::from(factors[i])) });
+            return Ok(base.with_both(&short, long.as_ref().unwrap_or(&short), original, scale));
         }
         let (scaling, factor) = (self.key("rope.scaling"), self.float("rope.scaling.factor")?);
         match self.file.string(&format!("{scaling}.type"))?.unwrap_or("none") {
@@ -138,9 +139,9 @@ impl GgufModel {
     }
 
     /// The tensor called `name`, a divisor for the frequency of each of `pairs`.
-    fn rope_factors(&self, name: &str, pairs: usize) -> Result<Option<Vec<f32>>, ImportError> {
+    fn rope_factors(&self, name: &str, pairs: usize) -> Result<Option<Vec<f64>>, ImportError> {
         let Some(tensor) = self.stored(name)? else { return Ok(None) };
-        let factors = tensor.to_f32();
+        let factors: Vec<f64> = tensor.to_f32().into_iter().map(f64::from).collect();
         if factors.len() != pairs || factors.iter().any(|factor| !(factor.is_finite() && *factor > 0.0)) {
             let (have, want) =
                 (format!("{} factors", factors.len()), format!("{pairs} above 0, one for each rotated pair"));
@@ -193,20 +194,6 @@ impl GgufModel {
         config.residual_multiplier = factor("residual_scale")?.unwrap_or(1.0);
         config.attention_scale = factor("attention.scale")?;
         config.logit_multiplier = 1.0 / factor("logit_scale")?.unwrap_or(1.0);
-        Ok(())
-    }
-
-    /// Phi-3's long contexts have rotary factors of their own; those of the original length are used, so that is the context.
-    fn phi3(&self, config: &mut ModelConfig) -> Result<(), ImportError> {
-        let original = self.optional_size("rope.scaling.original_context_length")?;
-        let original = original.filter(|_| self.entry("rope_factors_short.weight").is_some());
-        if let Some(original) = original.filter(|original| *original < config.max_position_embeddings) {
-            config.warnings.push(format!(
-                "LongRoPE: the factors for contexts up to {original} are used, so the context ends there (the model's: {})",
-                config.max_position_embeddings
-            ));
-            config.max_position_embeddings = original;
-        }
         Ok(())
     }
 
