@@ -6,6 +6,8 @@
 //! AWQ      [k, n/8]         output 8·column + ORDER   [k/group, n/8], ORDER  [.., n]    (q - zero) · scale
 //! ```
 //! Each matrix becomes `[n, k]` in blocks that hold scale, offset and codes. The grid stays what it was: no value changes.
+//! Only where GPTQ has put inputs into groups by their activations (`desc_act`, in `g_idx`) are there no blocks; such a matrix
+//! becomes floats, of the very values.
 
 use half::{bf16, f16};
 use serde_json::Value;
@@ -13,9 +15,9 @@ use serde_json::Value;
 use super::{
     config::config_error,
     error::ImportError,
-    quantize_weights::{Bits, Quantized, block_sizes},
+    quantize_weights::{Bits, QuantizeError, Quantized, block_sizes},
     safetensors::StoredTensor,
-    source::{ElementFormat, SourceTensor},
+    source::{ElementFormat, ScaleType, SourceTensor},
 };
 use crate::{
     encoding::{BlockOffsets, Encoding, Floats},
@@ -32,7 +34,7 @@ pub struct Int4Grids {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Packing {
-    /// Zeros are stored less one, in the first version of the format.
+    /// In the first version of the format zeros are stored less one.
     Gptq {
         zeros_less_one: bool,
     },
@@ -52,12 +54,12 @@ impl Int4Grids {
             Err(ImportError::Unsupported { what: format!("{method} {what}"), supported: supported.to_owned() })
         };
         let packing = match method {
-            "gptq" => match text("checkpoint_format").unwrap_or("gptq") {
+            "gptq" => match text("checkpoint_format").or(text("format")).unwrap_or("gptq") {
                 "gptq" => Packing::Gptq { zeros_less_one: true },
                 "gptq_v2" => Packing::Gptq { zeros_less_one: false },
                 other => return refuse(format!("checkpoint_format {other:?}"), "\"gptq\", \"gptq_v2\""),
             },
-            "awq" => match text("version").unwrap_or("gemm").to_ascii_lowercase().as_str() {
+            "awq" => match text("version").or(text("format")).unwrap_or("gemm").to_ascii_lowercase().as_str() {
                 "gemm" => Packing::Awq,
                 other => return refuse(format!("version {other:?}"), "\"gemm\""),
             },
@@ -68,6 +70,9 @@ impl Int4Grids {
                 });
             }
         };
+        if let Some(word) = text("pack_dtype").filter(|word| *word != "int32") {
+            return refuse(format!("pack_dtype {word:?}"), "\"int32\"");
+        }
         let number = |keys: [&str; 2]| keys.iter().find_map(|key| config.get(*key)).and_then(Value::as_i64);
         match number(["bits", "w_bit"]) {
             Some(4) => {}
@@ -89,8 +94,7 @@ impl Int4Grids {
     /// The matrix of `module` as `<module>.weight`, from what `stored` has for it.
     ///
     /// # Errors
-    /// [`ImportError`] naming the tensor that is missing or of another shape or type, and groups in the order of activations
-    /// (act-order), which would need the inputs to be shuffled for each matrix.
+    /// [`ImportError`] naming the tensor that is missing or of another shape or type.
     pub fn weight(
         &self,
         module: &str,
@@ -113,18 +117,21 @@ impl Int4Grids {
         }
         scales.expect_shape([groups, n])?;
         zeros.expect_shape([groups, n / 8])?;
-        if let Some(order) = stored(&format!("{module}.g_idx")) {
-            expect_order(module, &order, group)?;
-        }
-        let block_size = block_sizes(Bits::Four, k).into_iter().rev().find(|block| group.is_multiple_of(*block));
-        let Some(block_size) = block_size else {
+        let order = match stored(&format!("{module}.g_idx")) {
+            Some(order) => groups_of_inputs(&format!("{module}.g_idx"), &order, k, groups)?,
+            None => (0..k).map(|i| i / group).collect(),
+        };
+        let blocks = block_sizes(Bits::Four, k).into_iter().rev().find(|block| group.is_multiple_of(*block));
+        let Some(block_size) = blocks else {
             return Err(scales.refuse(format!("groups that are a multiple of 8, not {group}")));
         };
-        let scales = scales.halves()?;
-        let matrix =
-            Matrix { packing: self.packing, k, n, group, block_size, codes: codes.words(), zeros: zeros.words() };
-        let bytes = matrix.blocks(&scales);
-        SourceTensor::new(&format!("{module}.weight"), vec![n, k], ElementFormat::Int4 { block_size }, bytes.into())
+        let (in_order, scales) = (order.iter().enumerate().all(|(i, g)| *g == i / group), scales.floats()?);
+        let matrix = Matrix { packing: self.packing, k, n, order, scales, codes: codes.words(), zeros: zeros.words() };
+        let (format, bytes) = match in_order {
+            true => (ElementFormat::Int4 { block_size, scales: matrix.scale_type() }, matrix.blocks(block_size)),
+            false => (ElementFormat::Int4ActOrder, matrix.floats()),
+        };
+        SourceTensor::new(&format!("{module}.weight"), vec![n, k], format, bytes.into())
     }
 }
 
@@ -164,33 +171,32 @@ impl Part {
         self.tensor.bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect()
     }
 
-    /// The elements as f16, which has to hold them exactly: the kernels' scales are halves.
-    fn halves(&self) -> Result<Vec<f16>, ImportError> {
+    fn floats(&self) -> Result<Vec<f32>, ImportError> {
         let bytes = &self.tensor.bytes;
-        let floats: Vec<f32> = match self.tensor.dtype {
-            "F16" => return Ok(bytes.as_chunks::<2>().0.iter().map(|v| f16::from_le_bytes(*v)).collect()),
+        Ok(match self.tensor.dtype {
+            "F16" => bytes.as_chunks::<2>().0.iter().map(|v| f16::from_le_bytes(*v).to_f32()).collect(),
             "BF16" => bytes.as_chunks::<2>().0.iter().map(|v| bf16::from_le_bytes(*v).to_f32()).collect(),
             "F32" => bytes.as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v)).collect(),
-            _ => return Err(self.refuse("F16".to_owned())),
-        };
-        match floats.iter().find(|v| f16::from_f32(**v).to_f32() != **v) {
-            None => Ok(floats.into_iter().map(f16::from_f32).collect()),
-            Some(v) => Err(self.refuse(format!("scales that F16 holds exactly, unlike {v}"))),
-        }
+            _ => return Err(self.refuse("F16, BF16 or F32".to_owned())),
+        })
     }
 }
 
-/// Refuses groups that are not the inputs in their order.
-fn expect_order(module: &str, order: &StoredTensor, group: usize) -> Result<(), ImportError> {
-    let indices = order.bytes.as_chunks::<4>().0.iter().map(|index| i32::from_le_bytes(*index));
-    let plain = order.dtype == "I32" && indices.enumerate().all(|(i, index)| usize::try_from(index) == Ok(i / group));
-    if plain {
-        return Ok(());
+/// The group that each of `k` inputs is in.
+fn groups_of_inputs(name: &str, order: &StoredTensor, k: usize, groups: usize) -> Result<Vec<usize>, ImportError> {
+    let refuse = |have: String| {
+        let want = format!("{k} numbers below {groups}, of type I32");
+        Err(ImportError::Tensor { name: name.to_owned(), have, want })
+    };
+    if order.dtype != "I32" || order.shape != [k] {
+        return refuse(format!("{} {:?}", order.dtype, order.shape));
     }
-    Err(ImportError::Unsupported {
-        what: format!("act-order (desc_act) of {module}: its groups are not inputs in a row"),
-        supported: "groups in the order of the inputs".to_owned(),
-    })
+    let indices = order.bytes.as_chunks::<4>().0.iter().map(|index| i32::from_le_bytes(*index));
+    let found: Vec<usize> = indices.map(|index| usize::try_from(index).unwrap_or(usize::MAX)).collect();
+    match found.iter().find(|group| **group >= groups) {
+        Some(_) => refuse("a group that there is not".to_owned()),
+        None => Ok(found),
+    }
 }
 
 /// A packed matrix whose sizes fit.
@@ -198,26 +204,41 @@ struct Matrix {
     packing: Packing,
     k: usize,
     n: usize,
-    group: usize,
-    block_size: usize,
+    /// Group of each input.
+    order: Vec<usize>,
+    scales: Vec<f32>,
     codes: Vec<u32>,
     zeros: Vec<u32>,
 }
 
 impl Matrix {
-    /// Blocks of the rows `[n, k]`: scale (f16), offset (i8), codes two to a byte, the first in the low half.
-    fn blocks(&self, scales: &[f16]) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.n * self.k / self.block_size * block_bytes(self.block_size));
+    /// Blocks of the rows `[n, k]`: scale (f32), offset (i8), codes two to a byte, the first in the low half.
+    fn blocks(&self, block_size: usize) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.n * self.k / block_size * block_bytes(block_size));
         for n in 0..self.n {
-            for start in (0..self.k).step_by(self.block_size) {
-                let group = start / self.group;
-                bytes.extend_from_slice(&scales[group * self.n + n].to_le_bytes());
-                bytes.push((-(self.zero(group, n) as i8)).cast_unsigned());
+            for start in (0..self.k).step_by(block_size) {
+                bytes.extend_from_slice(&self.scale(start, n).to_le_bytes());
+                bytes.push((-(self.zero(start, n) as i8)).cast_unsigned());
                 let pair = |i: usize| self.code(start + 2 * i, n) | self.code(start + 2 * i + 1, n) << 4;
-                bytes.extend((0..self.block_size / 2).map(pair));
+                bytes.extend((0..block_size / 2).map(pair));
             }
         }
         bytes
+    }
+
+    /// The values themselves, `[n, k]` in f32.
+    fn floats(&self) -> Vec<u8> {
+        let value = |k, n| (f32::from(self.code(k, n)) - f32::from(self.zero(k, n))) * self.scale(k, n);
+        (0..self.n).flat_map(|n| (0..self.k).flat_map(move |k| value(k, n).to_le_bytes())).collect()
+    }
+
+    fn scale_type(&self) -> ScaleType {
+        let is_half = |scale: &f32| f16::from_f32(*scale).to_f32() == *scale;
+        if self.scales.iter().all(is_half) { ScaleType::Half } else { ScaleType::Wider }
+    }
+
+    fn scale(&self, k: usize, n: usize) -> f32 {
+        self.scales[self.order[k] * self.n + n]
     }
 
     fn code(&self, k: usize, n: usize) -> u8 {
@@ -227,10 +248,11 @@ impl Matrix {
         }
     }
 
-    fn zero(&self, group: usize, n: usize) -> u8 {
-        let word = self.zeros[group * (self.n / 8) + n / 8];
+    fn zero(&self, k: usize, n: usize) -> u8 {
+        let word = self.zeros[self.order[k] * (self.n / 8) + n / 8];
         match self.packing {
-            Packing::Gptq { zeros_less_one: true } => (nibble(word, n % 8) + 1) & 15,
+            // One was taken from each nibble by a subtraction of words, so it is given back with its carries.
+            Packing::Gptq { zeros_less_one: true } => nibble(word.wrapping_add(0x1111_1111), n % 8),
             Packing::Gptq { zeros_less_one: false } => nibble(word, n % 8),
             Packing::Awq => nibble(word, AWQ_PLACE[n % 8]),
         }
@@ -249,8 +271,7 @@ pub(super) fn block_bytes(block_size: usize) -> usize {
 /// Writes the blocks in `bytes` as floats to `out`.
 pub(super) fn dequantize(bytes: &[u8], block_size: usize, out: &mut [f32]) {
     for (block, out) in bytes.chunks_exact(block_bytes(block_size)).zip(out.chunks_exact_mut(block_size)) {
-        let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-        let offset = f32::from(block[2].cast_signed());
+        let (scale, offset) = (scale(block), f32::from(offset(block)));
         for (i, out) in out.iter_mut().enumerate() {
             let code = block[HEAD_BYTES + i / 2] >> (i % 2 * 4) & 15;
             *out = (f32::from(code) + offset) * scale;
@@ -258,28 +279,38 @@ pub(super) fn dequantize(bytes: &[u8], block_size: usize, out: &mut [f32]) {
     }
 }
 
-/// The blocks of `tensor` as codes with an encoding. Symmetric ones need no offsets.
-pub(super) fn keep_grid(tensor: &SourceTensor, block_size: usize) -> Quantized {
+/// The blocks of `tensor` as codes with an encoding, whose scales are halves. Symmetric ones need no offsets.
+///
+/// # Errors
+/// [`QuantizeError::TooLarge`] naming the row with a scale that f16 cannot hold.
+pub(super) fn keep_grid(tensor: &SourceTensor, block_size: usize) -> Result<Quantized, QuantizeError> {
     let blocks = || tensor.bytes.chunks_exact(block_bytes(block_size));
-    let scales: Vec<u8> = blocks().flat_map(|block| [block[0], block[1]]).collect();
-    let scales = Floats::new(scales.into(), DataType::Float16).expect("two bytes for each");
-    let symmetric = blocks().all(|block| block[2].cast_signed() == -8);
+    let scales: Vec<f32> = blocks().map(scale).collect();
+    if let Some(at) = scales.iter().position(|scale| !f16::from_f32(*scale).is_finite()) {
+        let row = at / (tensor.k() / block_size);
+        return Err(QuantizeError::TooLarge { tensor: tensor.name.clone(), row });
+    }
+    let symmetric = blocks().all(|block| offset(block) == -8);
     // Without an offset a code is a signed number: the highest bit turns.
     let (data_type, flip) = if symmetric { (DataType::SFixedPoint4, 0x88) } else { (DataType::UFixedPoint4, 0) };
     let codes: Vec<u8> = blocks().flat_map(|block| block[HEAD_BYTES..].iter().map(|pair| pair ^ flip)).collect();
     let offsets = match symmetric {
         true => BlockOffsets::Symmetric,
-        false => BlockOffsets::Integer(blocks().map(|block| block[2]).collect::<Vec<u8>>().into()),
+        false => BlockOffsets::Integer(blocks().map(|block| offset(block).cast_unsigned()).collect::<Vec<u8>>().into()),
     };
-    Quantized {
-        data_type,
-        data: codes.into(),
-        encoding: Encoding::Block { bitwidth: 4, block_size, scales, offsets },
-        squared_error: 0.0,
-    }
+    let encoding = Encoding::Block { bitwidth: 4, block_size, scales: Floats::from_f16(&scales), offsets };
+    Ok(Quantized { data_type, data: codes.into(), encoding, squared_error: 0.0 })
+}
+
+fn scale(block: &[u8]) -> f32 {
+    f32::from_le_bytes([block[0], block[1], block[2], block[3]])
+}
+
+fn offset(block: &[u8]) -> i8 {
+    block[4].cast_signed()
 }
 
 /// Scale and offset, before a block's codes.
-const HEAD_BYTES: usize = 3;
+const HEAD_BYTES: usize = 5;
 /// Nibble that holds output `i` of eight: AWQ stores them in the order 0, 2, 4, 6, 1, 3, 5, 7.
 const AWQ_PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];

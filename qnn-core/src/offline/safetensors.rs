@@ -161,11 +161,15 @@ impl HfWeights {
         Ok(HfWeights { files, index, grids: None })
     }
 
-    /// Names of all tensors; of a packed matrix `<module>.weight`, in place of its parts.
+    /// Names of all tensors; of a packed matrix `<module>.weight`, in place of its parts, and its bias unless that is zero.
     pub fn names(&self) -> impl Iterator<Item = String> {
         let name = |name: &String| match self.packed_module(name) {
             None => Some(name.clone()),
             Some((module, "qweight")) => Some(format!("{module}.weight")),
+            // Some packers give every matrix a bias: of zeros, where the model has none.
+            Some((_, "bias")) => {
+                self.stored(name).is_some_and(|bias| bias.bytes.iter().any(|b| *b != 0)).then(|| name.clone())
+            }
             Some(_) => None,
         };
         self.index.keys().filter_map(name)
@@ -175,7 +179,7 @@ impl HfWeights {
     fn packed_module<'n>(&self, name: &'n str) -> Option<(&'n str, &'n str)> {
         let (module, part) = name.rsplit_once('.')?;
         let packed = self.grids.is_some() && self.index.contains_key(&format!("{module}.qweight"));
-        (packed && matches!(part, "qweight" | "qzeros" | "scales" | "g_idx")).then_some((module, part))
+        (packed && matches!(part, "qweight" | "qzeros" | "scales" | "g_idx" | "bias")).then_some((module, part))
     }
 
     fn stored(&self, name: &str) -> Option<StoredTensor> {

@@ -191,17 +191,29 @@ pub enum ElementFormat {
     /// GPTQ's and AWQ's grids: see [`int4`].
     Int4 {
         block_size: usize,
+        scales: ScaleType,
     },
+    /// The values of a GPTQ matrix, as f32, whose groups are not inputs in a row.
+    Int4ActOrder,
+}
+
+/// What holds the scales of [`ElementFormat::Int4`] exactly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScaleType {
+    /// f16, as in most files; and it is what the kernels read.
+    Half,
+    /// bf16 or f32.
+    Wider,
 }
 
 impl ElementFormat {
     /// Elements in one indivisible block, and its bytes.
     pub fn block(self) -> (usize, usize) {
         match self {
-            ElementFormat::F32 => (1, 4),
+            ElementFormat::F32 | ElementFormat::Int4ActOrder => (1, 4),
             ElementFormat::F16 | ElementFormat::Bf16 => (1, 2),
             ElementFormat::Ggml(ggml) => (ggml.block_elements(), ggml.block_bytes()),
-            ElementFormat::Int4 { block_size } => (block_size, int4::block_bytes(block_size)),
+            ElementFormat::Int4 { block_size, .. } => (block_size, int4::block_bytes(block_size)),
         }
     }
 
@@ -213,6 +225,7 @@ impl ElementFormat {
             ElementFormat::Bf16 => "BF16",
             ElementFormat::Ggml(ggml) => ggml.name(),
             ElementFormat::Int4 { .. } => "INT4",
+            ElementFormat::Int4ActOrder => "INT4, act-order",
         }
     }
 }
@@ -325,7 +338,7 @@ impl SourceTensor {
         assert_eq!(out.len(), rows.len() * self.k(), "room for {} rows of {}", rows.len(), self.k());
         let bytes = self.row_bytes(rows);
         match self.format {
-            ElementFormat::F32 => {
+            ElementFormat::F32 | ElementFormat::Int4ActOrder => {
                 for (out, v) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                     *out = f32::from_le_bytes(*v);
                 }
@@ -341,7 +354,7 @@ impl SourceTensor {
                 }
             }
             ElementFormat::Ggml(ggml) => ggml.dequantize(bytes, out),
-            ElementFormat::Int4 { block_size } => int4::dequantize(bytes, block_size, out),
+            ElementFormat::Int4 { block_size, .. } => int4::dequantize(bytes, block_size, out),
         }
     }
 

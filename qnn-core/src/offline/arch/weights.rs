@@ -10,7 +10,7 @@ use crate::{
         error::ImportError,
         int4,
         quantize_weights::{Bits, Quantized, Scheme, block_sizes, quantize},
-        source::{Change, ElementFormat, SourceTensor},
+        source::{Change, ElementFormat, ScaleType, SourceTensor},
     },
     types::DataType,
 };
@@ -131,7 +131,11 @@ pub(in crate::offline) fn constant(
         (WeightType::Keep | WeightType::F16, ElementFormat::F16) => float(DataType::Float16, tensor.bytes.clone()),
         (WeightType::Keep | WeightType::F16, ElementFormat::Bf16) => float(DataType::BFloat16, tensor.bytes.clone()),
         (WeightType::Keep, ElementFormat::Ggml(ggml)) => Ok(ggml.keep_grid(tensor, workers)?.into()),
-        (WeightType::Keep, ElementFormat::Int4 { block_size }) => Ok(int4::keep_grid(tensor, block_size).into()),
+        (WeightType::Keep, ElementFormat::Int4 { block_size, .. }) => Ok(int4::keep_grid(tensor, block_size)?.into()),
+        // Without blocks in a row there is no grid to keep.
+        (WeightType::Keep, ElementFormat::Int4ActOrder) => {
+            Ok(quantize(tensor, scheme(Bits::Eight, Grouping::Default, tensor.k()), workers)?.into())
+        }
         (WeightType::F32, _) => float(DataType::Float32, to_f32(tensor, workers)),
         (WeightType::F16, _) => float(DataType::Float16, to_f16(tensor)?),
         (WeightType::Int { bits, grouping }, _) => {
@@ -237,6 +241,7 @@ impl Constant {
     pub(super) fn change(&self, format: ElementFormat, precision: Precision) -> Change {
         match (format, precision.weights, self.data_type) {
             (ElementFormat::Ggml(ggml), WeightType::Keep, _) if self.encoding.is_some() => ggml.change(),
+            (ElementFormat::Int4 { scales: ScaleType::Wider, .. }, WeightType::Keep, _) => Change::ScalesToF16,
             (ElementFormat::Int4 { .. }, WeightType::Keep, _)
             | (_, _, DataType::Float32)
             | (ElementFormat::F16, _, DataType::Float16)
