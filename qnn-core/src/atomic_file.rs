@@ -1,7 +1,7 @@
 //! Files that appear as a whole or not at all.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -40,6 +40,43 @@ impl AtomicFile {
     }
 }
 
+/// Writes a file in whole pieces of [`PIECE_BYTES`], each at a multiple of its size. A system that keeps a file in memory as
+/// it was written can then map it in pages of that size, which costs a decode step less than small ones.
+#[derive(Debug)]
+pub struct PieceWriter<'a> {
+    out: BufWriter<&'a File>,
+    at_bytes: u64,
+}
+
+impl<'a> PieceWriter<'a> {
+    /// Writes to `file`, which must be empty.
+    pub(crate) fn new(file: &'a File) -> Self {
+        Self { out: BufWriter::with_capacity(PIECE_BYTES, file), at_bytes: 0 }
+    }
+}
+
+impl Write for PieceWriter<'_> {
+    /// Takes what still fits the piece: a full buffer is written as a whole, and never together with what follows it.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = PIECE_BYTES - (self.at_bytes % PIECE_BYTES as u64) as usize;
+        let n = bytes.len().min(room);
+        self.out.write_all(&bytes[..n])?;
+        self.at_bytes += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl Seek for PieceWriter<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.at_bytes = self.out.seek(to)?;
+        Ok(self.at_bytes)
+    }
+}
+
 /// Writes `path` as a whole or not at all, with what `fill` writes.
 pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
     let new = AtomicFile::create(path)?;
@@ -55,4 +92,40 @@ fn folder_of(path: &Path) -> &Path {
 }
 
 /// Small writes (padding, tables) are gathered; blobs are larger than this and go straight through.
-pub(crate) const BUFFER_BYTES: usize = 64 << 10;
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// The size of large pages on x86-64 and most others.
+const PIECE_BYTES: usize = 2 << 20;
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    /// A file holds what was written, in order, whatever the lengths of the writes, and a seek goes where it says.
+    #[test]
+    fn pieces_hold_what_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pieces");
+        let bytes: Vec<u8> = (0..2 * PIECE_BYTES + 777).map(|i| (i * 31 % 251) as u8).collect();
+        let mut expected = bytes.clone();
+        expected[5..8].copy_from_slice(b"abc");
+
+        let file = File::create(&path).unwrap();
+        let mut out = PieceWriter::new(&file);
+        let (mut rest, mut lengths) = (&bytes[..], [1, PIECE_BYTES - 1, 3, 1000, PIECE_BYTES + 5].iter().cycle());
+        while let Some(n) = lengths.next().filter(|_| !rest.is_empty()) {
+            let (now, later) = rest.split_at(rest.len().min(*n));
+            out.write_all(now).unwrap();
+            rest = later;
+        }
+        out.seek(SeekFrom::Start(5)).unwrap();
+        out.write_all(b"abc").unwrap();
+        out.flush().unwrap();
+
+        let mut found = Vec::new();
+        File::open(&path).unwrap().read_to_end(&mut found).unwrap();
+        assert!(found == expected, "{} bytes, need {}", found.len(), expected.len());
+    }
+}

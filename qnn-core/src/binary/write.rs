@@ -1,12 +1,11 @@
 //! Writing the container in one pass: sections as they come, then the table, then the header.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use zerocopy::IntoBytes;
 
-use crate::atomic_file::{AtomicFile, BUFFER_BYTES};
+use crate::atomic_file::{AtomicFile, PieceWriter};
 
 use super::{
     BinaryError, FileKind, Identity, MAX_NAME_BYTES, MAX_SECTIONS, SdkVersion, SectionKind,
@@ -154,7 +153,7 @@ impl<W: Write + Seek> BinaryWriter<W> {
 }
 
 /// A file being written.
-pub type FileWriter<'a> = BinaryWriter<BufWriter<&'a File>>;
+pub type FileWriter<'a> = BinaryWriter<PieceWriter<'a>>;
 
 /// Writes a context binary to `path` as a whole or not at all: a temporary file beside it is filled by `fill`, brought to
 /// the disk and renamed.
@@ -188,8 +187,8 @@ fn write_kind(
 ) -> Result<Written, crate::Error> {
     let new = AtomicFile::create(path).map_err(crate::Error::io(path))?;
     let written = {
-        let out = BufWriter::with_capacity(BUFFER_BYTES, new.file());
-        let mut writer = BinaryWriter::start(out, kind, base).map_err(crate::Error::io(path))?;
+        let mut writer =
+            BinaryWriter::start(PieceWriter::new(new.file()), kind, base).map_err(crate::Error::io(path))?;
         fill(&mut writer)?;
         writer.finish().map_err(crate::Error::io(path))?.1
     };
