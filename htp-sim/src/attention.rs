@@ -20,7 +20,7 @@ mod cache;
 mod scratch;
 mod tile;
 
-pub use cache::{Cache, CacheFormat, CacheLayout, CacheMut, MAX_HEAD_DIM, append};
+pub use cache::{Cache, CacheFormat, CacheLayout, CacheMut, MAX_HEAD_DIM, append, prefetch};
 use scratch::WorkerScratch;
 use tile::Problem;
 

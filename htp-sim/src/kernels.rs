@@ -44,6 +44,8 @@ pub struct Kernels {
     pub(crate) unary: unsafe fn(Unary, &mut [f32]),
     pub(crate) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(crate) rotate: RotateFn,
+    /// Asks for bytes that will soon be read or written; does nothing where there is no such instruction.
+    pub(crate) prefetch: fn(&[u8]),
 }
 
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);

@@ -201,6 +201,32 @@ impl CacheMut<'_> {
     }
 }
 
+/// Asks for the memory around position `at` that [`append`] will write and [`attention`](super::attention) read. A decode
+/// step goes through more weights than the caches hold between two visits of a layer: what it wrote last is far away.
+///
+/// A hint: it changes nothing, and does nothing for a position beyond the capacity or a cache of another length.
+pub fn prefetch(cx: &Cx<'_>, cache: &Cache<'_>, at: usize) {
+    let layout = cache.layout;
+    let whole = cache.key.len() == layout.key_bytes() && cache.value.len() == layout.value_bytes();
+    if !whole || at >= layout.capacity {
+        return;
+    }
+    let ask = |bytes: &[u8], len: usize| (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
+    for head in 0..layout.kv_heads {
+        ask(cache.keys(head, at), layout.key_panel_bytes());
+        if layout.format == CacheFormat::Int8 {
+            ask(cache.key_scales(head, at), 4);
+            ask(cache.value_scales(head, at), 4);
+            let panels = cache.value_panels(head, at / 4 * 4);
+            for panel in 0..layout.value_head_dim() / PANEL {
+                ask(&panels[panel * RANGE * PANEL..], 4 * PANEL);
+            }
+        } else {
+            ask(cache.value_rows(head, at), layout.head_dim * layout.format.element_bytes());
+        }
+    }
+}
+
 /// Writes the rows of `k` and `v`, each `[m, kv_heads · head_dim]`, in place at the positions `at..at + m`.
 ///
 /// A row with a NaN or an infinity gets the scale NaN in an int8 cache.
@@ -281,8 +307,10 @@ impl HeadMut<'_> {
             CacheFormat::Int8 => {
                 let mut codes = [0; MAX_HEAD_DIM];
                 let scale = quantize(self.kernels, k, &mut codes);
-                for (i, code) in codes[..k.len()].iter().enumerate() {
-                    panel[i / 4 * 64 + lane * 4 + i % 4] = code.cast_unsigned();
+                let groups = panel.chunks_exact_mut(4 * PANEL).zip(codes[..k.len()].chunks(4));
+                for (group, codes) in groups {
+                    let codes = codes.iter().map(|code| code.cast_unsigned());
+                    group[lane * 4..][..4].iter_mut().zip(codes).for_each(|(to, code)| *to = code);
                 }
                 self.key_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
                 let scale = quantize(self.kernels, v, &mut codes);

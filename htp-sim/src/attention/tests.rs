@@ -113,6 +113,24 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// Asking for a position ahead of time stays inside the cache for every format and position, and beyond the capacity too.
+#[test]
+fn prefetch_stays_inside() {
+    let workers = team(1);
+    for format in [CacheFormat::F32, CacheFormat::F16, CacheFormat::Int8] {
+        for (kv_heads, head_dim, capacity) in [(1, 1, 1), (3, 64, 300), (2, 30, RANGE), (1, MAX_HEAD_DIM, 17)] {
+            let layout = CacheLayout::new(kv_heads, head_dim, capacity, format).expect("sizes are fine");
+            let (key, value) = (vec![0; layout.key_bytes()], vec![0; layout.value_bytes()]);
+            each_tier(&workers, |cx| {
+                for at in (0..capacity).chain([capacity, usize::MAX]) {
+                    prefetch(cx, &Cache { layout, key: &key, value: &value }, at);
+                    prefetch(cx, &Cache { layout, key: &key[1..], value: &value }, at);
+                }
+            });
+        }
+    }
+}
+
 /// Attention is the f64 formula on what the cache stores, for every format, tier and mask.
 #[test]
 fn attention_is_the_formula() {

@@ -177,6 +177,9 @@ impl Htp {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
+            if let Some(attention) = step.prefetch {
+                run::prefetch(&cx, &self.plan.steps[attention], bindings, state);
+            }
             let step_begun = self.meter.as_ref().map(|_| Instant::now());
             run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
             if let (Some(meter), Some(begun)) = (&mut self.meter, step_begun) {

@@ -6,7 +6,7 @@ use crate::op::AttentionAttrs;
 
 use super::{
     lower::Lowered,
-    step::{QuantizedSpec, Shown, Source, Step},
+    step::{QuantizedSpec, Shown, Source, Step, Work},
 };
 
 /// A plan over real buffers.
@@ -64,6 +64,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
             Source::Quantized(q) => *q = quantized_home[*q],
         }
     }
+    plan_prefetches(&mut lowered.steps);
     let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
     Plan {
         float_capacity: float_owners.iter().map(largest).collect(),
@@ -74,6 +75,20 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         grid_slots: lowered.grid_slots,
         summed_slots: lowered.summed_slots,
         shown: lowered.shown,
+    }
+}
+
+/// In a graph for single rows, where there is time to fetch a cache but no other work to hide it behind: each attention's
+/// cache is asked for before the product that makes its rows.
+fn plan_prefetches(steps: &mut [Step]) {
+    for attention in 0..steps.len() {
+        if !matches!(steps[attention].work, Work::Attention { .. }) || steps[attention].rows.max() > 1 {
+            continue;
+        }
+        let product = steps[..attention].iter().rposition(|step| matches!(step.work, Work::Linear { .. }));
+        if let Some(product) = product {
+            steps[product].prefetch = Some(attention);
+        }
     }
 }
 

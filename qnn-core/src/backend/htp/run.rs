@@ -66,6 +66,16 @@ pub(super) fn show(
     }
 }
 
+/// Asks for the cache rows that attention step `step` will write and read first.
+pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mut State) {
+    let Work::Attention { cache, .. } = &step.work else { return };
+    let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
+    let at = at.first().and_then(|at| usize::try_from(*at).ok());
+    if let (Some(at), Some((target, _))) = (at, state.kernel_cache_mut(&cache.name)) {
+        htp_sim::attention::prefetch(cx, &target.as_ref(), at);
+    }
+}
+
 /// One step being run.
 struct Run<'a> {
     cx: &'a Cx<'a>,

@@ -22,6 +22,8 @@ pub(super) struct Step {
     pub(super) rows: Dim,
     /// The work.
     pub(super) work: Work,
+    /// Number of the attention step whose cache is asked for before this step.
+    pub(super) prefetch: Option<usize>,
 }
 
 /// A computed tensor, as one who watches the run is shown it.

@@ -28,4 +28,5 @@ pub(crate) const KERNELS: Kernels = Kernels {
     unary: vector::unary,
     gate: vector::gate,
     rotate: vector::rotate,
+    prefetch: super::prefetch,
 };
