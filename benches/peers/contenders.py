@@ -3,7 +3,7 @@
 A variant is a setting that a user could choose, such as flash attention on or off; the best one counts. `worth(metric,
 variant)` says whether it still can be the best: after the first round the others are left out.
 """
-import json, os, subprocess, time
+import json, os, subprocess, threading, time
 
 from bundles import DEPTH, RANKS
 
@@ -127,12 +127,16 @@ def first_output(command, behind=b"", environment=None):
     the most memory (MB) that it had."""
     start = time.monotonic()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    watchdog = threading.Timer(TIMEOUT_S, child.kill)
+    watchdog.start()
     seen, at = b"", None
-    while piece := os.read(child.stdout.fileno(), 1 << 16):
-        seen += piece
-        if at is None and behind in seen and seen.index(behind) + len(behind) < len(seen):
-            at = time.monotonic()
+    with child.stdout:
+        while piece := os.read(child.stdout.fileno(), 1 << 16):
+            seen += piece
+            if at is None and behind in seen and seen.index(behind) + len(behind) < len(seen):
+                at = time.monotonic()
     _, status, usage = os.wait4(child.pid, 0)
+    watchdog.cancel()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0 or at is None:
         raise ValueError(f"{os.path.basename(command[0])} ended with {child.returncode}{'' if at else ' and no answer'}")

@@ -16,7 +16,11 @@
 # if the machine was busy. `report.py RECORD.jsonl` makes the table of the README of such lines.
 #
 # llama.cpp is measured with flash attention on and off, with the GGUF as it is and requantized to Q4_0, and counts with the
-# best of them, figure by figure. OpenVINO reads Q4_0 alone of these formats.
+# best of them, figure by figure. OpenVINO reads Q4_0 alone of these formats, and finds no layer for an adapter in a model that
+# it read from a GGUF. ONNX Runtime GenAI is not here: it reads no GGUF, and its exporter wants torch, transformers and the
+# model's original directory.
+#
+# On two cores, once everything is built, a round takes about two minutes, the first some more; with --adapters about four.
 set -euo pipefail
 
 readonly package="llama-cpp-python==0.3.36"
