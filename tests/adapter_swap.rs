@@ -5,10 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use genie::config::KvReuse;
-use genie::engine::AdapterSource;
+use genie::engine::{AdapterSource, Engine, GroupSource, Logits};
 use genie::{AdapterChoice, Dialog, Error, Finish, Flow, Model, QueryOptions, SentenceCode, Signal};
 use genie_workspace::converted::Converted;
 use genie_workspace::tiny_model::{SplitMix64, TinyModel};
@@ -33,10 +33,23 @@ const MAX_TOKENS: u32 = 5;
 struct Files {
     model: Converted,
     adapters: TempDir,
+    kind: Kind,
 }
 
+/// What the adapters bring.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// Weights; the activations have no static encodings.
+    Weights,
+    /// Encodings too, `c` and `d` those of their group.
+    Encodings,
+}
+
+/// The group of `c` and `d`.
+const GROUP: &str = "cd";
+
 impl Files {
-    fn new() -> Files {
+    fn new(kind: Kind) -> Files {
         let tiny = TinyModel::llama(5);
         let adapters = TempDir::new().unwrap();
         let folders = WEIGHTS.map(|name| adapters.path().join(name));
@@ -46,8 +59,11 @@ impl Files {
         let named: Vec<(&str, &Path)> = WEIGHTS.into_iter().zip(folders.iter().map(PathBuf::as_path)).collect();
         let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::Default };
         let precision = Precision { weights, activations: ActivationBits::Sixteen, cache: None };
-        let model = Converted::tiny_with_adapters(&tiny, precision, &named).unwrap();
-        let other = Converted::tiny_with_adapters(&TinyModel::llama(6), precision, &named).unwrap();
+        let convert = |tiny: &TinyModel| match kind {
+            Kind::Weights => Converted::tiny_with_adapters(tiny, precision, &named),
+            Kind::Encodings => Converted::tiny_static(tiny, &named, &[(GROUP, &["c", "d"])]),
+        };
+        let (model, other) = (convert(&tiny).unwrap(), convert(&TinyModel::llama(6)).unwrap());
 
         let good = std::fs::read(model.path().join("model_b.bin")).unwrap();
         let mut flipped = good.clone();
@@ -60,7 +76,7 @@ impl Files {
         {
             std::fs::write(adapters.path().join(name), bytes).unwrap();
         }
-        Files { model, adapters }
+        Files { model, adapters, kind }
     }
 
     fn open(&self) -> Model {
@@ -68,15 +84,34 @@ impl Files {
     }
 
     fn section(&self, weights: &str) -> AdapterSource {
-        AdapterSource::Sections(vec![Some(self.model.path().join(format!("model_{weights}.bin")))])
+        match self.kind == Kind::Encodings && ["c", "d"].contains(&weights) {
+            true => self.in_group(weights),
+            false => self.whole(weights),
+        }
+    }
+
+    fn whole(&self, name: &str) -> AdapterSource {
+        AdapterSource::Sections(vec![Some(self.model.path().join(format!("model_{name}.bin")))])
+    }
+
+    fn in_group(&self, weights: &str) -> AdapterSource {
+        let path = |name: &str| vec![Some(self.model.path().join(format!("model_{name}.bin")))];
+        let group = GroupSource { name: GROUP.to_owned(), sections: path(GROUP) };
+        AdapterSource::Grouped { sections: path(weights), group }
     }
 
     fn peft(&self, weights: &str) -> AdapterSource {
         AdapterSource::Peft(self.adapters.path().join(weights))
     }
 
-    fn damaged(&self, kind: &str) -> AdapterSource {
-        AdapterSource::Sections(vec![Some(self.adapters.path().join(kind))])
+    /// Files that are no adapter of the model: damaged, of another one, or parts that do not belong together.
+    fn bad(&self) -> Vec<AdapterSource> {
+        let damaged = |kind| AdapterSource::Sections(vec![Some(self.adapters.path().join(kind))]);
+        let mut bad: Vec<AdapterSource> = ["cut", "flipped", "newer", "foreign"].map(damaged).into();
+        if self.kind == Kind::Encodings {
+            bad.extend([self.whole("c"), self.whole(GROUP), self.in_group("a"), self.in_group(GROUP)]);
+        }
+        bad
     }
 }
 
@@ -193,7 +228,9 @@ impl<'a> Watched<'a> {
     fn add(&mut self) {
         let (name, weights) = (self.pick(&NAMES), self.pick(&WEIGHTS));
         let files = self.alone.files;
-        let source = if self.random.below(2) == 0 { files.section(weights) } else { files.peft(weights) };
+        // A PEFT directory has no encodings: it is the same adapter only where the sections have none.
+        let as_section = files.kind == Kind::Encodings || self.random.below(2) == 0;
+        let source = if as_section { files.section(weights) } else { files.peft(weights) };
         match self.dialog.add_adapter(name, source) {
             Ok(()) => assert!(self.known.insert(name, (weights, 1.0)).is_none()),
             Err(_) => assert!(self.known.contains_key(name)),
@@ -210,8 +247,9 @@ impl<'a> Watched<'a> {
     }
 
     fn apply_damaged(&mut self) {
-        let kind = self.pick(&["cut", "flipped", "newer", "foreign"]);
-        self.dialog.add_adapter("damaged", self.alone.files.damaged(kind)).unwrap();
+        let bad = self.alone.files.bad();
+        let source = bad[self.random.below(bad.len() as u64) as usize].clone();
+        self.dialog.add_adapter("damaged", source).unwrap();
         self.dialog.apply_lora("primary", "damaged").unwrap_err();
         assert_eq!(self.dialog.applied_lora(), self.applied);
         self.dialog.remove_adapter("damaged").unwrap();
@@ -273,11 +311,9 @@ fn disturb(signals: &[Signal], done: &AtomicUsize) {
     }
 }
 
-/// Broken if adapters, strengths, conversations or cache rows are ever mixed up: two dialogs over one model, in two
-/// threads, disturbed by a third.
-#[test]
-fn interleavings_over_one_model_give_each_adapter_alone() {
-    let (files, done) = (Files::new(), AtomicUsize::new(0));
+/// Two dialogs over one model, in two threads, disturbed by a third.
+fn interleave(kind: Kind, n_ops: usize) {
+    let (files, done) = (Files::new(kind), AtomicUsize::new(0));
     let (model, alone) = (files.open(), Alone::new(&files));
     let signature = |weights| (3..9).flat_map(|id| alone.answer(weights, 1.0, &[id])).collect();
     let signatures: BTreeSet<Vec<u32>> = WEIGHTS.map(Some).into_iter().chain([None]).map(signature).collect();
@@ -289,7 +325,7 @@ fn interleavings_over_one_model_give_each_adapter_alone() {
             let done = &done;
             scope.spawn(move || {
                 let guard = Done(done);
-                watched.run(2000);
+                watched.run(n_ops);
                 drop(guard);
             });
         }
@@ -297,7 +333,39 @@ fn interleavings_over_one_model_give_each_adapter_alone() {
     });
     let [n_answers, n_aborted] =
         dialogs.iter().fold([0, 0], |sum, watched| [sum[0] + watched.n_answers, sum[1] + watched.n_aborted]);
-    assert!(n_answers > 1000 && n_aborted > 50, "{n_answers} answers, {n_aborted} aborted");
+    assert!(n_answers > n_ops / 2 && n_aborted > n_ops / 40, "{n_answers} answers, {n_aborted} aborted");
+}
+
+/// Broken if adapters, strengths, conversations or cache rows are ever mixed up.
+#[test]
+fn interleavings_over_one_model_give_each_adapter_alone() {
+    interleave(Kind::Weights, 2000);
+}
+
+/// Broken if encodings are mixed up: an adapter's own, its group's, the base's. With encodings of its own an adapter is not
+/// the base at strength 0 either.
+#[test]
+fn interleavings_of_encodings_and_groups_give_each_adapter_alone() {
+    interleave(Kind::Encodings, 1000);
+}
+
+/// Broken if the encodings of a group do not reach an adapter that runs in it, or the base's cache rows are taken for its own.
+#[test]
+fn members_run_with_the_encodings_of_their_group() {
+    let files = Files::new(Kind::Encodings);
+    let model = files.open();
+    let logits = |source: Option<AdapterSource>| {
+        let mut engine = model.engine().unwrap();
+        if let Some(source) = source {
+            engine.load_adapter("x", &source).unwrap();
+            engine.select_adapter(Some(("x", &[0.0; 3]))).unwrap();
+        }
+        engine.forward(&[3, 4, 5], Logits::Last, &AtomicBool::new(false)).unwrap().to_vec()
+    };
+    let (base, a) = (logits(None), logits(Some(files.section("a"))));
+    let (c, d) = (logits(Some(files.section("c"))), logits(Some(files.section("d"))));
+    assert_eq!(c, d, "at strength 0 only encodings count, and they share them");
+    assert!(base != a && base != c && a != c);
 }
 
 /// Counts a thread as done even if it panics, so that the test ends.
@@ -312,7 +380,7 @@ impl Drop for Done<'_> {
 /// Broken if dialogs over one model pay for one adapter twice, or if one keeps it alive for nobody.
 #[test]
 fn an_adapter_is_in_memory_once() {
-    let files = Files::new();
+    let files = Files::new(Kind::Weights);
     let model = files.open();
     let mut dialogs: Vec<Dialog> = (0..3).map(|_| model.dialog().unwrap()).collect();
     for dialog in &mut dialogs {
@@ -333,7 +401,7 @@ fn an_adapter_is_in_memory_once() {
 /// what that dialog says.
 #[test]
 fn a_replaced_file_is_another_adapter() {
-    let files = Files::new();
+    let files = Files::new(Kind::Weights);
     let (model, alone) = (files.open(), Alone::new(&files));
     let path = files.adapters.path().join("changing.bin");
     let put = |weights: &str| {

@@ -135,6 +135,8 @@ pub struct Selection {
     pub(crate) name: String,
     pub(crate) columns: Vec<f32>,
     pub(crate) generation: u64,
+    /// It brings encodings, so that it is not the base at strength 0 either.
+    pub(crate) has_encodings: bool,
 }
 
 #[derive(Debug)]
@@ -371,7 +373,8 @@ impl Entry {
                 part.fill(strength);
             }
         }
-        Some(Selection { name: self.name.clone(), columns, generation: info.generation })
+        let has_encodings = 0 < info.n_encodings;
+        Some(Selection { name: self.name.clone(), columns, generation: info.generation, has_encodings })
     }
 }
 
@@ -405,7 +408,7 @@ impl Selection {
     }
 
     pub(crate) fn maker(&self) -> Maker {
-        if self.columns.iter().all(|strength| *strength == 0.0) {
+        if !self.has_encodings && self.columns.iter().all(|strength| *strength == 0.0) {
             return Maker::Base;
         }
         let strengths = self.columns.iter().map(|strength| strength.to_bits()).collect();

@@ -14,7 +14,7 @@ pub mod qnn;
 pub mod scripted;
 
 pub use account::GraphAccount;
-pub use adapter::{AdapterInfo, AdapterSlot, AdapterSource};
+pub use adapter::{AdapterInfo, AdapterSlot, AdapterSource, GroupSource};
 
 /// A model with one KV cache.
 pub trait Engine: Send {
@@ -188,6 +188,14 @@ pub enum AdapterError {
     /// A PEFT directory cannot be used.
     #[error("PEFT directory")]
     Peft(#[from] qnn_core::Error),
+    /// A quantization section is not that of the group.
+    #[error("quantization section of group {have:?}, the config says {want:?}")]
+    Group {
+        /// Name in the section.
+        have: String,
+        /// Name in the config.
+        want: String,
+    },
     /// There are not as many sections as context binaries.
     #[error("{have} sections for {want} context binaries")]
     SectionCount {

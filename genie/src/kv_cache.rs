@@ -26,7 +26,8 @@ pub(crate) struct KvCache {
 /// What determines a row besides the tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Maker {
-    /// The base alone. Strengths that are all 0 skip the branches, so that they are the base.
+    /// The base alone. Strengths that are all 0 skip the branches, so that they are the base, unless the adapter has other
+    /// encodings than the base.
     Base,
     /// An adapter.
     Adapter {
@@ -151,7 +152,7 @@ mod tests {
                         // 0 is the base and 1 an adapter at strength 0, which is the same.
                         bound = (n % 4).max(1);
                         let columns = vec![(bound - 1) as f32, 0.0];
-                        let named = Selection { name: "a".to_owned(), columns, generation };
+                        let named = Selection { name: "a".to_owned(), columns, generation, has_encodings: false };
                         cache.bind((n % 4 != 0).then_some(named)).unwrap();
                     }
                     1 => {

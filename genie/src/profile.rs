@@ -167,6 +167,8 @@ mod tests {
             rank: 1,
             slots: Vec::new(),
             size_bytes: 1,
+            n_encodings: 0,
+            group: None,
             load_time: Duration::ZERO,
             generation: 1,
         };

@@ -1,4 +1,4 @@
-//! An applied adapter: an immutable set of values for a context's updatable tensors.
+//! An applied adapter: an immutable set of values for a context's updatable tensors, and the encodings it runs with.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -19,11 +19,28 @@ pub struct Adapter {
     names: Arc<[String]>,
     /// Values in the order of `names`; `None` is all zeros.
     tensors: Vec<Option<Panels>>,
-    /// Static encodings of computed tensors that replace those of the graphs, sorted by name.
-    encodings: Vec<(String, TensorEncoding, Grid)>,
+    /// Its own; empty in a group.
+    encodings: Encodings,
+    group: Option<Arc<AdapterGroup>>,
     description: Description,
     identity: Option<Identity>,
 }
+
+/// Encodings that the adapters of a group share: what a section of type UPDATABLE_QUANT_PARAM holds. In memory once for all
+/// of them.
+#[derive(Debug)]
+pub struct AdapterGroup {
+    name: String,
+    /// As of [`Adapter`].
+    names: Arc<[String]>,
+    /// The one graph that they are for.
+    graph: Option<String>,
+    encodings: Encodings,
+}
+
+/// Static encodings of computed tensors that replace those of the graphs, sorted by name.
+#[derive(Debug, Default)]
+struct Encodings(Vec<(String, TensorEncoding, Grid)>);
 
 /// What is known about an adapter beside its values.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -73,8 +90,8 @@ impl Adapter {
             let Ok(index) = names.binary_search(&name) else { return Err(name) };
             tensors[index] = Some(panels);
         }
-        let (encodings, description) = (Vec::new(), Description::default());
-        Ok(Adapter { name: name.into(), names, tensors, encodings, description, identity: None })
+        let (encodings, description) = (Encodings::default(), Description::default());
+        Ok(Adapter { name: name.into(), names, tensors, encodings, group: None, description, identity: None })
     }
 
     /// The same values with a description.
@@ -89,21 +106,16 @@ impl Adapter {
     /// # Errors
     /// The first name that is there twice or whose encoding no computed tensor can have, and why.
     pub fn with_encodings(
-        mut self,
+        self,
         encodings: impl IntoIterator<Item = (String, TensorEncoding)>,
     ) -> Result<Adapter, (String, String)> {
-        self.encodings.clear();
-        for (name, own) in encodings {
-            match own.encoding.grid(own.data_type) {
-                Ok(grid) => self.encodings.push((name, own, grid)),
-                Err(why) => return Err((name, why)),
-            }
-        }
-        self.encodings.sort_by(|a, b| a.0.cmp(&b.0));
-        match self.encodings.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            Some(pair) => Err((pair[0].0.clone(), "two encodings".to_owned())),
-            None => Ok(self),
-        }
+        Ok(Adapter { encodings: Encodings::new(encodings)?, group: None, ..self })
+    }
+
+    /// The same values with the encodings of `group`, in place of any of their own.
+    #[must_use]
+    pub fn in_group(self, group: Arc<AdapterGroup>) -> Adapter {
+        Adapter { encodings: Encodings::default(), group: Some(group), ..self }
     }
 
     pub(crate) fn identified(self, identity: Identity) -> Adapter {
@@ -137,15 +149,32 @@ impl Adapter {
         named.filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
     }
 
-    /// Names and encodings of the computed tensors that have their own with this adapter, in the order of their names.
+    /// Names and encodings of the computed tensors whose encoding is not the graph's with this adapter, in the order of
+    /// their names.
     pub fn encodings(&self) -> impl Iterator<Item = (&str, &TensorEncoding)> {
-        self.encodings.iter().map(|(name, own, _)| (name.as_str(), own))
+        self.in_force().iter()
+    }
+
+    /// The group whose encodings it runs with.
+    pub fn group(&self) -> Option<&Arc<AdapterGroup>> {
+        self.group.as_ref()
     }
 
     /// The grid of computed tensor `name` with this adapter, if it is not the graph's.
     pub(crate) fn grid(&self, name: &str) -> Option<Grid> {
-        let index = self.encodings.binary_search_by(|(own, ..)| own.as_str().cmp(name)).ok()?;
-        Some(self.encodings[index].2)
+        self.in_force().grid(name)
+    }
+
+    /// Whether `other` runs with the very same encodings, so that going from one to the other changes values only.
+    pub(crate) fn shares_encodings(&self, other: &Adapter) -> bool {
+        match (&self.group, &other.group) {
+            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
+            _ => false,
+        }
+    }
+
+    fn in_force(&self) -> &Encodings {
+        self.group.as_ref().map_or(&self.encodings, |group| &group.encodings)
     }
 
     /// Number of tensors that have values.
@@ -194,5 +223,71 @@ impl Adapter {
     /// Hash of the values, as the section states it; `None` for an adapter that was made in memory.
     pub fn identity(&self) -> Option<Identity> {
         self.identity
+    }
+}
+
+impl AdapterGroup {
+    /// Puts together the group `name` for a context whose updatable tensors are `names` (sorted).
+    ///
+    /// # Errors
+    /// As [`Adapter::with_encodings`].
+    pub fn new(
+        name: impl Into<String>,
+        names: Arc<[String]>,
+        encodings: impl IntoIterator<Item = (String, TensorEncoding)>,
+    ) -> Result<AdapterGroup, (String, String)> {
+        Ok(AdapterGroup { name: name.into(), names, graph: None, encodings: Encodings::new(encodings)? })
+    }
+
+    /// The same encodings for one graph only.
+    #[must_use]
+    pub fn for_graph(self, graph: Option<String>) -> AdapterGroup {
+        AdapterGroup { graph, ..self }
+    }
+
+    /// The group's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Names of all updatable tensors of the context, sorted.
+    pub fn names(&self) -> &Arc<[String]> {
+        &self.names
+    }
+
+    /// The one graph that it is for; `None` is every graph of the context.
+    pub fn graph(&self) -> Option<&str> {
+        self.graph.as_deref()
+    }
+
+    /// Names and encodings, in the order of the names.
+    pub fn encodings(&self) -> impl Iterator<Item = (&str, &TensorEncoding)> {
+        self.encodings.iter()
+    }
+}
+
+impl Encodings {
+    fn new(encodings: impl IntoIterator<Item = (String, TensorEncoding)>) -> Result<Encodings, (String, String)> {
+        let mut own = Vec::new();
+        for (name, encoding) in encodings {
+            match encoding.encoding.grid(encoding.data_type) {
+                Ok(grid) => own.push((name, encoding, grid)),
+                Err(why) => return Err((name, why)),
+            }
+        }
+        own.sort_by(|a, b| a.0.cmp(&b.0));
+        match own.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            Some(pair) => Err((pair[0].0.clone(), "two encodings".to_owned())),
+            None => Ok(Encodings(own)),
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&str, &TensorEncoding)> {
+        self.0.iter().map(|(name, encoding, _)| (name.as_str(), encoding))
+    }
+
+    fn grid(&self, name: &str) -> Option<Grid> {
+        let index = self.0.binary_search_by(|(own, ..)| own.as_str().cmp(name)).ok()?;
+        Some(self.0[index].2)
     }
 }

@@ -14,7 +14,7 @@ pub use info::{BinaryInfo, ConstantInfo, FileInfo, GraphInfo, SectionInfo, Secti
 pub use meta::Meta;
 pub(crate) use meta::TOOL;
 pub use read::{Binary, Section, Verify};
-pub use section::{GraphIo, SectionFile, SectionMeta, SlotRecord, TensorEncodingRecord};
+pub use section::{GraphIo, SectionFile, SectionMeta, SectionType, SlotRecord, TensorEncodingRecord};
 pub use write::{BinaryWriter, FileWriter, Written, write_file, write_section_file};
 
 /// What a section holds.

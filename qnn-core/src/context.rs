@@ -21,11 +21,13 @@ mod apply;
 mod editor;
 pub(crate) mod encodings;
 mod section_error;
+mod sections;
 mod updatable;
 
-pub use apply::{MAX_RANK, WEIGHT_SHARING};
+pub use apply::WEIGHT_SHARING;
 pub use editor::ContextEditor;
 pub use section_error::{SectionError, StateError};
+pub use sections::MAX_RANK;
 
 use apply::Applied;
 pub(crate) use updatable::{Updatable, data_type_of};

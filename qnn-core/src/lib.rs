@@ -24,7 +24,7 @@ pub mod record;
 pub mod tensor;
 pub mod types;
 
-pub use adapter::Adapter;
+pub use adapter::{Adapter, AdapterGroup};
 pub use backend::{Backend, Bindings, Executable, State};
 pub use context::{Context, ContextBuilder, ContextEditor, OpenOptions, SectionError, StateError};
 pub use encoding::{BlockOffsets, Encoding, Floats};

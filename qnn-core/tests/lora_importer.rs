@@ -222,6 +222,11 @@ fn errors_in_the_yaml_have_line_and_column() {
     workplace.refused("use_case: [{name: a, lora_weights: []}]", &["lora_weights", "a"]);
     workplace.refused("use_case: [{name: ../a, lora_weights: one}]", &["../a", "file name"]);
     workplace.refused("use_case: [{name: default_adapter, lora_weights: one}]", &["default_adapter"]);
+    let two = |group: &str| {
+        format!("use_case: [{{name: a, lora_weights: one}}, {{name: b, lora_weights: two}}]\ngroup: [{group}]\n")
+    };
+    workplace.refused(&two("{name: g, members: [a, c]}"), &["lora.yaml", "group \"g\"", "\"c\"", "a, b"]);
+    workplace.refused(&two("{name: g, member: [a]}"), &["lora.yaml", "member", "line 2"]);
     let twice = "use_case: [{name: a, lora_weights: one}, {name: a, lora_weights: two}]";
     workplace.refused(twice, &["a twice"]);
 }

@@ -2,16 +2,17 @@
 
 mod support;
 
-use std::io::Cursor;
 use std::sync::Arc;
 
 use qnn_core::{
     Adapter, Bytes, Context, ContextBuilder, DataType, Graph, OpKind, SectionError, Shape, Tensor, TensorData,
     TensorId, TensorType,
     adapter::{Description, Slot},
-    binary::{Binary, BinaryError, BinaryWriter, FileInfo, FileKind, SdkVersion, SectionFile, SectionKind, Verify},
+    binary::{BinaryError, FileInfo, FileKind, SdkVersion, SectionFile, SectionKind, Verify},
 };
-use support::{FORMS, Form, Rng, Tiny, chain, mend_checksums, random_adapter, random_values, random_weight, tiny};
+use support::{
+    FORMS, Form, Rng, Tiny, chain, mend_checksums, random_adapter, random_values, random_weight, replace, splice, tiny,
+};
 
 const RANK: usize = 6;
 
@@ -169,25 +170,6 @@ fn a_section_describes_itself() {
 }
 
 type Change = fn(&mut Vec<(SectionKind, String, Vec<u8>)>);
-
-/// A section for `context` with the parts of `section`, changed by `change`; its checksums are true.
-fn splice(context: &Context, section: &[u8], change: impl FnOnce(&mut Vec<(SectionKind, String, Vec<u8>)>)) -> Vec<u8> {
-    let binary = Binary::parse_any(bytes(section), Verify::Headers).expect("the section is whole");
-    let own = binary.sections().iter().enumerate();
-    let mut parts = own.map(|(i, s)| (s.kind, s.name.to_string(), binary.bytes(i).to_vec())).collect();
-    change(&mut parts);
-    let mut writer = BinaryWriter::section(Cursor::new(Vec::new()), context.identity()).unwrap();
-    for (kind, name, bytes) in parts {
-        writer.add(kind, &name, &bytes).unwrap();
-    }
-    writer.finish().unwrap().0.into_inner()
-}
-
-fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
-    let text = std::str::from_utf8(bytes).expect("JSON");
-    assert!(text.contains(from), "{text}");
-    *bytes = text.replacen(from, to, 1).into_bytes();
-}
 
 // Broken if a user cannot tell which of base, version, rank, precision or file is wrong, or what would be right.
 #[test]

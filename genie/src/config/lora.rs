@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::ConfigError;
 use super::json::Entry;
-use crate::engine::AdapterSource;
+use crate::engine::{AdapterSource, GroupSource};
 
 /// The adapters of a model. (`engine/model/binary/lora`)
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +26,7 @@ pub struct AdapterConfig {
     pub name: String,
     /// Names of its strengths, in the order of its slots; empty means that they keep their own. (`alphas`)
     pub alphas: Vec<String>,
-    /// Its files, resolved. (`bin-sections`; or `peft`, which is not in Genie's schema)
+    /// Its files, resolved, with those of its group. (`bin-sections`, `groups`; or `peft`, which is not in Genie's schema)
     pub source: AdapterSource,
 }
 
@@ -76,7 +76,7 @@ pub(super) fn parse(entry: &Entry<'_>, base_dir: &Path, n_splits: usize) -> Resu
         adapters.push(adapter);
     }
     if let Some(groups) = fields.get("groups") {
-        check_groups(&groups, &adapters)?;
+        put_in_groups(&groups, &mut adapters, base_dir, n_splits)?;
     }
     let kv_reuse = match fields.get("kv-reuse") {
         Some(entry) => match entry.word(&["keep", "prefill", "refuse"])? {
@@ -136,46 +136,89 @@ fn parse_sections(entry: &Entry<'_>, base_dir: &Path, n_splits: usize) -> Result
     if items.len() != n_splits {
         return Err(entry.value(format!("{n_splits} sections, one for each of ctx-bins, \"\" for none")));
     }
-    let path = |item: &Entry<'_>| match item.text()? {
-        "" => Ok(None),
-        _ => super::existing_file(item, base_dir).map(Some),
-    };
-    let paths: Vec<Option<PathBuf>> = items.iter().map(path).collect::<Result<_, _>>()?;
+    let paths = files(&items, base_dir)?;
     if paths.iter().all(Option::is_none) {
         return Err(entry.value("at least one section that is not \"\""));
     }
     Ok(paths)
 }
 
-/// Groups only save work on hardware that swaps quantization sections; their members must be there all the same.
-fn check_groups(entry: &Entry<'_>, adapters: &[AdapterConfig]) -> Result<(), ConfigError> {
+fn files(items: &[Entry<'_>], base_dir: &Path) -> Result<Vec<Option<PathBuf>>, ConfigError> {
+    let path = |item: &Entry<'_>| match item.text()? {
+        "" => Ok(None),
+        _ => super::existing_file(item, base_dir).map(Some),
+    };
+    items.iter().map(path).collect()
+}
+
+/// Gives the members of each group its quantization sections. A group without any has no effect.
+fn put_in_groups(
+    entry: &Entry<'_>,
+    adapters: &mut [AdapterConfig],
+    base_dir: &Path,
+    n_splits: usize,
+) -> Result<(), ConfigError> {
     let mut names: Vec<String> = Vec::new();
     for item in bounded(entry, MAX_ADAPTERS, "groups")? {
-        let group = item.object(GROUP_KEYS)?;
-        group.version()?;
-        let named = group.need("name")?;
+        let fields = item.object(GROUP_KEYS)?;
+        fields.version()?;
+        let named = fields.need("name")?;
         let group_name = name(&named)?;
         if names.contains(&group_name) {
             return Err(named.value("a name that no other group has"));
         }
-        names.push(group_name);
-        for member in bounded(&group.need("members")?, MAX_ADAPTERS, "members")? {
+        names.push(group_name.clone());
+        let sections = match fields.get("quant-bin-sections") {
+            Some(entry) => parse_quant_sections(&entry, base_dir, n_splits)?,
+            None => Vec::new(),
+        };
+        let has_sections = sections.iter().any(Option::is_some);
+        let group = GroupSource { name: group_name, sections };
+        for member in bounded(&fields.need("members")?, MAX_ADAPTERS, "members")? {
             let text = member.text()?;
-            if !adapters.iter().any(|adapter| adapter.name == text) {
+            let Some(adapter) = adapters.iter_mut().find(|adapter| adapter.name == text) else {
                 let known: Vec<&str> = adapters.iter().map(|adapter| adapter.name.as_str()).collect();
                 return Err(member.value(format!("the name of an adapter: {}", known.join(", "))));
+            };
+            if has_sections {
+                put_in(&member, adapter, &group)?;
             }
         }
-        if let Some(sections) = group.get("quant-bin-sections") {
-            for section in sections.list()? {
-                if !section.text()?.is_empty() {
-                    return Err(section.unsupported("a quantization section of a group"));
-                }
-            }
+        if !has_sections {
+            super::no_effect(&item);
         }
     }
-    super::no_effect(entry);
     Ok(())
+}
+
+fn put_in(member: &Entry<'_>, adapter: &mut AdapterConfig, group: &GroupSource) -> Result<(), ConfigError> {
+    let sections = match &adapter.source {
+        AdapterSource::Sections(sections) => sections.clone(),
+        AdapterSource::Grouped { group: other, .. } => {
+            return Err(member.value(format!("an adapter that is not in group {:?} already", other.name)));
+        }
+        AdapterSource::Peft(_) => {
+            return Err(
+                member.value("an adapter with \"bin-sections\": one with \"peft\" runs with the base's encodings")
+            );
+        }
+    };
+    adapter.source = AdapterSource::Grouped { sections, group: group.clone() };
+    Ok(())
+}
+
+/// One section per context binary; an empty text where a split has none, an empty list where none has.
+fn parse_quant_sections(
+    entry: &Entry<'_>,
+    base_dir: &Path,
+    n_splits: usize,
+) -> Result<Vec<Option<PathBuf>>, ConfigError> {
+    let paths = files(&entry.list()?, base_dir)?;
+    match paths.len() {
+        0 => Ok(paths),
+        len if len == n_splits => Ok(paths),
+        _ => Err(entry.value(format!("{n_splits} sections, one for each of ctx-bins, \"\" for none"))),
+    }
 }
 
 fn existing_folder(entry: &Entry<'_>, base_dir: &Path) -> Result<PathBuf, ConfigError> {

@@ -3,13 +3,13 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::Code;
-use crate::engine::AdapterSource;
+use crate::engine::{AdapterSource, GroupSource};
 
 /// A folder with the files that [`full`] names.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("med")).unwrap();
-    for name in ["tok.json", "p1.bin", "p2.bin", "ext.json", "law.bin"] {
+    for name in ["tok.json", "p1.bin", "p2.bin", "ext.json", "law.bin", "tax_q.bin"] {
         std::fs::write(folder.path().join(name), "x").unwrap();
     }
     folder
@@ -40,9 +40,11 @@ fn full() -> Value {
                     "version": 1, "lora-version": 2, "alpha-tensor-name": "strength", "kv-reuse": "prefill",
                     "adapters": [
                         {"version": 1, "name": "law", "alphas": ["a0", "a1"], "bin-sections": ["", "law.bin"]},
-                        {"version": 1, "name": "med", "peft": "med"}],
-                    "groups": [{"version": 1, "name": "both", "members": ["law", "med"],
-                                "quant-bin-sections": [""]}]}}}}}})
+                        {"version": 1, "name": "med", "peft": "med"},
+                        {"version": 1, "name": "tax", "bin-sections": ["law.bin", ""]}],
+                    "groups": [{"version": 1, "name": "both", "members": ["law", "med"]},
+                               {"version": 1, "name": "money", "members": ["tax"],
+                                "quant-bin-sections": ["", "tax_q.bin"]}]}}}}}})
 }
 
 fn parse(json: &Value) -> Result<DialogConfig, Error> {
@@ -135,6 +137,14 @@ fn everything_arrives() {
                     source: AdapterSource::Sections(vec![None, Some(file("law.bin"))]),
                 },
                 AdapterConfig { name: "med".to_owned(), alphas: Vec::new(), source: AdapterSource::Peft(file("med")) },
+                AdapterConfig {
+                    name: "tax".to_owned(),
+                    alphas: Vec::new(),
+                    source: AdapterSource::Grouped {
+                        sections: vec![Some(file("law.bin")), None],
+                        group: GroupSource { name: "money".to_owned(), sections: vec![None, Some(file("tax_q.bin"))] },
+                    },
+                },
             ],
             kv_reuse: KvReuse::Prefill,
         },
@@ -312,7 +322,12 @@ fn refused_values() {
         ("/engine/model/binary/lora/adapters/0/peft", vec![json!("med")]),
         ("/engine/model/binary/lora/adapters/1/peft", vec![json!("none"), json!("law.bin")]),
         ("/engine/model/binary/lora/groups/0/members", vec![json!(["law", "mad"])]),
-        ("/engine/model/binary/lora/groups/0/quant-bin-sections", vec![json!(["", "q.bin"])]),
+        ("/engine/model/binary/lora/groups/0/quant-bin-sections", vec![json!(["tax_q.bin"])]),
+        (
+            "/engine/model/binary/lora/groups/1/quant-bin-sections",
+            vec![json!(["tax_q.bin"]), json!(["", "none.bin"]), json!(["", "med"])],
+        ),
+        ("/engine/model/binary/lora/groups/1/members", vec![json!(["tax", "tax"]), json!(["med"])]),
         ("/engine/model/linear-attention", vec![json!(true)]),
         ("/engine/model/mask-type", vec![json!("x")]),
         ("/engine/model/positional-encoding", vec![json!([])]),
@@ -329,6 +344,11 @@ fn refused_values() {
     assert!(version_1.contains("weights as graph inputs") && version_1.contains("not supported yet"), "{version_1}");
     let member = check(&format!("{lora}/groups/0/members"), json!(["mad"]), Code::JsonValue);
     assert!(member.contains("law, med"), "{member}");
+    // Two groups cannot both say which encodings an adapter runs with.
+    let in_two = check(&format!("{lora}/groups/1/members"), json!(["tax", "tax"]), Code::JsonValue);
+    assert!(in_two.contains("not in group \"money\" already"), "{in_two}");
+    let peft = check(&format!("{lora}/groups/1/members"), json!(["tax", "med"]), Code::JsonValue);
+    assert!(peft.contains("an adapter with \"bin-sections\""), "{peft}");
     let mut twice = full();
     twice["dialog"]["engine"]["model"]["binary"]["lora"]["adapters"][1]["name"] = json!("law");
     assert_eq!(pointer(&why(parse(&twice).unwrap_err())), "/dialog/engine/model/binary/lora/adapters/1");

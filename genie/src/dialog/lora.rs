@@ -42,7 +42,7 @@ impl Dialog {
     ///
     /// `alpha` names one slot of an adapter; the alpha tensor's name (`lora_alpha` unless the config says otherwise)
     /// means all of them. Strengths belong to their adapter and stay with it until it is removed. The next query runs
-    /// with them. 0 is the base, 1 what the adapter was trained for.
+    /// with them. 0 is the base (with the encodings of the adapter, if it brings any), 1 what the adapter was trained for.
     ///
     /// # Errors
     /// [`Error::Lora`] for a role or an alpha that is not known, and for a value that is not finite. Nothing has

@@ -10,8 +10,24 @@ use std::time::Duration;
 pub enum AdapterSource {
     /// One section file per context binary, in split order; `None` where a split has no branches.
     Sections(Vec<Option<PathBuf>>),
+    /// As `Sections`, but of weights only, and the group whose encodings they run with.
+    Grouped {
+        /// One section file per context binary, in split order.
+        sections: Vec<Option<PathBuf>>,
+        /// The group.
+        group: GroupSource,
+    },
     /// A PEFT directory, converted when it is loaded.
     Peft(PathBuf),
+}
+
+/// Where the encodings come from that the adapters of a group share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupSource {
+    /// The group's name.
+    pub name: String,
+    /// One quantization section per context binary, in split order; `None` where a split has none.
+    pub sections: Vec<Option<PathBuf>>,
 }
 
 /// What was loaded: the account of an adapter.
@@ -27,6 +43,10 @@ pub struct AdapterInfo {
     pub slots: Vec<AdapterSlot>,
     /// Bytes of its weights.
     pub size_bytes: u64,
+    /// Activations that have another encoding with it than the base's, its own or its group's.
+    pub n_encodings: usize,
+    /// The group whose encodings it runs with.
+    pub group: Option<String>,
     /// Time to load it.
     pub load_time: Duration,
     /// Differs between any two loads of an engine, so that what one adapter computed is never taken for another's.

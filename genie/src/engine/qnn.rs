@@ -286,6 +286,8 @@ fn describe(name: &str, loaded: &[Option<Arc<Adapter>>], load_time: Duration, ge
         rank,
         slots: if slots.is_empty() { vec![whole] } else { slots.iter().map(slot).collect() },
         size_bytes: parts().map(|part| part.size_bytes()).sum(),
+        n_encodings: parts().map(|part| part.encodings().count()).sum(),
+        group: parts().find_map(|part| Some(part.group()?.name().to_owned())),
         load_time,
         generation,
     }

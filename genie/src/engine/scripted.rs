@@ -137,6 +137,8 @@ impl Engine for Scripted {
             rank: 2,
             slots: vec![slot("first", 0), slot("second", 1)],
             size_bytes: 0,
+            n_encodings: 0,
+            group: None,
             load_time: Duration::ZERO,
             generation: self.n_loads,
         })

@@ -145,8 +145,10 @@ impl Htp {
         if nothing || self.adapter.as_ref().is_some_and(|known| Arc::ptr_eq(known, adapter)) {
             return;
         }
-        for (grid, name) in self.grids.iter_mut().zip(&self.plan.grid_slots) {
-            *grid = adapter.grid(name);
+        if !self.adapter.as_ref().is_some_and(|known| known.shares_encodings(adapter)) {
+            for (grid, name) in self.grids.iter_mut().zip(&self.plan.grid_slots) {
+                *grid = adapter.grid(name);
+            }
         }
         for slot in &self.plan.summed_slots {
             let panels = adapter.tensor(self.slots[*slot]).filter(|panels| !panels.layout().format().is_float());

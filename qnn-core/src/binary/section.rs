@@ -16,14 +16,49 @@ use crate::{
     tensor::Panels,
 };
 
+/// What a section updates. (`QnnContext_SectionType_t`)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum SectionType {
+    /// An adapter's values, and encodings if it has its own.
+    #[default]
+    Updatable,
+    /// An adapter's values alone: it runs with the encodings of its group.
+    UpdatableWeights,
+    /// The encodings of a group alone.
+    UpdatableQuantParam,
+}
+
+impl SectionType {
+    fn is_whole(&self) -> bool {
+        *self == SectionType::Updatable
+    }
+}
+
+impl std::fmt::Display for SectionType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            SectionType::Updatable => "UPDATABLE",
+            SectionType::UpdatableWeights => "UPDATABLE_WEIGHTS",
+            SectionType::UpdatableQuantParam => "UPDATABLE_QUANT_PARAM",
+        })
+    }
+}
+
 /// META of an adapter section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SectionMeta {
     /// What wrote the file.
     pub tool: String,
-    /// The adapter's name.
+    /// The adapter's name; of UPDATABLE_QUANT_PARAM the group's.
     pub name: String,
+    /// What the section updates.
+    #[serde(default, skip_serializing_if = "SectionType::is_whole")]
+    pub section_type: SectionType,
+    /// The group that the adapter belongs to, of UPDATABLE_WEIGHTS only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// The one graph that the section is for; `None` is the whole context.
     pub graph: Option<String>,
     /// Columns of the strength tensor that the adapter uses.
@@ -34,7 +69,8 @@ pub struct SectionMeta {
     pub targets: usize,
     /// Where the values come from.
     pub metadata: BTreeMap<String, String>,
-    /// Inputs and outputs of each graph that the section is for, with the encodings that they have after an apply.
+    /// Inputs and outputs of each graph that the section is for, with the encodings that they have after an apply. None of
+    /// UPDATABLE_WEIGHTS, which changes no encoding.
     pub io: Vec<GraphIo>,
     /// Static encodings of computed tensors that replace those of the graphs, in the order of the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -211,6 +247,7 @@ fn panels(section: &Section, layout: &TensorLayout, bytes: Bytes) -> Result<Pane
 /// What META says about the tensors has to be true of them; pairs are told apart by the context only.
 pub(crate) fn check_meta(meta: &SectionMeta, tensors: &[(String, Panels)]) -> Result<(), BinaryError> {
     let field = |field, have: usize, want: String| Err(BinaryError::Field { field, have: have as u64, want });
+    check_type(meta, tensors)?;
     if meta.targets != tensors.len().div_ceil(2) {
         return field("targets", meta.targets, format!("{}, half of the tensors", tensors.len().div_ceil(2)));
     }
@@ -224,6 +261,32 @@ pub(crate) fn check_meta(meta: &SectionMeta, tensors: &[(String, Panels)]) -> Re
         }
     }
     Ok(())
+}
+
+/// A part of a section has nothing of the other part.
+fn check_type(meta: &SectionMeta, tensors: &[(String, Panels)]) -> Result<(), BinaryError> {
+    let none = |field, have: usize| match have {
+        0 => Ok(()),
+        _ => Err(BinaryError::Field { field, have: have as u64, want: format!("0 with {}", meta.section_type) }),
+    };
+    let n_groups = usize::from(meta.group.is_some());
+    match meta.section_type {
+        SectionType::Updatable => none("group", n_groups),
+        SectionType::UpdatableWeights if n_groups == 0 => {
+            let want = format!("1 with {}", meta.section_type);
+            Err(BinaryError::Field { field: "group", have: 0, want })
+        }
+        SectionType::UpdatableWeights => {
+            none("encodings", meta.encodings.len())?;
+            none("io", meta.io.len())
+        }
+        SectionType::UpdatableQuantParam => {
+            none("group", n_groups)?;
+            none("tensors", tensors.len())?;
+            none("rank", meta.rank)?;
+            none("slots", meta.slots.len())
+        }
+    }
 }
 
 /// Number in LAYOUTS of each format.

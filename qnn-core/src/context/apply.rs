@@ -1,24 +1,14 @@
 //! Adapter sections on a loaded context: load, apply, swap, back to the base.
 
-use std::io::{Cursor, Seek, Write};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Context, SectionError, StateError, encodings};
+use super::{Context, SectionError, StateError};
 use crate::{
-    adapter::{Adapter, Description, Slot},
-    binary::{
-        Binary, BinaryError, BinaryWriter, GraphIo, SectionFile, SectionMeta, SlotRecord, TOOL, TensorEncodingRecord,
-        Verify, Written, section, write_section_file,
-    },
+    adapter::{Adapter, AdapterGroup},
+    binary::{Binary, SectionFile, SectionMeta, SectionType, Verify},
     encoding::Encoding,
-    error::Error,
-    graph::Graph,
     map::Bytes,
-    record::TensorRecord,
-    tensor::Panels,
-    types::TensorType,
 };
 
 /// What later executes run with, for each graph of a context.
@@ -45,44 +35,49 @@ impl Applied {
 }
 
 impl Context {
-    /// Checks the section `bytes` against this context and makes an adapter of it. Values stay where they are; the
-    /// adapter keeps `bytes` alive. Nothing is applied.
-    ///
-    /// # Errors
-    /// [`SectionError`] saying what does not fit, with both values.
-    pub fn load_section(&self, bytes: Bytes) -> Result<Arc<Adapter>, SectionError> {
-        let file = SectionFile::of(Binary::parse_any(bytes, Verify::Checksums)?)?;
-        self.check_section(&file)?;
-        let meta = file.meta();
-        let slot = |slot: &SlotRecord| Slot {
-            name: slot.name.clone(),
-            columns: slot.columns[0]..slot.columns[1],
-            scaling: slot.scaling,
-        };
-        let description = Description {
-            graph: meta.graph.clone(),
-            rank: meta.rank,
-            slots: meta.slots.iter().map(slot).collect(),
-            metadata: meta.metadata.clone(),
-        };
-        let (name, identity) = (meta.name.clone(), file.binary().identity());
-        let encodings = encodings::read(&self.graphs, &meta.encodings)?;
-        let adapter = Adapter::new(name, Arc::clone(&self.updatable.names), file.into_tensors())
-            .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
-        let adapter = adapter.with_encodings(encodings).map_err(encodings::refused)?;
-        Ok(Arc::new(adapter.described(description).identified(identity)))
-    }
-
     /// Loads the section `bytes` and applies it: [`Context::load_section`], then [`Context::apply`].
     ///
+    /// A section of type UPDATABLE_QUANT_PARAM takes the place of all that was applied before, values included; one of type
+    /// UPDATABLE_WEIGHTS then adds the values of an adapter of that group, or takes the place of those of another one. To
+    /// make both effective in one step, load them and apply the adapter.
+    ///
     /// # Errors
-    /// As both. Nothing has changed then.
+    /// As both; [`SectionError::GroupMissing`] or [`SectionError::WrongGroup`] for weights whose group is not applied. Nothing
+    /// has changed then.
     ///
     /// QNN: `QnnContext_applyBinarySection`.
     pub fn apply_section(&self, graph: Option<&str>, bytes: Bytes) -> Result<Arc<Adapter>, SectionError> {
-        let adapter = self.load_section(bytes)?;
+        let file = SectionFile::of(Binary::parse_any(bytes, Verify::Checksums)?)?;
+        let adapter = match file.meta().section_type {
+            SectionType::Updatable => self.adapter_of(file, None)?,
+            SectionType::UpdatableQuantParam => self.base_of_group(&self.group_of(&file)?)?,
+            SectionType::UpdatableWeights => {
+                let group = self.applied_group(graph, file.meta())?;
+                self.adapter_of(file, group.as_ref())?
+            }
+        };
         self.apply(graph, &adapter)?;
         Ok(adapter)
+    }
+
+    /// The group whose encodings are applied to every graph that weights with this META are for.
+    fn applied_group(
+        &self,
+        graph: Option<&str>,
+        meta: &SectionMeta,
+    ) -> Result<Option<Arc<AdapterGroup>>, SectionError> {
+        let at = self.graph_numbers(graph.or(meta.graph.as_deref()))?;
+        let applied = self.applied.lock();
+        let group = |applied: &Use| match applied {
+            Use::Base => None,
+            Use::Adapter(adapter) => adapter.group().cloned(),
+        };
+        let first = group(&applied[at.start]);
+        let same = |other: &Option<Arc<AdapterGroup>>| match (&first, other) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        Ok(applied[at].iter().map(group).all(|other| same(&other)).then_some(()).and(first.clone()))
     }
 
     /// Makes `adapter` what later executes run with, in one graph or (`None`) in every graph it is for. Executes that
@@ -152,95 +147,8 @@ impl Context {
         self.updatable.max_rank
     }
 
-    /// The adapter as a section for this context.
-    ///
-    /// # Errors
-    /// [`SectionError`] if it does not fit this context.
-    ///
-    /// QNN: `QnnContext_getBinarySection`.
-    pub fn section(&self, adapter: &Adapter) -> Result<Vec<u8>, SectionError> {
-        let failed = |why| SectionError::from(BinaryError::Io { what: "write to memory", why }.at(0));
-        let out = Cursor::new(Vec::new());
-        let mut writer = BinaryWriter::section(out, self.identity()).map_err(failed)?;
-        self.write_section(&mut writer, adapter)?;
-        Ok(writer.finish().map_err(failed)?.0.into_inner())
-    }
-
-    /// Writes the adapter as a section for this context to `path`, as a whole or not at all.
-    ///
-    /// # Errors
-    /// [`Error::Section`] if it does not fit this context, or what the system says.
-    pub fn write_section_file(&self, adapter: &Adapter, path: &Path) -> Result<Written, Error> {
-        write_section_file(path, self.identity(), |writer| {
-            let place = |why| Error::Section { path: path.to_owned(), why: Box::new(why) };
-            self.write_section(writer, adapter).map_err(place)
-        })
-    }
-
-    fn write_section<W: Write + Seek>(
-        &self,
-        writer: &mut BinaryWriter<W>,
-        adapter: &Adapter,
-    ) -> Result<(), SectionError> {
-        let description = adapter.description();
-        let values: Vec<(String, Panels)> =
-            adapter.values().map(|(name, panels)| (name.to_owned(), panels.clone())).collect();
-        self.check_values(description.rank, &values)?;
-        let encodings = encodings::records(adapter);
-        encodings::read(&self.graphs, &encodings)?;
-        let slot = |slot: &Slot| SlotRecord {
-            name: slot.name.clone(),
-            columns: [slot.columns.start, slot.columns.end],
-            scaling: slot.scaling,
-        };
-        let meta = SectionMeta {
-            tool: TOOL.to_owned(),
-            name: adapter.name().to_owned(),
-            graph: description.graph.clone(),
-            rank: description.rank,
-            slots: description.slots.iter().map(slot).collect(),
-            targets: adapter.n_targets(),
-            metadata: description.metadata.clone(),
-            io: self.io(adapter.graph(), &encodings)?,
-            encodings,
-        };
-        section::check_meta(&meta, &values)
-            .and_then(|()| section::write_section(writer, &meta, &values))
-            .map_err(|why| why.at(writer.at_bytes()).into())
-    }
-
-    /// Everything that a checked file has to share with this context.
-    fn check_section(&self, file: &SectionFile) -> Result<(), SectionError> {
-        let (have, want) = (file.binary().base_identity(), self.identity());
-        if have != want {
-            return Err(SectionError::Base { have, want });
-        }
-        let (have, want) = (file.binary().sdk_version(), self.sdk_version());
-        if have != want {
-            return Err(SectionError::SdkVersion { have, want });
-        }
-        let meta = file.meta();
-        let want = self.io(meta.graph.as_deref(), &meta.encodings)?;
-        self.check_values(meta.rank, file.tensors())?;
-        check_io(&meta.io, &want)
-    }
-
-    /// Checks the values of an adapter that says it has `rank` columns.
-    fn check_values(&self, rank: usize, values: &[(String, Panels)]) -> Result<(), SectionError> {
-        self.check_rank(rank)?;
-        self.updatable.check(values)?;
-        let want = self.updatable.rank_of(values);
-        if rank >= want { Ok(()) } else { Err(SectionError::Columns { have: rank, want }) }
-    }
-
-    fn check_rank(&self, have: usize) -> Result<(), SectionError> {
-        let declared = self.metadata().get(MAX_RANK).and_then(|text| text.parse().ok());
-        let want = declared.unwrap_or(0).max(self.max_rank());
-        if have <= want { Ok(()) } else { Err(SectionError::AdapterRank { have, want }) }
-    }
-
     /// Numbers of the graph called `graph`, or of all.
-    fn graph_numbers(&self, graph: Option<&str>) -> Result<Range<usize>, SectionError> {
+    pub(super) fn graph_numbers(&self, graph: Option<&str>) -> Result<Range<usize>, SectionError> {
         let Some(name) = graph else { return Ok(0..self.graphs.len()) };
         match self.graphs().position(|other| other == name) {
             Some(at) => Ok(at..at + 1),
@@ -249,12 +157,6 @@ impl Context {
                 Err(SectionError::UnknownGraph { have: name.to_owned(), want })
             }
         }
-    }
-
-    /// The tensors that clients see, of one graph or of all, with the encodings they have after an apply.
-    fn io(&self, graph: Option<&str>, encodings: &[TensorEncodingRecord]) -> Result<Vec<GraphIo>, SectionError> {
-        let at = self.graph_numbers(graph)?;
-        Ok(self.graphs[at].iter().map(|graph| graph_io(graph, encodings)).collect())
     }
 
     /// The encoding that a client has to use for the input or output `tensor` of the graph called `graph` now: the
@@ -272,41 +174,5 @@ impl Context {
     }
 }
 
-fn graph_io(graph: &Graph, encodings: &[TensorEncodingRecord]) -> GraphIo {
-    let seen = graph.tensors().iter().filter(|tensor| {
-        let kind = tensor.tensor_type;
-        kind.is_input() || kind.is_output() || kind == TensorType::UpdateableAppReadWrite
-    });
-    let with_own = |tensor| {
-        let mut record = TensorRecord::from_tensor(tensor, graph);
-        if let Some(own) = encodings.iter().find(|own| own.tensor == tensor.name) {
-            record.encoding = Some(own.encoding.clone());
-        }
-        record
-    };
-    let tensors = seen.map(with_own).collect();
-    GraphIo { graph: graph.name().to_owned(), tensors }
-}
-
-/// Encodings of a graph's tensors are fixed: no backend can change them yet.
-fn check_io(have: &[GraphIo], want: &[GraphIo]) -> Result<(), SectionError> {
-    if have == want {
-        return Ok(());
-    }
-    let flat = |io: &[GraphIo]| -> Vec<(String, TensorRecord)> {
-        io.iter().flat_map(|io| io.tensors.iter().map(|tensor| (io.graph.clone(), tensor.clone()))).collect()
-    };
-    let (have, want) = (flat(have), flat(want));
-    let at = (0..have.len().max(want.len())).find(|i| have.get(*i) != want.get(*i)).unwrap_or(0);
-    let show = |tensor: Option<&(String, TensorRecord)>| {
-        tensor.map_or("nothing".to_owned(), |(_, tensor)| serde_json::to_string(tensor).unwrap_or_default())
-    };
-    let (have, want) = (have.get(at), want.get(at));
-    let (graph, tensor) = want.or(have).map(|(graph, tensor)| (graph.clone(), tensor.name.clone())).unwrap_or_default();
-    Err(SectionError::Io { graph, tensor, have: show(have), want: show(want) })
-}
-
 /// Metadata key: "true" if the graphs cannot run before a section was applied.
 pub const WEIGHT_SHARING: &str = "lora_weight_sharing";
-/// Metadata key: most rank columns of an adapter.
-pub const MAX_RANK: &str = "lora_max_rank";

@@ -2,21 +2,17 @@
 
 use super::SectionError;
 use crate::{
-    adapter::{Adapter, TensorEncoding},
-    binary::TensorEncodingRecord,
-    encoding::Encoding,
-    graph::Graph,
-    record::EncodingRecord,
+    adapter::TensorEncoding, binary::TensorEncodingRecord, encoding::Encoding, graph::Graph, record::EncodingRecord,
     tensor::Tensor,
 };
 
-/// What META says of the encodings of `adapter`.
-pub(super) fn records(adapter: &Adapter) -> Vec<TensorEncodingRecord> {
+/// What META says of encodings.
+pub(super) fn records<'a>(encodings: impl Iterator<Item = (&'a str, &'a TensorEncoding)>) -> Vec<TensorEncodingRecord> {
     let record = |(name, own): (&str, &TensorEncoding)| TensorEncodingRecord {
         tensor: name.to_owned(),
         encoding: EncodingRecord::from(&own.encoding),
     };
-    adapter.encodings().map(record).collect()
+    encodings.map(record).collect()
 }
 
 /// The encodings of META, checked against `graphs`: the tensors are declared as updatable, and keep type and width.

@@ -2,7 +2,7 @@
 
 use crate::{
     backend::PrepareError,
-    binary::{BinaryError, BinaryFault, Identity, SdkVersion},
+    binary::{BinaryError, BinaryFault, Identity, SdkVersion, SectionType},
     error::Code,
     types::{DataType, TensorType},
 };
@@ -28,6 +28,14 @@ pub enum SectionError {
     WrongGraph { have: String, want: String },
     #[error("adapter {adapter:?} was loaded for another context")]
     WrongContext { adapter: String },
+    #[error("section {name:?} is of type {have}, need {want}")]
+    Type { name: String, have: SectionType, want: SectionType },
+    #[error(
+        "section {adapter:?} has weights only: it needs the encodings of group {group:?}, whose section is not loaded"
+    )]
+    GroupMissing { adapter: String, group: String },
+    #[error("adapter {adapter:?} belongs to group {have:?}, the encodings are those of group {want:?}")]
+    WrongGroup { adapter: String, have: String, want: String },
     #[error("tensor {tensor} is not an updatable tensor of the context")]
     UnknownTensor { tensor: String },
     #[error("tensor {tensor}: rank {have}, the graph has room for {want}")]
@@ -61,7 +69,10 @@ impl SectionError {
             SectionError::Base { .. }
             | SectionError::UnknownGraph { .. }
             | SectionError::WrongGraph { .. }
-            | SectionError::WrongContext { .. } => Code::CONTEXT_INVALID_ARGUMENT,
+            | SectionError::WrongContext { .. }
+            | SectionError::Type { .. }
+            | SectionError::GroupMissing { .. }
+            | SectionError::WrongGroup { .. } => Code::CONTEXT_INVALID_ARGUMENT,
             SectionError::UnknownTensor { .. } => Code::TENSOR_DOES_NOT_EXIST,
             SectionError::Rank { .. }
             | SectionError::AdapterRank { .. }

@@ -34,6 +34,7 @@ mod config;
 mod encodings;
 mod fold;
 mod fused;
+pub(in crate::offline) mod groups;
 pub mod import;
 mod peft;
 mod plan;
@@ -48,6 +49,7 @@ pub use config::PeftConfig;
 pub use encodings::{ParamEncodings, WeightEncoding};
 pub(crate) use fold::describe;
 pub use fold::{Folded, FoldedModule, Scaling, Slot, fold};
+pub use groups::Group;
 pub use peft::{PeftAdapter, PeftModule, load_peft};
 pub use plan::{LoraOptions, plan};
 

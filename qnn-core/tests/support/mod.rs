@@ -1,6 +1,7 @@
 //! A tiny llama built by hand, and the means to damage context binaries.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+use std::io::Cursor;
 use std::sync::{Arc, atomic::AtomicBool};
 
 use qnn_core::{
@@ -8,6 +9,7 @@ use qnn_core::{
     OpKind, Panels, Shape, State, Tensor, TensorData, TensorId, TensorType,
     adapter::{Description, Slot},
     backend::htp::pack_update,
+    binary::{Binary, BinaryWriter, SectionKind, Verify},
     op::AttentionAttrs,
 };
 
@@ -347,4 +349,28 @@ pub(crate) fn mend_checksums(file: &mut [u8]) {
     }
     let crc = crc32fast::hash(&file[..124]);
     file[124..128].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// A section for `context` with the parts of `section`, changed by `change`; its checksums are true.
+pub(crate) fn splice(
+    context: &Context,
+    section: &[u8],
+    change: impl FnOnce(&mut Vec<(SectionKind, String, Vec<u8>)>),
+) -> Vec<u8> {
+    let binary = Binary::parse_any(Bytes::from(section.to_vec()), Verify::Headers).expect("the section is whole");
+    let own = binary.sections().iter().enumerate();
+    let mut parts = own.map(|(i, s)| (s.kind, s.name.to_string(), binary.bytes(i).to_vec())).collect();
+    change(&mut parts);
+    let mut writer = BinaryWriter::section(Cursor::new(Vec::new()), context.identity()).unwrap();
+    for (kind, name, bytes) in parts {
+        writer.add(kind, &name, &bytes).unwrap();
+    }
+    writer.finish().unwrap().0.into_inner()
+}
+
+/// Puts `to` in place of the first `from` of a JSON text.
+pub(crate) fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
+    let text = std::str::from_utf8(bytes).expect("JSON");
+    assert!(text.contains(from), "{text}");
+    *bytes = text.replacen(from, to, 1).into_bytes();
 }

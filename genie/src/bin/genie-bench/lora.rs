@@ -126,12 +126,18 @@ impl<'a> LoraBench<'a> {
     /// Milliseconds to load an adapter whose files the system has not cached, and to do no more than read them.
     fn load_cold(&mut self, name: &str, rounds: usize) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
         let adapter = self.config.lora.adapters.iter().find(|adapter| adapter.name == name);
-        let Some(AdapterSource::Sections(paths)) = adapter.map(|adapter| &adapter.source) else {
-            bail!("it needs an adapter in section files")
+        let (paths, group) = match adapter.map(|adapter| &adapter.source) {
+            Some(AdapterSource::Sections(paths)) => (paths, None),
+            Some(AdapterSource::Grouped { sections, group }) => (sections, Some(group.clone())),
+            _ => bail!("it needs an adapter in section files"),
         };
         let copies: Vec<Option<Copy>> =
             paths.iter().map(|path| path.as_deref().map(Copy::beside).transpose()).collect::<anyhow::Result<_>>()?;
-        let source = AdapterSource::Sections(copies.iter().map(|c| c.as_ref().map(|c| c.0.clone())).collect());
+        let sections = copies.iter().map(|c| c.as_ref().map(|c| c.0.clone())).collect();
+        let source = match group {
+            Some(group) => AdapterSource::Grouped { sections, group },
+            None => AdapterSource::Sections(sections),
+        };
         let (mut load, mut read) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             copies.iter().flatten().try_for_each(Copy::forget_pages)?;

@@ -86,11 +86,12 @@ fn apply(dialog: &mut Dialog, choice: &AdapterChoice, role: &str, profile: &mut 
     let scale = |slot: &AdapterSlot| slot.scaling.map(|scale| scale.to_string());
     let scales: Option<Vec<String>> = info.slots.iter().map(scale).collect();
     let scales = scales.map_or_else(|| "per module".to_owned(), |scales| scales.join(" + "));
+    let group = info.group.as_ref().map_or_else(String::new, |group| format!(", group {group}"));
     let strengths = dialog.lora_strengths(name).unwrap_or_default();
     let strengths: Vec<String> = strengths.iter().map(|(alpha, value)| format!("{alpha} {value}")).collect();
     writeln!(
         io::stdout(),
-        "[LORA]: {name}: {} targets, rank {}, scale {scales}, {:.1} MB, {:.2} ms; strength {}\n",
+        "[LORA]: {name}: {} targets, rank {}, scale {scales}{group}, {:.1} MB, {:.2} ms; strength {}\n",
         info.targets,
         info.rank,
         info.size_bytes as f64 / 1e6,

@@ -2,12 +2,12 @@
 
 use std::fs::Metadata;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
-use qnn_core::{Adapter, Bytes, Context, Graph, backend::HtpBackend, context::OpenOptions};
+use qnn_core::{Adapter, AdapterGroup, Bytes, Context, Graph, backend::HtpBackend, context::OpenOptions};
 
-use super::super::{AdapterError, AdapterSource, EngineError};
+use super::super::{AdapterError, AdapterSource, EngineError, GroupSource};
 use super::graph_name::GraphName;
 use crate::config::EngineConfig;
 
@@ -21,14 +21,16 @@ pub struct QnnModel {
     chosen: Vec<Vec<(GraphName, String)>>,
     backend: HtpBackend,
     n_threads: usize,
-    loaded: Mutex<Vec<Loaded>>,
+    adapters: Loaded<Adapter>,
+    /// Of adapters that are held.
+    groups: Loaded<AdapterGroup>,
 }
 
-/// One adapter that engines hold or held.
-struct Loaded {
-    key: Key,
-    parts: Vec<Option<Weak<Adapter>>>,
-}
+/// What somebody holds or held of a kind: one part for each split, `None` where a split has none.
+struct Loaded<T>(Mutex<Vec<(Key, WeakParts<T>)>>);
+
+type Parts<T> = Vec<Option<Arc<T>>>;
+type WeakParts<T> = Vec<Option<Weak<T>>>;
 
 /// What makes two loads the same: the name, the source, and the state of its files.
 #[derive(PartialEq)]
@@ -41,8 +43,7 @@ struct Key {
 impl QnnModel {
     /// Number of adapters that engines hold, each counted once however many hold it.
     pub fn n_loaded_adapters(&self) -> usize {
-        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.iter().filter(|known| known.is_held()).count()
+        self.adapters.n_held()
     }
 
     /// Opens the context binaries of `config` and chooses the graphs to run.
@@ -61,7 +62,8 @@ impl QnnModel {
             contexts.push(Context::open(path, &options).map_err(EngineError::from)?);
         }
         let chosen = choose_graphs(&contexts, config)?;
-        Ok(QnnModel { config: config.clone(), contexts, chosen, backend, n_threads, loaded: Mutex::default() })
+        let (adapters, groups) = (Loaded(Mutex::default()), Loaded(Mutex::default()));
+        Ok(QnnModel { config: config.clone(), contexts, chosen, backend, n_threads, adapters, groups })
     }
 
     /// The context binaries, in split order.
@@ -99,74 +101,138 @@ impl QnnModel {
 
     /// The adapter of each split, or `None` where a split has no branches. What another engine has under this name from
     /// the same files is not loaded again.
-    pub(super) fn load_adapter(
-        &self,
-        name: &str,
-        source: &AdapterSource,
-    ) -> Result<Vec<Option<Arc<Adapter>>>, EngineError> {
-        let key = Key::of(name, source);
-        if let Some(found) = key.as_ref().and_then(|key| self.find(key)) {
-            return Ok(found);
-        }
-        let parts = match source {
-            AdapterSource::Sections(paths) => self.load_sections(name, paths)?,
-            AdapterSource::Peft(folder) => self.load_peft(folder, name).map_err(fail(name, Some(folder)))?,
-        };
-        let Some(key) = key else { return Ok(parts) };
-        // Another engine may have been faster: then its adapter is the one to keep.
-        if let Some(found) = self.find(&key) {
-            return Ok(found);
-        }
-        let weak = parts.iter().map(|part| part.as_ref().map(Arc::downgrade)).collect();
-        self.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(Loaded { key, parts: weak });
-        Ok(parts)
+    pub(super) fn load_adapter(&self, name: &str, source: &AdapterSource) -> Result<Parts<Adapter>, EngineError> {
+        self.adapters.get_or_load(Key::of(name, source), || match source {
+            AdapterSource::Sections(paths) => self.load_sections(name, paths),
+            AdapterSource::Grouped { sections, group } => self.load_grouped(name, sections, group),
+            AdapterSource::Peft(folder) => self.load_peft(folder, name).map_err(fail(name, Some(folder))),
+        })
     }
 
-    /// An adapter that some engine still holds; forgets those that none does.
-    fn find(&self, key: &Key) -> Option<Vec<Option<Arc<Adapter>>>> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.retain(Loaded::is_held);
-        let found = loaded.iter().find(|known| known.key == *key)?;
-        let alive = |part: &Option<Weak<Adapter>>| match part {
-            None => Some(None),
-            Some(part) => part.upgrade().map(Some),
-        };
-        found.parts.iter().map(alive).collect()
-    }
-
-    fn load_sections(&self, name: &str, paths: &[Option<PathBuf>]) -> Result<Vec<Option<Arc<Adapter>>>, EngineError> {
-        if paths.len() != self.contexts.len() {
-            let why = Box::new(AdapterError::SectionCount { have: paths.len(), want: self.contexts.len() });
-            return Err(EngineError::Adapter { name: name.to_owned(), path: None, why });
-        }
+    fn load_sections(&self, name: &str, paths: &[Option<PathBuf>]) -> Result<Parts<Adapter>, EngineError> {
         let load = |(context, path): (&Context, &Option<PathBuf>)| {
             let Some(path) = path else { return Ok(None) };
             let read = || Ok(Some(context.load_section(Bytes::map_file(path)?)?));
             read().map_err(fail(name, Some(path)))
         };
-        self.contexts.iter().zip(paths).map(load).collect()
+        self.each_split(name, paths)?.map(load).collect()
     }
 
-    fn load_peft(&self, folder: &Path, name: &str) -> Result<Vec<Option<Arc<Adapter>>>, AdapterError> {
+    /// The group first, unless another member has brought it; then the weights, which have to be of a member.
+    fn load_grouped(
+        &self,
+        name: &str,
+        paths: &[Option<PathBuf>],
+        group: &GroupSource,
+    ) -> Result<Parts<Adapter>, EngineError> {
+        let key = Key::of(&group.name, &AdapterSource::Sections(group.sections.clone()));
+        let groups =
+            self.groups.get_or_load(key, || self.load_group(group).map_err(|(path, why)| fail(name, path)(why)))?;
+        let load = |((context, path), group): ((&Context, &Option<PathBuf>), Option<Arc<AdapterGroup>>)| {
+            let read = || -> Result<_, AdapterError> {
+                Ok(match (path, &group) {
+                    (None, None) => None,
+                    (None, Some(group)) => Some(context.base_of_group(group)?),
+                    (Some(path), None) => Some(context.load_section(Bytes::map_file(path)?)?),
+                    (Some(path), Some(group)) => Some(context.load_grouped_section(Bytes::map_file(path)?, group)?),
+                })
+            };
+            read().map_err(fail(name, path.as_deref()))
+        };
+        self.each_split(name, paths)?.zip(groups).map(load).collect()
+    }
+
+    fn load_group<'a>(&self, group: &'a GroupSource) -> Result<Parts<AdapterGroup>, (Option<&'a Path>, AdapterError)> {
+        let (have, want) = (group.sections.len(), self.contexts.len());
+        if have != want {
+            return Err((None, AdapterError::SectionCount { have, want }));
+        }
+        let load = |(context, path): (&Context, &'a Option<PathBuf>)| {
+            let Some(path) = path else { return Ok(None) };
+            let read = || -> Result<_, AdapterError> { Ok(context.load_group(Bytes::map_file(path)?)?) };
+            let loaded = read().map_err(|why| (Some(&**path), why))?;
+            match loaded.name() == group.name {
+                true => Ok(Some(loaded)),
+                false => {
+                    let (have, want) = (loaded.name().to_owned(), group.name.clone());
+                    Err((Some(&**path), AdapterError::Group { have, want }))
+                }
+            }
+        };
+        self.contexts.iter().zip(&group.sections).map(load).collect()
+    }
+
+    /// Each context with its section of the adapter `name`.
+    fn each_split<'a>(
+        &'a self,
+        name: &str,
+        paths: &'a [Option<PathBuf>],
+    ) -> Result<impl Iterator<Item = (&'a Context, &'a Option<PathBuf>)>, EngineError> {
+        let (have, want) = (paths.len(), self.contexts.len());
+        match have == want {
+            true => Ok(self.contexts.iter().zip(paths)),
+            false => Err(fail(name, None)(AdapterError::SectionCount { have, want })),
+        }
+    }
+
+    fn load_peft(&self, folder: &Path, name: &str) -> Result<Parts<Adapter>, AdapterError> {
         let contexts: Vec<&Context> = self.contexts.iter().collect();
         Ok(qnn_core::offline::lora::adapters_from_peft(&contexts, folder, name)?.into_iter().map(Some).collect())
     }
 }
 
-impl Loaded {
-    fn is_held(&self) -> bool {
-        self.parts.iter().flatten().any(|part| part.strong_count() > 0)
+impl<T> Loaded<T> {
+    /// What somebody holds under `key`, or what `load` gives. Without a key nothing is shared.
+    fn get_or_load<E>(&self, key: Option<Key>, load: impl FnOnce() -> Result<Parts<T>, E>) -> Result<Parts<T>, E> {
+        if let Some(found) = key.as_ref().and_then(|key| self.find(key)) {
+            return Ok(found);
+        }
+        let parts = load()?;
+        let Some(key) = key else { return Ok(parts) };
+        // Another engine may have been faster: then its parts are the ones to keep.
+        if let Some(found) = self.find(&key) {
+            return Ok(found);
+        }
+        let weak = parts.iter().map(|part| part.as_ref().map(Arc::downgrade)).collect();
+        self.known().push((key, weak));
+        Ok(parts)
     }
+
+    /// What somebody still holds; forgets what nobody does.
+    fn find(&self, key: &Key) -> Option<Parts<T>> {
+        let mut known = self.known();
+        known.retain(|(_, parts)| is_held(parts));
+        let (_, parts) = known.iter().find(|(other, _)| other == key)?;
+        let alive = |part: &Option<Weak<T>>| match part {
+            None => Some(None),
+            Some(part) => part.upgrade().map(Some),
+        };
+        parts.iter().map(alive).collect()
+    }
+
+    fn n_held(&self) -> usize {
+        self.known().iter().filter(|(_, parts)| is_held(parts)).count()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Vec<(Key, WeakParts<T>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_held<T>(parts: &WeakParts<T>) -> bool {
+    parts.iter().flatten().any(|part| part.strong_count() > 0)
 }
 
 impl Key {
     /// `None` if the files cannot be looked at; loading them will say why.
     fn of(name: &str, source: &AdapterSource) -> Option<Key> {
         let stamp = |file: Metadata| (file.len(), file.modified().ok());
+        let of_files = |paths: &[Option<PathBuf>]| -> Option<Vec<_>> {
+            paths.iter().flatten().map(|path| std::fs::metadata(path).map(stamp).ok()).collect()
+        };
         let stamps = match source {
-            AdapterSource::Sections(paths) => {
-                paths.iter().flatten().map(|path| std::fs::metadata(path).map(stamp)).collect::<Result<_, _>>().ok()?
-            }
+            AdapterSource::Sections(paths) => of_files(paths)?,
+            AdapterSource::Grouped { sections, group } => [of_files(sections)?, of_files(&group.sections)?].concat(),
             AdapterSource::Peft(folder) => {
                 let mut files: Vec<_> = std::fs::read_dir(folder).ok()?.collect::<Result<_, _>>().ok()?;
                 files.sort_by_key(|file| file.file_name());

@@ -14,6 +14,9 @@ use qnn_core::offline::lora::{
 ///
 /// For each use case of the YAML it writes its weights (NAME.safetensors) and encodings (NAME.encodings), and a list of
 /// all of them, lora_output_files.yaml. Next step: qnn-context-binary-generator --adapter_weight_config lora_output_files.yaml.
+///
+/// Use cases of a `group` share one set of activation encodings: qairt-quantizer --lora_output_files finds it, or `encodings`
+/// of the group names an AIMET file.
 #[derive(Parser)]
 #[command(name = "qairt-lora-importer", version, rename_all = "snake_case", after_help = EXAMPLE)]
 struct Cli {
@@ -45,6 +48,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let options = ImportOptions { lora_config: cli.lora_config, input_dlc: cli.input_dlc, output_dir: cli.output_dir };
     let report = import(&options).with_context(|| format!("cannot import {config}"))?;
     report.use_cases.iter().for_each(print_use_case);
+    for group in &report.groups {
+        println!("group {}: {}", group.name, group.members.join(", "));
+        if let Some(missing) = group.encodings.as_ref().filter(|path| !path.exists()) {
+            println!("  next:     qairt-quantizer --lora_output_files writes {}", missing.display());
+        }
+    }
     println!("wrote {}", report.list.display());
     Ok(())
 }
@@ -81,4 +90,6 @@ const EXAMPLE: &str = "Example of a lora_config:
       lora_weights: adapters/json
     - name: both
       lora_weights: [adapters/json, adapters/pirate]
-      output_path: out";
+      output_path: out
+  group:
+    - {name: chat, members: [json, both]}";

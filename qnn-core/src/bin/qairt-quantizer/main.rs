@@ -124,8 +124,8 @@ struct Cli {
     #[arg(long, value_name = "VERSION", default_value = "1.0.0")]
     encoding_version: String,
 
-    /// lora_output_files.yaml of qairt-lora-importer: calibrates with each of its adapters too. Needs a DLC converted with
-    /// --quant_updatable_mode all.
+    /// lora_output_files.yaml of qairt-lora-importer: calibrates with each of its adapters too, and gives those of a group one
+    /// set of encodings. Needs a DLC converted with --quant_updatable_mode all.
     #[arg(long, value_name = "FILE")]
     lora_output_files: Option<PathBuf>,
 
@@ -242,7 +242,11 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     }
     print_report(&report, windows.len());
     for adapter in adapters {
-        println!("adapter {}: encodings of {} tensors in {}", adapter.name, adapter.tensors, adapter.path.display());
+        let what = match adapter.members.is_empty() {
+            true => format!("adapter {}", adapter.name),
+            false => format!("group {} ({})", adapter.name, adapter.members.join(", ")),
+        };
+        println!("{what}: encodings of {} tensors in {}", adapter.tensors, adapter.path.display());
     }
     Ok(())
 }

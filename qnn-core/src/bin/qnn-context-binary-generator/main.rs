@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use qnn_core::binary::SectionType;
 use qnn_core::offline::generate::{ConfigFile, GenerateOptions, Progress, Report, generate};
 
 /// Makes context binaries of a DLC: graphs bound to fixed sizes, weights in the layout of the kernels, ready to be mapped.
@@ -42,7 +43,8 @@ struct Cli {
 
     /// Adapters of the model: the lora_output_files.yaml of qairt-lora-importer. Each becomes one section file beside each
     /// context binary, NAME_ADAPTER.bin, or with share_adapters_between_graphs: No one for each graph, GRAPH_ADAPTER.bin.
-    /// A default_adapter without values is written too.
+    /// A default_adapter without values is written too. Adapters of a group have weights only; the encodings that they share
+    /// are in NAME_GROUP.bin.
     #[arg(long, value_name = "FILE")]
     adapter_weight_config: Option<PathBuf>,
 
@@ -210,7 +212,13 @@ fn print_sections(report: &Report) {
             kib(section.panels_bytes - section.weights_bytes),
             kib(section.size_bytes - section.panels_bytes),
             section.path.display(),
-            if section.n_targets == 0 && section.rank > 0 { " (changes nothing in this part)" } else { "" },
+            match section.section_type {
+                SectionType::UpdatableQuantParam => " (encodings of the group)",
+                SectionType::UpdatableWeights => " (weights only)",
+                SectionType::Updatable if section.n_targets == 0 && section.rank > 0 =>
+                    " (changes nothing in this part)",
+                SectionType::Updatable => "",
+            },
         );
     }
     println!(

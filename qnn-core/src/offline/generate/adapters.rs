@@ -4,18 +4,19 @@
 //! yaml ─► for each use case: weights (safetensors) + encodings (AIMET JSON) ─► panels, checked against the model
 //! context binaries ─► for each: default_adapter and every use case ─► the tensors that it has ─► <context>_<name>.bin
 //! ```
+//!
+//! Use cases of a group have weights only; the encodings of the group are a section of their own.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
-
 use super::GenerateError;
 use crate::{
-    adapter::{Adapter, Description, Slot, TensorEncoding},
-    binary::{BinaryError, Verify},
+    adapter::{Adapter, AdapterGroup, Description, Slot, TensorEncoding},
+    binary::{BinaryError, SectionType, Verify},
     context::{Context, OpenOptions, SectionError, Updatable, encodings::fits},
+    encoding::Encoding,
     error::Error,
     graph::Graph,
     map::Bytes,
@@ -24,15 +25,21 @@ use crate::{
         encodings::{EncodingsError, EncodingsFile, Numbers, computed_encoding},
         equalize::{SCALES_KEY, fingerprint},
         lora::{
-            self, LoraError, ParamEncodings, WeightEncoding,
+            self, Group, LoraError, MODE_KEY, ParamEncodings, WeightEncoding,
+            groups::DEFAULT_ADAPTER,
             values::{self, Matrix},
         },
         safetensors::{LayoutError, SafetensorsFile},
         source::{ElementFormat, SourceTensor},
     },
-    tensor::Panels,
+    tensor::{Panels, Tensor},
     types::DataType,
 };
+
+mod list;
+
+pub(in crate::offline) use list::listed_adapters;
+use list::{OutputFiles, UseCase};
 
 /// Why adapters cannot be made sections.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +54,18 @@ pub enum AdapterError {
     TooLarge { have_bytes: usize },
     #[error("use case {name:?}: the name {why}")]
     Name { name: String, why: &'static str },
+    #[error("group {name:?} {why}")]
+    Group { name: String, why: String },
+    #[error(
+        "group {group:?} needs encodings that sections can update, the DLC has quant_updatable_mode {mode}: convert it with all"
+    )]
+    GroupMode { group: String, mode: String },
+    #[error(
+        "use case {name:?} is in group {group:?} and brings its own encoding of {tensor}: make the group's with qairt-quantizer --lora_output_files"
+    )]
+    OwnEncodings { name: String, group: String, tensor: String },
+    #[error("group {group:?} has the encoding of {tensor}, a weight, which is its adapter's own")]
+    GroupWeight { group: String, tensor: String },
     #[error("use case {name:?} is for graph {have:?}, the DLC has {want:?}")]
     Graph { name: String, have: String, want: String },
     #[error("the DLC has no updatable tensors: convert it with --lora_weight_list")]
@@ -88,8 +107,10 @@ impl From<LoraError> for AdapterError {
 pub struct SectionReport {
     /// Where it is.
     pub path: PathBuf,
-    /// The adapter's name.
+    /// The adapter's name, or the group's.
     pub adapter: String,
+    /// What is in it.
+    pub section_type: SectionType,
     /// The one graph that it is for; `None` is the whole context.
     pub graph: Option<String>,
     /// Columns of the strength tensor that the adapter uses.
@@ -104,33 +125,17 @@ pub struct SectionReport {
     pub panels_bytes: u64,
 }
 
-/// `lora_output_files.yaml`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct OutputFiles {
-    use_case: Vec<UseCase>,
-    #[serde(default)]
-    share_adapters_between_graphs: bool,
-}
-
-/// One adapter, or several composed ones.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UseCase {
-    name: String,
-    graph: Option<String>,
-    weights: PathBuf,
-    encodings: Option<PathBuf>,
-    #[serde(default)]
-    weights_only: bool,
-    #[serde(default)]
-    enable_weights_updates: bool,
-}
-
 /// All adapters of a model, ready to be spread over its context binaries.
 pub(super) struct Adapters {
     share: bool,
+    groups: Vec<PreparedGroup>,
     adapters: Vec<Prepared>,
+}
+
+/// The encodings of a group for the whole model.
+struct PreparedGroup {
+    name: String,
+    encodings: Vec<(String, TensorEncoding)>,
 }
 
 /// One adapter for the whole model.
@@ -139,6 +144,8 @@ struct Prepared {
     description: Description,
     values: Vec<(String, Panels)>,
     encodings: Vec<(String, TensorEncoding)>,
+    /// Name of its group.
+    group: Option<String>,
 }
 
 impl Adapters {
@@ -148,26 +155,33 @@ impl Adapters {
     /// The file and what is wrong with it.
     pub(super) fn read(yaml: &Path, model: &Graph) -> Result<Adapters, GenerateError> {
         let in_yaml = refused(yaml);
-        let text = read_text(yaml).map_err(&in_yaml)?;
-        let files: OutputFiles =
-            serde_saphyr::from_slice(&text).map_err(|why| in_yaml(AdapterError::Yaml(why.to_string())))?;
+        let files = OutputFiles::read(yaml).map_err(&in_yaml)?;
         let updatable = Updatable::of(std::slice::from_ref(model)).map_err(|why| in_yaml(why.into()))?;
         if updatable.names.is_empty() {
             return Err(in_yaml(AdapterError::NothingUpdatable));
         }
-        check_names(&files.use_case, model).map_err(&in_yaml)?;
+        files.check_names(model).map_err(&in_yaml)?;
+        let group_of = files.group_of().map_err(&in_yaml)?;
         let folder = yaml.parent().unwrap_or(Path::new(""));
         let none = Prepared {
             name: DEFAULT_ADAPTER.to_owned(),
             description: Description::default(),
             values: Vec::new(),
             encodings: Vec::new(),
+            group: None,
         };
         let mut adapters = vec![none];
         for case in &files.use_case {
-            adapters.push(prepare(case, folder, &updatable, model)?);
+            let prepared = prepare(case, folder, &updatable, model)?;
+            let group = group_of.get(case.name.as_str()).map(|group| group.name.clone());
+            if let (Some(group), Some((tensor, _))) = (&group, prepared.encodings.first()) {
+                let (name, group, tensor) = (case.name.clone(), group.clone(), tensor.clone());
+                return Err(in_yaml(AdapterError::OwnEncodings { name, group, tensor }));
+            }
+            adapters.push(Prepared { group, ..prepared });
         }
-        Ok(Adapters { share: files.share_adapters_between_graphs, adapters })
+        let groups = files.group.iter().map(|group| prepare_group(group, folder, model)).collect::<Result<_, _>>()?;
+        Ok(Adapters { share: files.share_adapters_between_graphs, groups, adapters })
     }
 
     /// Writes the sections of one context binary beside it.
@@ -181,74 +195,101 @@ impl Adapters {
         let stem = context_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("context");
         let graphs: Vec<Option<&str>> = if self.share { vec![None] } else { context.graphs().map(Some).collect() };
         let mut reports = Vec::new();
-        for prepared in &self.adapters {
-            for graph in &graphs {
-                let path = folder.join(format!("{}_{}.bin", graph.unwrap_or(stem), prepared.name));
-                let adapter = prepared
+        for graph in &graphs {
+            let place = |name: &str| folder.join(format!("{}_{name}.bin", graph.unwrap_or(stem)));
+            let mut groups = Vec::new();
+            for prepared in &self.groups {
+                let path = place(&prepared.name);
+                let group = prepared
                     .part(&context, *graph)
                     .map_err(|why| Error::Section { path: path.clone(), why: Box::new(why) })?;
-                let written = context.write_section_file(&adapter, &path)?;
-                reports.push(SectionReport {
-                    path,
-                    adapter: prepared.name.clone(),
-                    graph: graph.map(str::to_owned),
-                    rank: adapter.rank(),
-                    n_targets: adapter.n_targets(),
-                    size_bytes: written.size_bytes,
-                    weights_bytes: adapter.values().map(|(_, panels)| weights_bytes(panels)).sum(),
-                    panels_bytes: adapter.size_bytes(),
-                });
+                let size_bytes = context.write_group_file(&group, &path)?.size_bytes;
+                reports.push(SectionReport::of_group(&group, path, size_bytes));
+                groups.push(Arc::new(group));
+            }
+            for prepared in &self.adapters {
+                let path = place(&prepared.name);
+                let adapter = prepared
+                    .part(&context, *graph, &groups)
+                    .map_err(|why| Error::Section { path: path.clone(), why: Box::new(why) })?;
+                let size_bytes = context.write_section_file(&adapter, &path)?.size_bytes;
+                reports.push(SectionReport::of(&adapter, path, size_bytes));
             }
         }
         Ok(reports)
     }
 }
 
+impl SectionReport {
+    fn of(adapter: &Adapter, path: PathBuf, size_bytes: u64) -> SectionReport {
+        let in_group = adapter.group().is_some();
+        SectionReport {
+            path,
+            adapter: adapter.name().to_owned(),
+            section_type: if in_group { SectionType::UpdatableWeights } else { SectionType::Updatable },
+            graph: adapter.graph().map(str::to_owned),
+            rank: adapter.rank(),
+            n_targets: adapter.n_targets(),
+            size_bytes,
+            weights_bytes: adapter.values().map(|(_, panels)| weights_bytes(panels)).sum(),
+            panels_bytes: adapter.size_bytes(),
+        }
+    }
+
+    fn of_group(group: &AdapterGroup, path: PathBuf, size_bytes: u64) -> SectionReport {
+        SectionReport {
+            path,
+            adapter: group.name().to_owned(),
+            section_type: SectionType::UpdatableQuantParam,
+            graph: group.graph().map(str::to_owned),
+            rank: 0,
+            n_targets: 0,
+            size_bytes,
+            weights_bytes: 0,
+            panels_bytes: 0,
+        }
+    }
+}
+
+impl PreparedGroup {
+    /// The encodings of the tensors that `context` has, for one graph of it or all.
+    fn part(&self, context: &Context, graph: Option<&str>) -> Result<AdapterGroup, SectionError> {
+        let group = AdapterGroup::new(&self.name, Arc::clone(context.updatable()), present(&self.encodings, context))
+            .map_err(impossible)?;
+        Ok(group.for_graph(graph.map(str::to_owned)))
+    }
+}
+
+/// Those of `encodings` whose tensor a graph of `context` has.
+fn present(encodings: &[(String, TensorEncoding)], context: &Context) -> Vec<(String, TensorEncoding)> {
+    let has = |tensor: &str| context.graphs().filter_map(|name| context.graph(name)).any(|g| g.find(tensor).is_some());
+    encodings.iter().filter(|(name, _)| has(name)).cloned().collect()
+}
+
+fn impossible((tensor, have): (String, String)) -> SectionError {
+    SectionError::Encoding { tensor, have, want: "one that a computed tensor can have".to_owned() }
+}
+
 impl Prepared {
-    /// The part of the adapter that `context` has, for one graph of it or all.
-    fn part(&self, context: &Context, graph: Option<&str>) -> Result<Adapter, SectionError> {
+    /// The part of the adapter that `context` has, for one graph of it or all; `groups` are those of the context.
+    fn part(
+        &self,
+        context: &Context,
+        graph: Option<&str>,
+        groups: &[Arc<AdapterGroup>],
+    ) -> Result<Adapter, SectionError> {
         let names = Arc::clone(context.updatable());
         let values = self.values.iter().filter(|(name, _)| names.binary_search(name).is_ok());
         let adapter = Adapter::new(&self.name, Arc::clone(&names), values.cloned())
             .map_err(|tensor| SectionError::UnknownTensor { tensor })?;
-        let has =
-            |tensor: &str| context.graphs().filter_map(|name| context.graph(name)).any(|g| g.find(tensor).is_some());
-        let encodings = self.encodings.iter().filter(|(name, _)| has(name));
-        let adapter = adapter.with_encodings(encodings.cloned()).map_err(|(tensor, have)| {
-            let want = "one that a computed tensor can have".to_owned();
-            SectionError::Encoding { tensor, have, want }
-        })?;
         let graph = graph.map(str::to_owned);
-        Ok(adapter.described(Description { graph, ..self.description.clone() }))
-    }
-}
-
-fn check_names(cases: &[UseCase], model: &Graph) -> Result<(), AdapterError> {
-    let mut seen = HashSet::new();
-    for case in cases {
-        let name = case.name.clone();
-        let refuse = |why| Err(AdapterError::Name { name: name.clone(), why });
-        let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | ' ');
-        if name.is_empty() || name.starts_with('.') || name.len() > 128 || !name.chars().all(plain) {
-            return refuse("becomes part of a file name: letters, digits, '-', '_', '+', '.' and spaces only");
-        }
-        if name == DEFAULT_ADAPTER {
-            return refuse("is that of the adapter without values");
-        }
-        if !seen.insert(name.clone()) {
-            return refuse("is there twice");
-        }
-        if case.weights_only {
-            return Err(AdapterError::Key { key: "weights_only" });
-        }
-        if case.enable_weights_updates {
-            return Err(AdapterError::Key { key: "enable_weights_updates" });
-        }
-        if let Some(have) = case.graph.as_ref().filter(|graph| *graph != model.name()) {
-            return Err(AdapterError::Graph { name, have: have.clone(), want: model.name().to_owned() });
+        let adapter = adapter.described(Description { graph, ..self.description.clone() });
+        let own_group = |name: &String| groups.iter().find(|group| group.name() == name);
+        match self.group.as_ref().and_then(own_group) {
+            Some(group) => Ok(adapter.in_group(Arc::clone(group))),
+            None => adapter.with_encodings(present(&self.encodings, context)).map_err(impossible),
         }
     }
-    Ok(())
 }
 
 fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable, model: &Graph) -> Result<Prepared, GenerateError> {
@@ -277,9 +318,34 @@ fn prepare(case: &UseCase, folder: &Path, updatable: &Updatable, model: &Graph) 
         if description.rank > updatable.max_rank {
             return Err(SectionError::AdapterRank { have: description.rank, want: updatable.max_rank }.into());
         }
-        Ok(Prepared { name: case.name.clone(), description, values, encodings })
+        Ok(Prepared { name: case.name.clone(), description, values, encodings, group: None })
     };
     read().map_err(refused(&path))
+}
+
+/// The encodings of a group, which has to bring some and nothing else.
+fn prepare_group(group: &Group, folder: &Path, model: &Graph) -> Result<PreparedGroup, GenerateError> {
+    let path = group.file(folder);
+    let read = || -> Result<PreparedGroup, AdapterError> {
+        let name = group.name.clone();
+        let updatable = model.ids_where(|tensor| fits_any(tensor));
+        if updatable.is_empty() {
+            let mode = model.metadata().get(MODE_KEY).map_or("none", String::as_str).to_owned();
+            return Err(AdapterError::GroupMode { group: name, mode });
+        }
+        let text = read_text(&path)?;
+        let weights = ParamEncodings::from_json(&text, &|name| !is_computed(model, name))?;
+        if let Some((tensor, _)) = weights.0.into_iter().next() {
+            return Err(AdapterError::GroupWeight { group: name, tensor });
+        }
+        Ok(PreparedGroup { name, encodings: computed_encodings(&text, model)? })
+    };
+    read().map_err(refused(&path))
+}
+
+/// Whether a section may replace the encoding of `tensor` at all.
+fn fits_any(tensor: &Tensor) -> bool {
+    matches!(tensor.encoding, Some(Encoding::ScaleOffset { bitwidth, .. }) if fits(tensor, bitwidth).is_ok())
 }
 
 /// Adds the file.
@@ -386,31 +452,6 @@ fn is_computed(model: &Graph, name: &str) -> bool {
     model.find(name).is_some_and(|id| !model.tensor(id).tensor_type.is_static())
 }
 
-/// Name, weights and encodings of each adapter that `lora_output_files.yaml` lists.
-///
-/// # Errors
-/// The file and what is wrong with it.
-pub(in crate::offline) fn listed_adapters(yaml: &Path) -> Result<Vec<ListedAdapter>, GenerateError> {
-    let in_yaml = refused(yaml);
-    let text = read_text(yaml).map_err(&in_yaml)?;
-    let files: OutputFiles =
-        serde_saphyr::from_slice(&text).map_err(|why| in_yaml(AdapterError::Yaml(why.to_string())))?;
-    let folder = yaml.parent().unwrap_or(Path::new(""));
-    let listed = |case: UseCase| {
-        let weights = folder.join(case.weights);
-        let encodings = case.encodings.map_or(weights.with_extension("encodings"), |path| folder.join(path));
-        ListedAdapter { name: case.name, weights, encodings }
-    };
-    Ok(files.use_case.into_iter().map(listed).collect())
-}
-
-/// One adapter of `lora_output_files.yaml`.
-pub(in crate::offline) struct ListedAdapter {
-    pub(in crate::offline) name: String,
-    pub(in crate::offline) weights: PathBuf,
-    pub(in crate::offline) encodings: PathBuf,
-}
-
 fn read_text(path: &Path) -> Result<Bytes, AdapterError> {
     let bytes = Bytes::map_file(path)?;
     if bytes.len() > MAX_TEXT_BYTES {
@@ -427,8 +468,6 @@ fn weights_bytes(panels: &Panels) -> u64 {
     ((layout.n() * layout.k() * bits).div_ceil(8) + scales) as u64
 }
 
-/// Name of the adapter without values.
-pub(super) const DEFAULT_ADAPTER: &str = "default_adapter";
 /// Metadata key of the importer's weights: the slots as JSON.
 const SLOTS: &str = "slots";
 /// Longest YAML or encodings file that is read.

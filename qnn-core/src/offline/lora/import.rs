@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::{
-    AttachPoint, Folded, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold, load_peft,
-    on_base, values, yaml,
+    AttachPoint, Folded, Group, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold,
+    load_peft, on_base, values, yaml,
 };
 use crate::{
     atomic_file,
@@ -38,6 +38,8 @@ pub struct ImportOptions {
 pub struct ImportReport {
     /// The use cases, in the order of the YAML.
     pub use_cases: Vec<UseCaseReport>,
+    /// The groups, with the files their encodings are read from.
+    pub groups: Vec<Group>,
     /// `lora_output_files.yaml`: what the context binary generator takes as `--adapter_weight_config`.
     pub list: PathBuf,
 }
@@ -93,9 +95,14 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
     }
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
     let list = options.output_dir.join(LIST_FILE);
-    let text = list_of(&use_cases, &options.output_dir).map_err(Error::io(&list))?;
+    let with_file = |group: Group| {
+        let folder = if group.encodings.is_some() { base } else { &options.output_dir };
+        Group { encodings: Some(group.file(folder)), ..group }
+    };
+    let groups: Vec<Group> = config.group.into_iter().map(with_file).collect();
+    let text = list_of(&use_cases, &groups, &options.output_dir).map_err(Error::io(&list))?;
     atomic_file::write(&list, |file| file.write_all(text.as_bytes())).map_err(Error::io(&list))?;
-    Ok(ImportReport { use_cases, list })
+    Ok(ImportReport { use_cases, groups, list })
 }
 
 /// A use case that fits.
@@ -280,10 +287,14 @@ fn safetensors_of(folded: &Folded, base_scales: Option<&str>) -> Result<Vec<u8>,
 }
 
 /// `lora_output_files.yaml`. JSON strings are YAML strings.
-fn list_of(use_cases: &[UseCaseReport], folder: &Path) -> std::io::Result<String> {
+fn list_of(use_cases: &[UseCaseReport], groups: &[Group], folder: &Path) -> std::io::Result<String> {
     let root = folder.canonicalize()?;
     let path = |path: &Path| -> std::io::Result<Value> {
-        let full = path.canonicalize()?;
+        // A group's file need not be there yet.
+        let full = match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) if !path.exists() => parent.canonicalize()?.join(name),
+            _ => path.canonicalize()?,
+        };
         Ok(Value::from(full.strip_prefix(&root).unwrap_or(&full).to_string_lossy()))
     };
     let mut text = String::from("use_case:\n");
@@ -291,6 +302,14 @@ fn list_of(use_cases: &[UseCaseReport], folder: &Path) -> std::io::Result<String
         text += &format!("  - name: {}\n", Value::from(case.name.as_str()));
         text += &format!("    weights: {}\n", path(&case.weights)?);
         text += &format!("    encodings: {}\n", path(&case.encodings)?);
+    }
+    for (i, group) in groups.iter().enumerate() {
+        text += if i == 0 { "group:\n" } else { "" };
+        text += &format!("  - name: {}\n", Value::from(group.name.as_str()));
+        text += &format!("    members: {}\n", Value::from(group.members.clone()));
+        if let Some(encodings) = &group.encodings {
+            text += &format!("    encodings: {}\n", path(encodings)?);
+        }
     }
     text += "share_adapters_between_graphs: Yes\n";
     Ok(text)

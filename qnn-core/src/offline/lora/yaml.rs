@@ -4,13 +4,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::LoraError;
+use super::{Group, LoraError, groups};
 
 /// The whole file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct LoraConfig {
     pub(super) use_case: Vec<UseCase>,
+    /// Use cases that share encodings of activations.
+    #[serde(default)]
+    pub(super) group: Vec<Group>,
 }
 
 /// One entry: an adapter, or several in one.
@@ -83,5 +86,9 @@ pub(super) fn read(text: &str) -> Result<LoraConfig, LoraError> {
             return Err(LoraError::config("lora_weights", format!("an empty list in {name}"), "at least one adapter"));
         }
     }
-    Ok(config)
+    let names: Vec<&str> = config.use_case.iter().map(|case| case.name.as_str()).collect();
+    match groups::check(&config.group, &names) {
+        Ok(_) => Ok(config),
+        Err((name, why)) => Err(LoraError::Yaml { why: format!("group {name:?} {why}") }),
+    }
 }

@@ -1,10 +1,10 @@
-//! Encodings per adapter: calibration with each one applied.
+//! Encodings per adapter or group of adapters: calibration with each one applied.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Activations, Progress, QuantizeError, Schema, Tools, encode, observe};
+use super::{Activations, Observer, Progress, QuantizeError, Schema, Tools, encode, observe};
 use crate::{
     adapter::Adapter,
     atomic_file,
@@ -27,11 +27,13 @@ use crate::{
     types::{DataType, TensorType},
 };
 
-/// What became of one adapter.
+/// What became of one adapter, or of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterReport {
     /// Its name.
     pub name: String,
+    /// Members of a group; empty for an adapter with encodings of its own.
+    pub members: Vec<String>,
     /// Computed tensors that have encodings of its own.
     pub tensors: usize,
     /// Its encodings file.
@@ -40,7 +42,8 @@ pub struct AdapterReport {
 
 /// Runs `graph` over `windows` with each adapter of `list` (`lora_output_files.yaml`) at strength 1, and adds encodings for
 /// the computed tensors that `quantized`, its quantized version, declares as updatable to the adapter's encodings file. What
-/// else the file says stays.
+/// else the file says stays. The adapters of a group get one set of encodings, for all that they hold together, in the file of
+/// the group.
 ///
 /// # Errors
 /// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks.
@@ -63,27 +66,65 @@ pub fn calibrate_adapters(
         let missing = taps.iter().map(|id| quantized.tensor(*id).name.clone()).collect();
         return Err(refused(QuantizeError::NoText { missing }));
     }
+    let listed = listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
+    let mut shared: Vec<(Vec<Observer>, AdapterReport)> = Vec::new();
+    for (name, path) in listed.groups {
+        shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, path }));
+    }
     let mut reports = Vec::new();
-    for listed in listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })? {
-        (tools.progress)(Progress::Adapter(&listed.name));
-        let adapter = Arc::new(read_adapter(graph, &listed.name, &listed.weights)?);
-        let observers = observe(graph, &taps, windows, Some(&adapter), tools).map_err(refused)?;
-        let mut entries = Vec::new();
-        for (id, observer) in taps.iter().zip(observers) {
-            let tensor = quantized.tensor(*id);
-            let Some(Encoding::ScaleOffset { bitwidth, .. }) = tensor.encoding else { continue };
-            // A section keeps the graph's type and width.
-            let signed = matches!(tensor.data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16);
-            let schema = if signed { Schema::Symmetric } else { Schema::Asymmetric };
-            let own = Activations { bits: bitwidth, schema, least_sqnr_db: None, ..wanted };
-            let report = encode(&tensor.name, &observer, own).map_err(refused)?;
-            entries.push(entry(&tensor.name, &report.encoding));
+    for adapter in listed.adapters {
+        (tools.progress)(Progress::Adapter(&adapter.name));
+        let values = Arc::new(read_adapter(graph, &adapter.name, &adapter.weights)?);
+        let observers = observe(graph, &taps, windows, Some(&values), tools).map_err(refused)?;
+        match shared.iter_mut().find(|(_, group)| adapter.group.as_ref() == Some(&group.name)) {
+            Some((seen, group)) => {
+                add_to_file(&adapter.encodings, Vec::new())?;
+                group.members.push(adapter.name);
+                merge(seen, observers);
+            }
+            None => {
+                let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
+                let (tensors, path) = (entries.len(), adapter.encodings);
+                add_to_file(&path, entries)?;
+                reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, path });
+            }
         }
-        let n = entries.len();
-        add_to_file(&listed.encodings, entries)?;
-        reports.push(AdapterReport { name: listed.name, tensors: n, path: listed.encodings });
+    }
+    for (observers, group) in shared {
+        let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
+        let tensors = entries.len();
+        add_to_file(&group.path, entries)?;
+        reports.push(AdapterReport { tensors, ..group });
     }
     Ok(reports)
+}
+
+/// Adds what another adapter of a group showed to what those before it did.
+fn merge(seen: &mut Vec<Observer>, observers: Vec<Observer>) {
+    if seen.is_empty() {
+        *seen = observers;
+        return;
+    }
+    seen.iter_mut().zip(&observers).for_each(|(seen, more)| seen.merge(more));
+}
+
+/// Encodings of `taps` by what was seen there, of the types and widths that `quantized` has: a section keeps them.
+fn entries(
+    quantized: &Graph,
+    taps: &[TensorId],
+    observers: &[Observer],
+    wanted: Activations,
+) -> Result<Vec<FileEncoding>, QuantizeError> {
+    let mut entries = Vec::new();
+    for (id, observer) in taps.iter().zip(observers) {
+        let tensor = quantized.tensor(*id);
+        let Some(Encoding::ScaleOffset { bitwidth, .. }) = tensor.encoding else { continue };
+        let signed = matches!(tensor.data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16);
+        let schema = if signed { Schema::Symmetric } else { Schema::Asymmetric };
+        let own = Activations { bits: bitwidth, schema, least_sqnr_db: None, ..wanted };
+        entries.push(entry(&tensor.name, &encode(&tensor.name, observer, own)?.encoding));
+    }
+    Ok(entries)
 }
 
 /// The adapter in a file of `qairt-lora-importer`, in floats.

@@ -45,6 +45,15 @@ impl Observer {
         self.count += values.len() as u64;
     }
 
+    /// Takes note of everything that `other` saw.
+    pub fn merge(&mut self, other: &Observer) {
+        self.min = self.min.min(other.min);
+        self.max = self.max.max(other.max);
+        self.count += other.count;
+        self.not_finite += other.not_finite;
+        self.bins.iter_mut().zip(&other.bins).for_each(|(own, other)| *own += other);
+    }
+
     /// Smallest and largest value, zero included.
     pub fn range(&self) -> (f32, f32) {
         (self.min, self.max)
@@ -84,13 +93,16 @@ const SHIFT: u32 = 17;
 mod tests {
     use super::*;
 
-    // Guards: cells are in order, hold every finite value within their width, and count what is not finite.
+    // Guards: cells are in order, hold every finite value within their width, and count what is not finite; two observers
+    // merged are one that saw everything.
     #[test]
     fn cells_hold_what_was_seen() {
         let mut observer = Observer::default();
         let values = [-3.0, 1e-6, 0.0, 2.5, -0.125, 1000.0, 2.5, f32::NAN, f32::INFINITY];
         observer.see(&values[..4]);
-        observer.see(&values[4..]);
+        let mut rest = Observer::default();
+        rest.see(&values[4..]);
+        observer.merge(&rest);
         assert_eq!((observer.range(), observer.count(), observer.not_finite()), ((-3.0, 1000.0), 9, 2));
         let cells = observer.cells();
         assert!(cells.windows(2).all(|pair| pair[0].middle < pair[1].middle));
