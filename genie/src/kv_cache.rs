@@ -140,31 +140,35 @@ mod tests {
         // Guards: the account of who made which row is right after whatever order of binding, feeding and rewinding;
         // checked against one maker noted per row.
         #[test]
-        fn account_equals_one_maker_per_row(ops in prop::collection::vec((0_u8..3, 0_usize..8), 0..60)) {
+        fn account_equals_one_maker_per_row(
+            ops in prop::collection::vec((0_u8..3, 0_usize..8), 0..60),
+            has_encodings: bool,
+        ) {
             let mut engine = Scripted::hashed(10, 400);
             let generation = engine.load_adapter("a", &AdapterSource::Peft("a".into())).unwrap().generation;
             let mut cache = KvCache::new(Box::new(engine));
             let mut rows: Vec<usize> = Vec::new();
             let mut bound = 0;
+            // 0 is the base and 1 an adapter at strength 0, which is the same unless it brings encodings.
+            let maker = |bound: usize| if has_encodings { bound } else { bound.max(1) };
             for (op, n) in ops {
                 match op {
                     0 => {
-                        // 0 is the base and 1 an adapter at strength 0, which is the same.
-                        bound = (n % 4).max(1);
-                        let columns = vec![(bound - 1) as f32, 0.0];
-                        let named = Selection { name: "a".to_owned(), columns, generation, has_encodings: false };
-                        cache.bind((n % 4 != 0).then_some(named)).unwrap();
+                        bound = n % 4;
+                        let columns = vec![bound.saturating_sub(1) as f32, 0.0];
+                        let named = Selection { name: "a".to_owned(), columns, generation, has_encodings };
+                        cache.bind((bound != 0).then_some(named)).unwrap();
                     }
                     1 => {
                         cache.forward(&vec![1; n], Logits::None, &AtomicBool::new(false)).unwrap();
-                        rows.extend(vec![bound.max(1); n]);
+                        rows.extend(vec![maker(bound); n]);
                     }
                     _ => {
                         cache.rewind(n * 3);
                         rows.truncate(n * 3);
                     }
                 }
-                let own = bound.max(1);
+                let own = maker(bound);
                 prop_assert_eq!(cache.position(), rows.len());
                 prop_assert_eq!(cache.own_rows(), rows.iter().take_while(|&&maker| maker == own).count());
                 prop_assert_eq!(cache.foreign_rows(), rows.iter().filter(|&&maker| maker != own).count());
