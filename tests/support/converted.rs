@@ -191,9 +191,7 @@ impl Converted {
             let adapter = |name: &str| json!({"version": 1, "name": name, "bin-sections": sections(name)});
             let names = self.use_cases.iter().map(|(name, _)| name.as_str()).chain(["default_adapter"]);
             let adapters: Vec<_> = names.map(adapter).collect();
-            let group = |(name, members): &(String, Vec<String>)| {
-                json!({"version": 1, "name": name, "members": members, "quant-bin-sections": sections(name)})
-            };
+            let group = |(name, members): &(String, Vec<String>)| json!({"version": 1, "name": name, "members": members, "quant-bin-sections": sections(name)});
             let groups: Vec<_> = self.groups.iter().map(group).collect();
             dialog["engine"]["model"]["binary"]["lora"] = json!({"version": 1, "adapters": adapters, "groups": groups});
         }

@@ -1,6 +1,6 @@
 //! Which adapters are run, and what their files say.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use genie::AdapterChoice;
@@ -43,15 +43,10 @@ pub(crate) fn name(choice: &AdapterChoice) -> Option<&str> {
 pub(crate) fn files(choice: &AdapterChoice, config: &LoraConfig) -> anyhow::Result<Option<AdapterFiles>> {
     let adapter = config.adapters.iter().find(|adapter| Some(adapter.name.as_str()) == name(choice));
     match adapter.map(|adapter| &adapter.source) {
-        Some(AdapterSource::Sections(paths)) => {
-            let mut files = AdapterFiles { bytes: 0, targets: Some(0), encodings: Some(0) };
-            for path in paths.iter().flatten() {
-                let section = section(path)?;
-                files.bytes += section.size_bytes;
-                files.targets = files.targets.map(|n| n + section.meta.targets);
-                files.encodings = files.encodings.map(|n| n + section.meta.encodings.len());
-            }
-            Ok(Some(files))
+        Some(AdapterSource::Sections(paths)) => in_sections(paths.iter().flatten()).map(Some),
+        // What the group has counts for each of its members: an adapter does not run without it.
+        Some(AdapterSource::Grouped { sections, group }) => {
+            in_sections(sections.iter().chain(&group.sections).flatten()).map(Some)
         }
         Some(AdapterSource::Peft(folder)) => {
             let at = || folder.display().to_string();
@@ -63,6 +58,17 @@ pub(crate) fn files(choice: &AdapterChoice, config: &LoraConfig) -> anyhow::Resu
         }
         _ => Ok(None),
     }
+}
+
+fn in_sections<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> anyhow::Result<AdapterFiles> {
+    let (mut bytes, mut targets, mut encodings) = (0, 0, 0);
+    for path in paths {
+        let section = section(path)?;
+        bytes += section.size_bytes;
+        targets += section.meta.targets;
+        encodings += section.meta.encodings.len();
+    }
+    Ok(AdapterFiles { bytes, targets: Some(targets), encodings: Some(encodings) })
 }
 
 fn section(path: &Path) -> anyhow::Result<SectionInfo> {
