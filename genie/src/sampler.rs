@@ -214,6 +214,8 @@ fn take_top_k(top_k: usize, logits: &[f32], candidates: &mut Vec<Candidate>) {
 /// The tokens that weigh `least` or more, and anything at all, in order of ids.
 fn take_from(least: f64, weights: &[f64], candidates: &mut Vec<Candidate>) {
     candidates.clear();
+    // All at once: how many are kept differs from call to call.
+    candidates.reserve(weights.len());
     let kept = (0..).zip(weights).filter(|(_, weight)| 0.0 < **weight && least <= **weight);
     candidates.extend(kept.map(|(id, &weight)| Candidate { weight, id }));
 }
