@@ -144,6 +144,8 @@ struct Shared {
     quit: AtomicBool,
     started: AtomicUsize,
     spins: u32,
+    #[cfg(test)]
+    n_pauses: AtomicU64,
 }
 
 #[repr(align(128))]
@@ -211,6 +213,8 @@ impl Shared {
             quit: AtomicBool::new(false),
             started: AtomicUsize::new(0),
             spins,
+            #[cfg(test)]
+            n_pauses: AtomicU64::new(0),
         }
     }
 
@@ -236,7 +240,7 @@ impl Shared {
         while state & ACTIVE != 0 {
             if spins < self.spins {
                 spins += 1;
-                hint::spin_loop();
+                self.pause();
             } else {
                 thread::yield_now();
             }
@@ -302,13 +306,20 @@ impl Shared {
         }
     }
 
+    /// Keeps the core for a moment.
+    fn pause(&self) {
+        #[cfg(test)]
+        self.n_pauses.fetch_add(1, Ordering::Relaxed);
+        hint::spin_loop();
+    }
+
     /// Returns when the epoch is not `seen`: spins, then gives way, then sleeps.
     fn wait_for_other_epoch(&self, seen: u64, worker: usize) {
         for i in 0..self.spins + YIELDS {
             if self.state.load(Ordering::Relaxed) / EPOCH != seen {
                 return;
             }
-            if i < self.spins { hint::spin_loop() } else { thread::yield_now() }
+            if i < self.spins { self.pause() } else { thread::yield_now() }
         }
         // The order of these two, and of their opposites in `open` and `wake`, is what makes a wake-up impossible to miss.
         self.asleep[worker].store(true, Ordering::SeqCst);
