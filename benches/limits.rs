@@ -1,5 +1,5 @@
-//! What the machine can do at most: bytes read from memory per second, and 8-bit multiply-adds per second of each
-//! instruction set, for figures that are given as shares of these limits.
+//! What the machine can do at most: bytes read from memory per second, on small pages and on large ones, and 8-bit
+//! multiply-adds per second of each instruction set, for figures that are given as shares of these limits.
 //!
 //! Printed as a line of JSON for each, `{"metric": …, "median": …, …}`, which is what `benches/peers/compare.py --limits`
 //! reads.
@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use htp_sim::Workers;
+use memmap2::MmapMut;
 use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
@@ -34,7 +35,14 @@ fn main() -> anyhow::Result<()> {
             value.parse().ok().filter(|n| *n > 0).with_context(|| format!("{argument} {value:?}: need 1 or more"))?;
     }
     let workers = Workers::new(threads)?;
-    print("read_bytes_per_s", &workers, read_rates(&workers, mib));
+    let mut memory = MmapMut::map_anon(mib << 20)?;
+    print("read_bytes_per_s", &workers, read_rates(&workers, &mut memory));
+    #[cfg(target_os = "linux")]
+    {
+        let mut memory = MmapMut::map_anon(mib << 20)?;
+        memory.advise(memmap2::Advice::HugePage)?;
+        print("read_bytes_per_s_large_pages", &workers, read_rates(&workers, &mut memory));
+    }
     for set in instruction_sets() {
         print(&format!("int8_multiply_adds_per_s_{}", set.name), &workers, set.rates(&workers));
     }
@@ -48,17 +56,19 @@ fn print(metric: &str, workers: &Workers, mut rates: [f64; ROUNDS]) {
     println!("{}", json!({"metric": metric, "median": median, "best": best, "threads": workers.count()}));
 }
 
-/// Bytes per second at which the team reads a buffer of `mib` MiB.
-fn read_rates(workers: &Workers, mib: usize) -> [f64; ROUNDS] {
+/// Bytes per second at which the team reads `memory`.
+fn read_rates(workers: &Workers, memory: &mut [u8]) -> [f64; ROUNDS] {
     const PARTS: usize = 64;
-    let buffer = vec![1_u64; mib << 17];
-    let part_len = buffer.len() / PARTS;
-    each_round(part_len * PARTS * 8, || {
+    memory.fill(1);
+    let part_len = memory.len() / PARTS;
+    let memory: &[u8] = memory;
+    each_round(part_len * PARTS, || {
         workers.for_each(PARTS, |part, _| {
             // Enough sums that the loads never wait for one.
             let mut sums = [0_u64; 32];
-            for chunk in buffer[part * part_len..][..part_len].as_chunks::<32>().0 {
-                sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum ^= value);
+            for chunk in memory[part * part_len..][..part_len].as_chunks::<256>().0 {
+                let values = chunk.as_chunks().0.iter().map(|value| u64::from_le_bytes(*value));
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum ^= value);
             }
             black_box(sums);
         });
