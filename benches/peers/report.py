@@ -94,7 +94,7 @@ def table(lines):
     width = max(14, *(len(name) + 2 for name in names))
     out = [f"{'metric':<28}" + "".join(f"{name:>{width}}" for name in names)]
     for row in rows:
-        cells = "".join(f"{row[name]['median']:>{width}.2f}" if name in row else f"{'-':>{width}}" for name in names)
+        cells = "".join(f"{short(row.get(name, {}).get('median'), 2):>{width}}" for name in names)
         out.append(f"{row['metric']:<28}{cells}  {'; '.join(notes(row))}".rstrip())
     limits = ", ".join(f"{name} {value / 1e9:.1f} G" for name, value in header["limits"].items())
     return "\n".join(out + [f"limits: {limits}"])
@@ -102,7 +102,7 @@ def table(lines):
 
 def notes(row):
     """What the figures of each genie mean."""
-    words = {"to_best_peer": "{:.2f} x best peer", "to_genie": "{:.2f} x genie", "to_base": "{:.3f} x without adapter",
+    words = {"to_best_peer": "{:.3g} x best peer", "to_genie": "{:.3g} x genie", "to_base": "{:.3f} x without adapter",
              "share_of_read_limit": "{:.0%} of read limit", "share_of_multiply_limit": "{:.0%} of multiply limit"}
     for name in (name for name in row if name.startswith("genie")):
         if said := [text.format(row[name][key]) for key, text in words.items() if key in row[name]]:
@@ -130,7 +130,10 @@ def markdown(lines):
 
 
 def short(value, digits=0):
-    return "–" if value is None else f"{value:.{digits}f}"
+    """So many decimals; a number that they would make 0 with one figure that is not."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if 10**-digits <= abs(value) or value == 0 else f"{value:.1g}"
 
 
 TITLES = {"genie": "genie", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
