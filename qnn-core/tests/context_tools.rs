@@ -63,7 +63,7 @@ fn tools_refuse_in_one_readable_line() {
         (&["--config_file", "x.json"], "x.json"),
         (&["--enable_intermediate_outputs"], "--enable_intermediate_outputs is not supported yet"),
         (&["--backend", "gpu"], "possible values: htp"),
-        (&["--ar", "64"], "64 rows in 32 positions"),
+        (&["--ar", "64"], "ar: 64, need 1 to 32 rows"),
         (&["--num_splits", "9"], "9 splits of a model with 2 layers"),
     ];
     for (args, want) in cases {

@@ -227,6 +227,7 @@ struct Split {
 fn plan(graph: &Graph, options: &GenerateOptions) -> Result<Vec<Split>, GenerateError> {
     let cl = if options.cl.is_empty() { vec![capacity(graph)?] } else { options.cl.clone() };
     check_positions(graph, &cl)?;
+    check_rows(&options.ar, &cl)?;
     let parts = split::split(graph, options.num_splits)?;
     let n = parts.len();
     let stem = options.binary_file.strip_suffix(".bin").unwrap_or(&options.binary_file);
@@ -403,6 +404,18 @@ fn check_positions(graph: &Graph, cl: &[usize]) -> Result<(), GenerateError> {
             option: "cl",
             have: cl.to_string(),
             want: format!("at most {}, the positions that the model knows", most.unwrap_or_default()),
+        }),
+    }
+}
+
+fn check_rows(ar: &[usize], cl: &[usize]) -> Result<(), GenerateError> {
+    let least = cl.iter().copied().min().unwrap_or_default();
+    match ar.iter().find(|ar| **ar == 0 || **ar > least) {
+        None => Ok(()),
+        Some(ar) => Err(GenerateError::Option {
+            option: "ar",
+            have: ar.to_string(),
+            want: format!("1 to {least} rows, as many as the smallest context (cl) has positions"),
         }),
     }
 }
