@@ -131,7 +131,8 @@ impl Dialog {
     ///
     /// Raw means as it is: no chat template is applied, and the text of a control token is that token. Only what the
     /// tokenizer opens every text with ([`Tokenizer::opening`], BOS with many models) is put before a prompt that opens a
-    /// conversation, unless the prompt has it already. Text from people belongs into [`Dialog::chat`]. `callback` gets the answer in pieces of whole characters and may stop it.
+    /// conversation, unless the prompt has it already. Text from people belongs into [`Dialog::chat`]. `callback` gets
+    /// the answer in pieces of whole characters and may stop it.
     ///
     /// `code` says which part of a prompt this is:
     /// - [`SentenceCode::Complete`]: all of it; the conversation goes on behind what it holds.

@@ -202,6 +202,43 @@ fn gguf_files_match_transformers() {
     assert_eq!(all.as_object().unwrap().len(), 8);
 }
 
+/// Guards: of a GGUF with LongRoPE a graph for at most the original length takes the short factors, one for more the long ones.
+#[test]
+fn gguf_long_factors_serve_long_contexts() {
+    const KEY: &[u8] = b"phi3.rope.scaling.original_context_length";
+    let mut file = std::fs::read(family_folder("gguf").join("phi3.gguf")).unwrap();
+    // Behind a key stand its type and its value, both of four bytes.
+    let at = file.windows(KEY.len()).position(|window| window == KEY).unwrap() + KEY.len() + 4;
+    assert_eq!(file[at..at + 4], 32u32.to_le_bytes());
+    file[at..at + 4].copy_from_slice(&24u32.to_le_bytes());
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("phi3.gguf"), folder.path().join("model.dlc"));
+    std::fs::write(&input, file).unwrap();
+    let options = ConvertOptions { input, output: output.clone(), precision: FLOAT, threads: 1 };
+    let report = convert_with_lora(&options, None, &mut |_| {}).unwrap();
+    assert!(
+        report.warnings.iter().any(|warning| warning.contains("up to 24 positions (--cl)")),
+        "{:?}",
+        report.warnings
+    );
+    let whole = dlc::read_dlc(&output).unwrap();
+    let table = |cl: usize| {
+        let graph = specialize(&whole, "test", 20, cl).unwrap();
+        let node = graph.nodes().iter().find(|node| node.op.name() == "RotaryTable").unwrap();
+        assert_eq!(node.inputs.len(), 2);
+        match &graph.tensor(node.inputs[1]).data {
+            Some(TensorData::Flat(bytes)) => {
+                bytes.as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v)).collect::<Vec<f32>>()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let (short, long) = (table(24), table(25));
+    for (i, factor) in [1.0, 1.3, 2.0].into_iter().enumerate() {
+        assert!((short[i] * factor / (long[i] * 4.0) - 1.0).abs() < 1e-6, "{short:?} {long:?}");
+    }
+}
+
 /// Guards: with integer weights, activations and caches both backends compute the same of every family, and stay near the
 /// float graph.
 #[test]

@@ -215,7 +215,7 @@ fn what_cannot_be_made_is_refused_before_anything_is_written() {
     let cases = [
         (with(|o| o.ar = vec![]), "ar: an empty list, need at least one number of rows"),
         (with(|o| o.ar = vec![8, 8]), "ar: 8 twice, need each number once"),
-        (with(|o| o.ar = vec![64]), "ar: 64, need 1 to 32 rows, as many as the smallest context (cl)"),
+        (with(|o| o.ar = vec![64]), "ar: 64, need 1 to 32 rows, no more than the smallest context (cl)"),
         (with(|o| o.ar = vec![0]), "ar: 0, need 1 to 32 rows"),
         (with(|o| o.cl = vec![128]), "cl: 128, need at most 64, the positions that the model knows"),
         (with(|o| (o.ar, o.cl) = ((1..=9).collect(), (50..=59).collect())), "90 graphs, need at most 64 graphs"),

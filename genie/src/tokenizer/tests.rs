@@ -147,7 +147,10 @@ fn openings() {
         json!({"Sequence": {"id": "A", "type_id": 0}}),
         json!({"</s>": {"id": "</s>", "ids": [263], "tokens": ["</s>"]}}),
     );
-    let template = |single: &[&serde_json::Value]| json!({"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special});
+    let template = |single: &[&serde_json::Value]| {
+        let kind = "TemplateProcessing";
+        json!({"type": kind, "single": single, "pair": single, "special_tokens": special})
+    };
     let bos = token("</s>");
     let check = |post_processor: serde_json::Value, config: Option<&str>, want: &[u32]| {
         let folder = tempfile::tempdir().unwrap();

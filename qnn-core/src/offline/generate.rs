@@ -408,6 +408,7 @@ fn check_positions(graph: &Graph, cl: &[usize]) -> Result<(), GenerateError> {
     }
 }
 
+/// A graph takes no more rows than its caches have positions.
 fn check_rows(ar: &[usize], cl: &[usize]) -> Result<(), GenerateError> {
     let least = cl.iter().copied().min().unwrap_or_default();
     match ar.iter().find(|ar| **ar == 0 || **ar > least) {
@@ -415,7 +416,7 @@ fn check_rows(ar: &[usize], cl: &[usize]) -> Result<(), GenerateError> {
         Some(ar) => Err(GenerateError::Option {
             option: "ar",
             have: ar.to_string(),
-            want: format!("1 to {least} rows, as many as the smallest context (cl) has positions"),
+            want: format!("1 to {least} rows, no more than the smallest context (cl) has positions"),
         }),
     }
 }

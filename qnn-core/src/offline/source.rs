@@ -64,12 +64,14 @@ impl Source {
         let generation =
             if generation_path.is_file() { Some(read_text(&generation_path, MAX_CONFIG_BYTES)?) } else { None };
         let text = read_text(&config_path, MAX_CONFIG_BYTES)?;
-        let config = config::from_hf(&text, generation.as_deref()).map_err(Error::import(&config_path))?;
+        let mut config = config::from_hf(&text, generation.as_deref()).map_err(Error::import(&config_path))?;
         let grids = int4_grids(folder, &text)?;
         let mut sidecars = Vec::new();
         let tokenizer = folder.join(TOKENIZER);
         if tokenizer.is_file() {
             sidecars.push((TOKENIZER, read_text(&tokenizer, MAX_TOKENIZER_BYTES)?));
+        } else {
+            config.warnings.push("the directory has no tokenizer.json; a dialog needs one beside the model".to_owned());
         }
         if let Some(bytes) = tokenizer_config(folder)? {
             sidecars.push((TOKENIZER_CONFIG, bytes));

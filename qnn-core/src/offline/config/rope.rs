@@ -139,8 +139,10 @@ impl RopeBase {
     fn longrope(&self, scaling: &Scaling<'_>) -> Result<Rope, ImportError> {
         let pairs = self.rotary_dim / 2;
         let (short, long) = (scaling.factors("short_factor", pairs)?, scaling.factors("long_factor", pairs)?);
-        let original = self.original_max_positions.unwrap_or(self.max_positions);
-        let factor = match self.original_max_positions {
+        let inside = scaling.number("original_max_position_embeddings")?.map(|original| original as usize);
+        let stated = self.original_max_positions.or(inside);
+        let original = stated.unwrap_or(self.max_positions);
+        let factor = match stated {
             Some(_) => self.max_positions as f64 / original as f64,
             None => scaling.positive_or("factor", 1.0)?,
         };

@@ -112,10 +112,11 @@ impl GgufModel {
             return Ok(base.with_factors(|i| factors[i]));
         }
         if let Some(short) = self.rope_factors("rope_factors_short.weight", pairs)? {
-            let long = self.rope_factors("rope_factors_long.weight", pairs)?;
+            let missing = || ImportError::MissingTensor { name: LONG_FACTORS.to_owned() };
+            let long = self.rope_factors(LONG_FACTORS, pairs)?.ok_or_else(missing)?;
             let original = self.optional_size("rope.scaling.original_context_length")?.unwrap_or(base.max_positions);
             let scale = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0) as f32;
-            return Ok(base.with_both(&short, long.as_ref().unwrap_or(&short), original, scale));
+            return Ok(base.with_both(&short, &long, original, scale));
         }
         let (scaling, factor) = (self.key("rope.scaling"), self.float("rope.scaling.factor")?);
         match self.file.string(&format!("{scaling}.type"))?.unwrap_or("none") {
@@ -219,3 +220,6 @@ impl GgufModel {
         format!("{}.{key}", self.prefix)
     }
 }
+
+/// Divisors of the rotary frequencies for contexts beyond the original length.
+const LONG_FACTORS: &str = "rope_factors_long.weight";
