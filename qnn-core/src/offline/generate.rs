@@ -227,8 +227,8 @@ struct Split {
 fn plan(graph: &Graph, options: &GenerateOptions) -> Result<Vec<Split>, GenerateError> {
     let cl = if options.cl.is_empty() { vec![capacity(graph)?] } else { options.cl.clone() };
     check_positions(graph, &cl)?;
-    check_rows(&options.ar, &cl)?;
     let parts = split::split(graph, options.num_splits)?;
+    check_rows(&options.ar, &cl)?;
     let n = parts.len();
     let stem = options.binary_file.strip_suffix(".bin").unwrap_or(&options.binary_file);
     let mut splits = Vec::with_capacity(n);
