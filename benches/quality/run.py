@@ -73,7 +73,7 @@ def arguments():
     parser.add_argument("--calibration_text", type=Path, action="append", help="repeatable")
     parser.add_argument("--text", type=Path, default=ROOT / "README.md", help="text to score")
     parser.add_argument("--window", type=int, default=512, help="ids of a window")
-    parser.add_argument("--windows", type=int, default=8, help="most windows to score")
+    parser.add_argument("--windows", type=int, default=4, help="most windows to score")
     parser.add_argument("--only", help="regular expression: only the variants whose names it matches as a whole")
     parser.add_argument("--output", type=Path, default=default_out / "quality", help="folder of all that is made")
     parser.add_argument("--bin", type=Path, help="folder of the tools. Default: they are built")

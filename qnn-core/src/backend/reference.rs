@@ -61,7 +61,7 @@ fn base_grids(graph: &Graph) -> Result<Vec<Option<Grid>>, PrepareError> {
 
 impl Executable for Reference {
     fn execute(&mut self, bindings: &mut Bindings, state: &mut State, cancel: &AtomicBool) -> Result<(), ExecuteError> {
-        self.execute_watched(bindings, state, cancel, &mut |_| Seen::Kept)
+        self.run_nodes(bindings, state, cancel, None)
     }
 
     fn execute_watched(
@@ -70,6 +70,18 @@ impl Executable for Reference {
         state: &mut State,
         cancel: &AtomicBool,
         watch: &mut Watch<'_>,
+    ) -> Result<(), ExecuteError> {
+        self.run_nodes(bindings, state, cancel, Some(watch))
+    }
+}
+
+impl Reference {
+    fn run_nodes(
+        &mut self,
+        bindings: &mut Bindings,
+        state: &mut State,
+        cancel: &AtomicBool,
+        mut watch: Option<&mut Watch<'_>>,
     ) -> Result<(), ExecuteError> {
         bindings.check_complete()?;
         let adapter = bindings.adapter().map(|adapter| &**adapter);
@@ -92,7 +104,8 @@ impl Executable for Reference {
             for (id, value) in node.outputs.iter().zip(outputs) {
                 let tensor = self.graph.tensor(*id);
                 let value = as_stored(tensor, grids[id.index()], value);
-                self.values[id.index()] = match shown(tensor, &value, watch) {
+                let other = watch.as_deref_mut().and_then(|watch| shown(tensor, &value, watch));
+                self.values[id.index()] = match other {
                     None => value,
                     Some(other) => as_stored(tensor, grids[id.index()], other),
                 };
@@ -104,9 +117,7 @@ impl Executable for Reference {
         }
         Ok(())
     }
-}
 
-impl Reference {
     /// The grids of an execute: the base's, where `adapter` does not bring its own.
     fn grids_with(&self, adapter: Option<&Adapter>) -> Vec<Option<Grid>> {
         let own = |(tensor, base): (&Tensor, &Option<Grid>)| {

@@ -84,25 +84,10 @@ fn perplexity(records: &[Record]) -> String {
     };
     let mut table = Table::new(
         "Perplexity, agreement of the most probable token, and Kullback-Leibler divergence in nats, base model",
-        &[
-            "model",
-            "weights",
-            "inputs of matrices",
-            "MB",
-            "reference",
-            "perplexity",
-            "increase",
-            "95 % interval",
-            "top-1 %",
-            "KL mean",
-            "KL median",
-            "KL 99 %",
-            "KL max",
-        ],
+        &[&["model", "MB"], &FIGURES[..]].concat(),
     );
     for (record, case) in cases {
-        let model = &record.model;
-        let mut row = vec![record.label.clone(), weights(model), inputs(model), megabytes(model.bytes())];
+        let mut row = vec![record.label.clone(), megabytes(record.model.bytes())];
         row.extend(figures(case));
         table.row(row);
     }
@@ -115,7 +100,7 @@ fn perplexity(records: &[Record]) -> String {
     )
 }
 
-/// The figures of a case, as columns `reference` to `KL max`.
+/// The cells of a case under [`FIGURES`].
 fn figures(case: &CaseRecord) -> Vec<String> {
     let divergence = &case.divergence;
     let dot = dot(0, case);
@@ -229,21 +214,7 @@ fn adapters(records: &[Record]) -> String {
     };
     let mut table = Table::new(
         "The base and each adapter, against the reference with the same adapter",
-        &[
-            "adapter",
-            "model",
-            "encodings",
-            "MB",
-            "reference",
-            "perplexity",
-            "increase",
-            "95 % interval",
-            "top-1 %",
-            "KL mean",
-            "KL median",
-            "KL 99 %",
-            "KL max",
-        ],
+        &[&["adapter", "model", "encodings", "MB"], &FIGURES[..]].concat(),
     );
     for name in &names {
         for record in &records {
@@ -281,8 +252,8 @@ fn encodings(case: &CaseRecord) -> String {
 
 fn sizes(records: &[Record]) -> String {
     let mut table = Table::new(
-        "Files and weights",
-        &["model", "files, MB", "format of weights", "weights", "MB of these", "KV cache"],
+        "Files and weights, what the weights multiply, and the KV cache",
+        &["model", "files, MB", "weights", "format", "MB of these", "inputs of matrices", "KV cache"],
     );
     let models = records.iter().flat_map(|record| {
         let reference = (format!("reference of {}", record.label), &record.reference);
@@ -298,9 +269,9 @@ fn sizes(records: &[Record]) -> String {
         for (at, format) in model.weights.iter().enumerate() {
             let first = |text: String| if at == 0 { text } else { String::new() };
             let FormatRecord { format, count, bytes } = format;
-            let (label, cache) = (first(label.clone()), first(model.cache.clone()));
-            let files = first(megabytes(model.bytes()));
-            table.row(vec![label, files, format.clone(), count.to_string(), megabytes(*bytes), cache]);
+            let cells = [first(label.clone()), first(megabytes(model.bytes())), count.to_string(), format.clone()];
+            let more = [megabytes(*bytes), first(inputs(model)), first(model.cache.clone())];
+            table.row([&cells[..], &more].concat());
         }
     }
     format!("<h2>Sizes</h2>{}", table.html())
@@ -319,13 +290,6 @@ fn origin(records: &[Record]) -> String {
     format!("<h2>How it was made</h2>{}{commands}", table.html())
 }
 
-fn weights(model: &ModelRecord) -> String {
-    // By bytes, the most first: the others are embeddings and exceptions.
-    let mut formats: Vec<&FormatRecord> = model.weights.iter().collect();
-    formats.sort_by_key(|format| std::cmp::Reverse(format.bytes));
-    formats.iter().map(|format| format!("{} × {}", format.count, format.format)).collect::<Vec<_>>().join("; ")
-}
-
 fn inputs(model: &ModelRecord) -> String {
     model.inputs.iter().map(|(kind, count)| format!("{count} × {kind}")).collect::<Vec<_>>().join("; ")
 }
@@ -334,6 +298,9 @@ fn megabytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / 1e6)
 }
 
+/// Columns of what a comparison measures.
+const FIGURES: [&str; 9] =
+    ["reference", "perplexity", "increase", "95 % interval", "top-1 %", "KL mean", "KL median", "KL 99 %", "KL max"];
 const STYLE: &str = include_str!("report/style.css");
 /// Standard errors to either side of a mean.
 const INTERVAL: f64 = 1.96;

@@ -44,7 +44,12 @@ impl Table {
     }
 
     pub(super) fn html(&self) -> String {
-        let head: String = self.head.iter().map(|cell| format!("<th scope=\"col\">{}</th>", escape(cell))).collect();
+        let is_number =
+            |at: usize| 0 < at && self.rows.first().and_then(|row| row.get(at)).is_some_and(|c| is_number(c));
+        let class = |at: usize| if is_number(at) { " class=\"number\"" } else { "" };
+        let cells = self.head.iter().enumerate();
+        let head: String =
+            cells.map(|(at, cell)| format!("<th scope=\"col\"{}>{}</th>", class(at), escape(cell))).collect();
         let rows: String = self.rows.iter().map(|row| row_html(row)).collect();
         format!(
             "<div class=\"scroll\"><table><caption>{}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n",
@@ -59,13 +64,16 @@ impl Table {
 }
 
 fn row_html(cells: &[String]) -> String {
-    let cell = |(at, cell): (usize, &String)| {
-        let numeric = cell.starts_with(|c: char| c.is_ascii_digit() || "+−".contains(c)) || cell == "exact";
-        match at {
-            0 => format!("<th scope=\"row\">{}</th>", escape(cell)),
-            _ if numeric => format!("<td class=\"number\">{}</td>", escape(cell)),
-            _ => format!("<td>{}</td>", escape(cell)),
-        }
+    let cell = |(at, cell): (usize, &String)| match at {
+        0 => format!("<th scope=\"row\">{}</th>", escape(cell)),
+        _ if is_number(cell) => format!("<td class=\"number\">{}</td>", escape(cell)),
+        _ => format!("<td>{}</td>", escape(cell)),
     };
     format!("<tr>{}</tr>\n", cells.iter().enumerate().map(cell).collect::<String>())
+}
+
+/// Whether a cell stands in a column of figures: a number without words behind it.
+fn is_number(cell: &str) -> bool {
+    let figure = |c: char| c.is_ascii_digit() || "+−-. %to".contains(c);
+    cell == "exact" || (cell.starts_with(|c: char| c.is_ascii_digit() || "+−-".contains(c)) && cell.chars().all(figure))
 }

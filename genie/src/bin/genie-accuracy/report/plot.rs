@@ -44,7 +44,7 @@ impl Lines<'_> {
         };
         let ticks = nice_ticks(low, high);
         let (low, high) = (ticks[0].min(low), ticks[ticks.len() - 1].max(high));
-        let (left, right, top, bottom) = (58.0, WIDTH - 14.0, 14.0, LINES_HEIGHT - 50.0);
+        let (left, right, top, bottom) = (62.0, WIDTH - 30.0, 14.0, LINES_HEIGHT - 50.0);
         let x = |at: usize| left + (right - left) * at as f64 / (self.places.len().max(2) - 1) as f64;
         let y = |value: f64| bottom - (bottom - top) * (value - low) / (high - low).max(f64::MIN_POSITIVE);
         let mut body = String::new();
@@ -254,10 +254,12 @@ fn nice_ticks(low: f64, high: f64) -> Vec<f64> {
     (first..=last.max(first + 1)).map(|tick| tick as f64 * step).collect()
 }
 
-/// The places to write names at: the first, the last, and of numbered layers every fifth if there are many.
+/// The places to write names at: all, or if there are many, of the numbered layers every fifth, without the first, which
+/// has no room beside what is before it.
 fn label_places(places: &[&str]) -> Vec<usize> {
-    let every = if places.len() <= 16 { 1 } else { 5 };
-    let shown = |at: &usize| places[*at].parse::<usize>().map_or(true, |number| number.is_multiple_of(every));
+    let few = places.len() <= 12;
+    let is_fifth = |number: usize| 0 < number && number.is_multiple_of(5);
+    let shown = |at: &usize| few || places[*at].parse().map_or(true, is_fifth);
     (0..places.len()).filter(shown).collect()
 }
 

@@ -131,9 +131,18 @@ fn a_page_holds_every_figure() {
             }
         }
     }
-    for figure in
-        ["12.3", "11.0", "4.3", "17", "17 × int8 block 32", "9 × 16 bit, static", "own, 7 tensors", "3", "0.9.8"]
-    {
+    for figure in [
+        "12.3",
+        "11.0",
+        "4.3",
+        "17",
+        "int8 block 32",
+        "float block 32",
+        "9 × 16 bit, static",
+        "own, 7 tensors",
+        "3",
+        "0.9.8",
+    ] {
         holds(figure);
     }
     for origin in
