@@ -1,6 +1,6 @@
 //! Plots as inline SVG. Colours come from the page's style, so that they follow light and dark.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
 
 use super::html::escape;
 
@@ -43,163 +43,144 @@ impl Lines<'_> {
             return format!("<p>{}: nothing differs anywhere.</p>\n", escape(self.title));
         };
         let ticks = nice_ticks(low, high);
-        let (low, high) = (ticks[0].min(low), ticks[ticks.len() - 1].max(high));
+        let (low, high) = (ticks[0], ticks[ticks.len() - 1]);
         let (left, right, top, bottom) = (62.0, WIDTH - 30.0, 14.0, LINES_HEIGHT - 50.0);
         let x = |at: usize| left + (right - left) * at as f64 / (self.places.len().max(2) - 1) as f64;
-        let y = |value: f64| bottom - (bottom - top) * (value - low) / (high - low).max(f64::MIN_POSITIVE);
-        let mut body = String::new();
+        let y = |value: f64| bottom - (bottom - top) * (value - low) / (high - low);
+        let mut canvas = Canvas::default();
         for tick in ticks {
-            let at = y(tick);
-            let _ = write!(body, "<line class=\"grid\" x1=\"{left}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>");
-            let _ = write!(body, "<text class=\"end\" x=\"{}\" y=\"{:.1}\">{tick}</text>", left - 8.0, at + 4.0);
+            canvas.line("grid", (left, y(tick)), (right, y(tick)));
+            canvas.text("end", (left - 8.0, y(tick) + 4.0), &tick.to_string());
         }
         for at in label_places(&self.places) {
-            let name = escape(self.places[at]);
-            let (at, below) = (x(at), bottom + 18.0);
-            let _ = write!(
-                body,
-                "<line class=\"axis\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{bottom}\" y2=\"{}\"/>",
-                bottom + 5.0
-            );
-            let _ = write!(body, "<text class=\"middle\" x=\"{at:.1}\" y=\"{below}\">{name}</text>");
+            canvas.line("axis", (x(at), bottom), (x(at), bottom + 5.0));
+            canvas.text("middle", (x(at), bottom + 18.0), self.places[at]);
         }
-        let _ = write!(body, "<line class=\"axis\" x1=\"{left}\" x2=\"{right}\" y1=\"{bottom}\" y2=\"{bottom}\"/>");
+        canvas.line("axis", (left, bottom), (right, bottom));
         for (number, (name, values)) in self.series.iter().enumerate() {
-            let points = |at: usize| values.get(at).copied().flatten().map(|value| (x(at), y(value), value));
-            line(&mut body, number, (0..values.len()).map(|at| points(at).map(|(x, y, _)| (x, y))));
-            for (at, (x, y, value)) in (0..values.len()).filter_map(|at| Some((at, points(at)?))) {
-                let tip = format!("{name}, {}: {value:.1}", self.places.get(at).copied().unwrap_or_default());
-                mark(&mut body, number, (x, y), &tip);
+            let points = |at: usize| Some((x(at), y((*values.get(at)?)?)));
+            canvas.path(number, (0..values.len()).map(points));
+            for (at, value) in values.iter().enumerate().filter_map(|(at, value)| Some((at, (*value)?))) {
+                let place = self.places.get(at).copied().unwrap_or_default();
+                canvas.mark(number, (x(at), y(value)), &format!("{name}, {place}: {value:.1}"));
             }
         }
-        body.push_str(&axis_titles(self.x_label, (left + right) / 2.0, LINES_HEIGHT - 8.0));
-        let middle = (top + bottom) / 2.0;
-        let turned = escape(self.y_label);
-        let _ = write!(body, "<text class=\"middle\" transform=\"translate(14 {middle}) rotate(-90)\">{turned}</text>");
-        figure(self.title, LINES_HEIGHT, &body, &self.series.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>())
+        canvas.text("middle", ((left + right) / 2.0, LINES_HEIGHT - 8.0), self.x_label);
+        canvas.upward((14.0, (top + bottom) / 2.0), self.y_label);
+        let legend: Vec<&str> = self.series.iter().map(|(name, _)| name.as_str()).collect();
+        canvas.figure(self.title, LINES_HEIGHT, &legend)
     }
 }
 
 impl Dots<'_> {
     pub(super) fn svg(&self) -> String {
-        let dots = || self.rows.iter().flat_map(|row| &row.dots);
-        let ends = dots().flat_map(|dot| [dot.low, dot.high, 0.0]);
+        let ends = self.rows.iter().flat_map(|row| &row.dots).flat_map(|dot| [dot.low, dot.high, 0.0]);
         let Some((low, high)) = bounds(ends) else { return String::new() };
         let (low, high) = (stretched(low) - 0.15, stretched(high) + 0.15);
         let longest = self.rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0).min(LONGEST_NAME);
-        let (left, right) = (20.0 + 7.2 * longest as f64, WIDTH - 30.0);
-        let x = |value: f64| left + (right - left) * (stretched(value) - low) / (high - low);
-        let heights: Vec<f64> = self.rows.iter().map(|row| 16.0 + 15.0 * row.dots.len().max(1) as f64).collect();
-        let (top, mut body) = (10.0, String::new());
-        let bottom = top + heights.iter().sum::<f64>();
+        let (left, right, top) = (20.0 + 7.2 * longest as f64, WIDTH - 30.0, 10.0);
+        let x = |percent: f64| left + (right - left) * (stretched(percent) - low) / (high - low);
+        let bottom = top + self.rows.iter().map(Row::height).sum::<f64>();
+        let mut canvas = Canvas::default();
         let mut last_label = f64::NEG_INFINITY;
         for tick in TICKS_PERCENT.into_iter().filter(|tick| (low..=high).contains(&stretched(*tick))) {
-            let (at, class) = (x(tick), if tick == 0.0 { "axis" } else { "grid" });
-            let _ =
-                write!(body, "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>");
-            if at - last_label > 34.0 {
-                let _ = write!(
-                    body,
-                    "<text class=\"middle\" x=\"{at:.1}\" y=\"{}\">{}</text>",
-                    bottom + 18.0,
-                    signed(tick)
-                );
-                last_label = at;
+            canvas.line(if tick == 0.0 { "axis" } else { "grid" }, (x(tick), top), (x(tick), bottom));
+            // Ticks that are too near to the one before go without a name.
+            if x(tick) - last_label > 44.0 {
+                canvas.text("middle", (x(tick), bottom + 18.0), &signed(tick));
+                last_label = x(tick);
             }
         }
         let mut y = top;
-        for (row, height) in self.rows.iter().zip(heights) {
-            let (name, middle) = (escape(&shortened(&row.name)), y + height / 2.0 + 4.0);
-            let _ = write!(
-                body,
-                "<text class=\"end\" x=\"{}\" y=\"{middle:.1}\">{name}<title>{}</title></text>",
-                left - 10.0,
-                escape(&row.name)
-            );
+        for row in &self.rows {
+            canvas.text("end", (left - 10.0, y + row.height() / 2.0 + 4.0), &shortened(&row.name));
             for (at, dot) in row.dots.iter().enumerate() {
-                let y = y + 8.0 + 15.0 * (at as f64 + 0.5);
-                let (from, to, color) = (x(dot.low), x(dot.high), dot.series % N_COLORS);
-                let _ = write!(
-                    body,
-                    "<line class=\"s{color}\" x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>"
-                );
-                let series = self.series.get(dot.series).map_or("", String::as_str);
-                let tip = format!(
-                    "{} {series}: {} ({} to {})",
-                    row.name,
-                    signed(dot.value),
-                    signed(dot.low),
-                    signed(dot.high)
-                );
-                mark(&mut body, dot.series, (x(dot.value), y), &tip);
+                let y = y + 8.0 + ROW_STEP * (at as f64 + 0.5);
+                let tip = format!("{}: {} ({} to {})", row.name, signed(dot.value), signed(dot.low), signed(dot.high));
+                canvas.line(&format!("s{}", dot.series % N_COLORS), (x(dot.low), y), (x(dot.high), y));
+                canvas.mark(dot.series, (x(dot.value), y), &tip);
             }
-            y += height;
+            y += row.height();
         }
-        body.push_str(&axis_titles(self.x_label, (left + right) / 2.0, bottom + 38.0));
+        canvas.text("middle", ((left + right) / 2.0, bottom + 38.0), self.x_label);
         let legend: Vec<&str> = self.series.iter().map(String::as_str).collect();
-        figure(self.title, bottom + 46.0, &body, if legend.len() > 1 { &legend } else { &[] })
+        canvas.figure(self.title, bottom + 46.0, if legend.len() > 1 { &legend } else { &[] })
     }
 }
 
-/// A plot with its title and legend, for those who see it and those who hear it.
-fn figure(title: &str, height: f64, body: &str, legend: &[&str]) -> String {
-    let entry = |(number, name): (usize, &&str)| {
-        let mut swatch = String::new();
-        let _ = write!(
-            swatch,
-            "<line class=\"s{} {}\" x1=\"1\" x2=\"27\" y1=\"7\" y2=\"7\"/>",
-            number % N_COLORS,
-            dashes(number)
-        );
-        mark(&mut swatch, number, (14.0, 7.0), "");
-        format!("<li><svg width=\"28\" height=\"14\" aria-hidden=\"true\">{swatch}</svg> {}</li>", escape(name))
-    };
-    let legend: String = legend.iter().enumerate().map(entry).collect();
-    let legend = if legend.is_empty() { legend } else { format!("<ul class=\"legend\">{legend}</ul>") };
-    let title = escape(title);
-    format!(
-        "<figure><figcaption>{title}</figcaption>{legend}<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
-         aria-label=\"{title}; the figures are in the table below\">{body}</svg></figure>\n"
-    )
+impl Row {
+    fn height(&self) -> f64 {
+        16.0 + ROW_STEP * self.dots.len().max(1) as f64
+    }
 }
 
-/// The parts of a line between its gaps.
-fn line(body: &mut String, number: usize, points: impl Iterator<Item = Option<(f64, f64)>>) {
-    let mut path = String::new();
-    let mut pen = 'M';
-    for point in points {
-        match point {
-            Some((x, y)) => {
-                let _ = write!(path, "{pen}{x:.1} {y:.1}");
-                pen = 'L';
+/// A drawing in the making. Classes are those of the style sheet.
+#[derive(Default)]
+struct Canvas(String);
+
+impl Canvas {
+    fn line(&mut self, class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) {
+        self.add(format_args!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>"));
+    }
+
+    fn text(&mut self, class: &str, (x, y): (f64, f64), text: &str) {
+        self.add(format_args!("<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>", escape(text)));
+    }
+
+    /// Text that is read from below.
+    fn upward(&mut self, (x, y): (f64, f64), text: &str) {
+        let turn = format!("translate({x:.1} {y:.1}) rotate(-90)");
+        self.add(format_args!("<text class=\"middle\" transform=\"{turn}\">{}</text>", escape(text)));
+    }
+
+    /// The line of series `number`, in parts between the gaps.
+    fn path(&mut self, number: usize, points: impl Iterator<Item = Option<(f64, f64)>>) {
+        let (mut path, mut pen) = (String::new(), 'M');
+        for point in points {
+            if let Some((x, y)) = point {
+                path.push_str(&format!("{pen}{x:.1} {y:.1}"));
             }
-            None => pen = 'M',
+            pen = if point.is_some() { 'L' } else { 'M' };
         }
+        self.add(format_args!("<path class=\"s{} {}\" d=\"{path}\"/>", number % N_COLORS, dashes(number)));
     }
-    let _ = write!(body, "<path class=\"s{} {}\" d=\"{path}\"/>", number % N_COLORS, dashes(number));
-}
 
-/// The mark of series `number` at a point: its shape tells it apart where colours do not.
-fn mark(body: &mut String, number: usize, (x, y): (f64, f64), tip: &str) {
-    let title = if tip.is_empty() { String::new() } else { format!("<title>{}</title>", escape(tip)) };
-    let color = number % N_COLORS;
-    let shape = match number % 4 {
-        0 => format!("<circle class=\"m{color}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.4\">{title}</circle>"),
-        1 => format!(
-            "<rect class=\"m{color}\" x=\"{:.1}\" y=\"{:.1}\" width=\"6.4\" height=\"6.4\">{title}</rect>",
-            x - 3.2,
-            y - 3.2
-        ),
-        2 => format!("<path class=\"m{color}\" d=\"M{x:.1} {:.1}l4.2 7.4h-8.4z\">{title}</path>", y - 4.6),
-        _ => {
-            format!("<path class=\"m{color}\" d=\"M{x:.1} {:.1}l4.4 4.4l-4.4 4.4l-4.4 -4.4z\">{title}</path>", y - 4.4)
-        }
-    };
-    body.push_str(&shape);
-}
+    /// The mark of series `number`: its shape tells it apart where colours do not. `tip` shows under a pointer.
+    fn mark(&mut self, number: usize, (x, y): (f64, f64), tip: &str) {
+        let shape = match number % 4 {
+            0 => format!("circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.4\""),
+            1 => format!("rect x=\"{:.1}\" y=\"{:.1}\" width=\"6.4\" height=\"6.4\"", x - 3.2, y - 3.2),
+            2 => format!("path d=\"M{x:.1} {:.1}l4.2 7.4h-8.4z\"", y - 4.6),
+            _ => format!("path d=\"M{x:.1} {:.1}l4.4 4.4l-4.4 4.4l-4.4 -4.4z\"", y - 4.4),
+        };
+        let element = shape.split(' ').next().unwrap_or_default();
+        let color = number % N_COLORS;
+        self.add(format_args!("<{shape} class=\"m{color}\"><title>{}</title></{element}>", escape(tip)));
+    }
 
-fn axis_titles(text: &str, x: f64, y: f64) -> String {
-    format!("<text class=\"middle\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>", escape(text))
+    /// The drawing with its title and legend, for those who see it and those who hear it.
+    fn figure(self, title: &str, height: f64, legend: &[&str]) -> String {
+        let entry = |(number, name): (usize, &&str)| {
+            let mut swatch = Canvas::default();
+            swatch.path(number, [Some((1.0, 7.0)), Some((27.0, 7.0))].into_iter());
+            swatch.mark(number, (14.0, 7.0), name);
+            let swatch = format!("<svg width=\"28\" height=\"14\" aria-hidden=\"true\">{}</svg>", swatch.0);
+            format!("<li>{swatch} {}</li>", escape(name))
+        };
+        let entries: String = legend.iter().enumerate().map(entry).collect();
+        let legend = if entries.is_empty() { entries } else { format!("<ul class=\"legend\">{entries}</ul>") };
+        let title = escape(title);
+        format!(
+            "<figure><figcaption>{title}</figcaption>{legend}<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
+             aria-label=\"{title}; the figures are in the table below\">{}</svg></figure>\n",
+            self.0
+        )
+    }
+
+    fn add(&mut self, element: std::fmt::Arguments<'_>) {
+        // A String takes everything.
+        let _ = self.0.write_fmt(element);
+    }
 }
 
 /// Series beyond the number of colours are dashed.
@@ -266,6 +247,8 @@ fn label_places(places: &[&str]) -> Vec<usize> {
 const WIDTH: f64 = 860.0;
 const LINES_HEIGHT: f64 = 330.0;
 const LONGEST_NAME: usize = 44;
+/// Height of a dot in its row.
+const ROW_STEP: f64 = 15.0;
 /// Colours of the style sheet: classes s0, m0 and so on.
 const N_COLORS: usize = 7;
 const TICKS_PERCENT: [f64; 19] =
