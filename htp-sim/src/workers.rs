@@ -159,8 +159,8 @@ impl<T> std::ops::Deref for Line<T> {
 }
 
 /// How many items of a worker's share have been taken: the epoch, and the number below it. A number of another epoch is none
-/// yet, so that nobody has to reset the shares of others when a region opens. (Epochs repeat after 2^36 regions. Every share with
-/// items is used up in every region, so a number that old is none of a region with items.)
+/// yet, so that nobody has to reset the shares of others when a region opens. Epochs repeat after 2^36
+/// regions: a share would have to be without items for all of these, days of them, and get some in the very next.
 struct Share(AtomicU64);
 
 impl Share {
