@@ -202,11 +202,74 @@ fn parts_are_applied_in_their_order() {
 
 /// `graph` under another name.
 fn renamed(graph: &Graph, name: &str) -> Graph {
+    changed(graph, name, |tensor| tensor)
+}
+
+/// `graph` under the name `name`, its tensors changed by `change`.
+fn changed(graph: &Graph, name: &str, change: impl Fn(Tensor) -> Tensor) -> Graph {
     let mut other = Graph::new(name);
-    graph.tensors().iter().for_each(|tensor| _ = other.add_tensor(tensor.clone()).unwrap());
+    graph.tensors().iter().for_each(|tensor| _ = other.add_tensor(change(tensor.clone())).unwrap());
     graph.nodes().iter().for_each(|node| _ = other.add_node(node.clone()).unwrap());
     graph.metadata().iter().for_each(|(key, value)| other.set_metadata(key, value));
     other
+}
+
+// Broken if an output lies on another grid than the one the library tells the client, whoever brings the encoding.
+#[test]
+fn outputs_are_on_the_grid_that_the_context_names() {
+    let own = |scale: f32| {
+        let encoding = Encoding::ScaleOffset { bitwidth: 16, scale, offset: -32768 };
+        TensorEncoding { data_type: DataType::UFixedPoint16, encoding }
+    };
+    let graph = changed(&quantized(&float("all", 3)), "model", |tensor| match tensor.name.as_str() {
+        "logits" => {
+            let TensorEncoding { data_type, encoding } = own(0.01);
+            let tensor_type = tensor.tensor_type.updateable();
+            Tensor { tensor_type, data_type, encoding: Some(encoding), ..tensor }
+        }
+        _ => tensor,
+    });
+    let context = context([graph.clone()]);
+    let with_own = member(&context, 3).with_encodings([("logits".to_owned(), own(0.07))]).unwrap();
+    let chat = group(&context, "chat", vec![("logits".to_owned(), own(0.11))]);
+    let sections = [context.section(&with_own).unwrap(), chat, weights(&context, 3, "chat")];
+    for (section, want) in sections.into_iter().zip([0.07_f32, 0.11, 0.11]) {
+        let adapter = context.apply_section(None, section.into()).unwrap();
+        let Some(Encoding::ScaleOffset { scale, .. }) = context.encoding("model", "logits") else { panic!() };
+        assert_eq!(scale, want);
+        let backend = HtpBackend::new(1).unwrap();
+        for values in [logits(&backend, &graph, &adapter), logits(&ReferenceBackend, &graph, &adapter)] {
+            let off = |value: &f32| (value / scale - (value / scale).round()).abs();
+            assert!(values.iter().all(|value| off(value) < 1e-3), "{values:?} is not on steps of {scale}");
+            assert!(values.iter().any(|value| *value != 0.0));
+        }
+    }
+}
+
+// Broken if a section replaces encodings that the model's quant_updatable_mode fixes, or if an adapter's weights then run with
+// other encodings than the base's.
+#[test]
+fn the_mode_decides_what_a_section_may_replace() {
+    let encodings = encodings(&quantized(&float("all", 3)), 0.5);
+    for mode in ["none", "adapter_only"] {
+        let graph = quantized(&float(mode, 3));
+        let context = context([graph.clone()]);
+        let bring = member(&context, 3).with_encodings(encodings.clone()).unwrap();
+        let error = chain(&context.section(&bring).unwrap_err());
+        assert!(error.contains("encoding of tensor model.") && error.contains("quant_updatable_mode all"), "{error}");
+        let shared = AdapterGroup::new("chat", Arc::clone(context.updatable()), encodings.clone()).unwrap();
+        assert!(matches!(context.group_section(&shared), Err(SectionError::Encoding { .. })));
+        let section = context.section(&member(&context, 3)).unwrap();
+        let adapter = context.apply_section(None, section.into()).unwrap();
+        for tensor in graph.tensors() {
+            let now = context.encoding("model", &tensor.name);
+            assert_eq!(format!("{now:?}"), format!("{:?}", tensor.encoding));
+        }
+        let (htp, reference) =
+            (logits(&HtpBackend::new(1).unwrap(), &graph, &adapter), logits(&ReferenceBackend, &graph, &adapter));
+        let distance: f32 = htp.iter().zip(&reference).map(|(a, b)| (a - b).powi(2)).sum();
+        assert!(distance < 1e-6 * reference.iter().map(|v| v * v).sum::<f32>(), "{distance}");
+    }
 }
 
 // Broken if parts that do not belong together run, or the message does not name both.
@@ -226,7 +289,7 @@ fn what_does_not_belong_together_is_refused() {
     let load = |section: &[u8]| text(context.load_section(bytes(section)).unwrap_err());
     let with = |section: &[u8], group| text(context.load_grouped_section(bytes(section), group).unwrap_err());
     let as_group = |section: &[u8]| text(context.load_group(bytes(section)).unwrap_err());
-    let changed =
+    let edited =
         |section: &[u8], from: &str, to: &str| splice(&context, section, |parts| replace(&mut parts[0].2, from, to));
     let cases = [
         (load(&of_chat), "needs the encodings of group \"chat\""),
@@ -237,17 +300,17 @@ fn what_does_not_belong_together_is_refused() {
         (as_group(&of_chat), "is of type UPDATABLE_WEIGHTS, need UPDATABLE_QUANT_PARAM"),
         (with(&of_chat, &code), "belongs to group \"chat\", the encodings are those of group \"code\""),
         (with(&of_chat, &narrow), "section is for graph \"every graph\", asked for \"model\""),
-        (load(&changed(&of_chat, "UPDATABLE_WEIGHTS", "UPDATABLE")), "group: found 1, need 0 with UPDATABLE"),
-        (load(&changed(&of_chat, "\"group\":\"chat\",", "")), "group: found 0, need 1 with UPDATABLE_WEIGHTS"),
-        (load(&changed(&of_chat, "UPDATABLE_WEIGHTS", "UPDATABLE_QUANT_PARAM")), "group: found 1, need 0"),
+        (load(&edited(&of_chat, "UPDATABLE_WEIGHTS", "UPDATABLE")), "group: found 1, need 0 with UPDATABLE"),
+        (load(&edited(&of_chat, "\"group\":\"chat\",", "")), "group: found 0, need 1 with UPDATABLE_WEIGHTS"),
+        (load(&edited(&of_chat, "UPDATABLE_WEIGHTS", "UPDATABLE_QUANT_PARAM")), "group: found 1, need 0"),
         (
-            load(&changed(&whole, "\"graph\":null", "\"section_type\":\"UPDATABLE_QUANT_PARAM\",\"graph\":null")),
+            load(&edited(&whole, "\"graph\":null", "\"section_type\":\"UPDATABLE_QUANT_PARAM\",\"graph\":null")),
             "tensors",
         ),
-        (load(&changed(&whole, "\"graph\":null", "\"group\":\"chat\",\"graph\":null")), "group: found 1, need 0"),
-        (as_group(&changed(&chat, "\"rank\":0", "\"rank\":1")), "rank: found 1, need 0 with UPDATABLE_QUANT_PARAM"),
-        (as_group(&changed(&chat, "UPDATABLE_QUANT_PARAM", "UPDATABLE_ALL")), "unknown variant `UPDATABLE_ALL`"),
-        (as_group(&changed(&chat, "model.layers.0.input_layernorm\",\"encoding", "nowhere\",\"encoding")), "nowhere"),
+        (load(&edited(&whole, "\"graph\":null", "\"group\":\"chat\",\"graph\":null")), "group: found 1, need 0"),
+        (as_group(&edited(&chat, "\"rank\":0", "\"rank\":1")), "rank: found 1, need 0 with UPDATABLE_QUANT_PARAM"),
+        (as_group(&edited(&chat, "UPDATABLE_QUANT_PARAM", "UPDATABLE_ALL")), "unknown variant `UPDATABLE_ALL`"),
+        (as_group(&edited(&chat, "model.layers.0.input_layernorm\",\"encoding", "nowhere\",\"encoding")), "nowhere"),
     ];
     for (i, (error, want)) in cases.into_iter().enumerate() {
         assert!(error.contains(want), "case {i}: {error}\nneed {want}");

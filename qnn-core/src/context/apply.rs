@@ -72,12 +72,10 @@ impl Context {
             Use::Base => None,
             Use::Adapter(adapter) => adapter.group().cloned(),
         };
-        let first = group(&applied[at.start]);
-        let same = |other: &Option<Arc<AdapterGroup>>| match (&first, other) {
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        };
-        Ok(applied[at].iter().map(group).all(|other| same(&other)).then_some(()).and(first.clone()))
+        let mut groups = applied[at].iter().map(group);
+        let first = groups.next().flatten();
+        let all_same = groups.all(|other| matches!((&first, &other), (Some(a), Some(b)) if Arc::ptr_eq(a, b)));
+        Ok(first.filter(|_| all_same))
     }
 
     /// Makes `adapter` what later executes run with, in one graph or (`None`) in every graph it is for. Executes that
