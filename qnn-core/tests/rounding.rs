@@ -1,5 +1,5 @@
-//! Guards rounding with calibration: equalization keeps what a graph computes, with and without an adapter; error feedback
-//! makes outputs better; block steps mean the same in files, in the reference and in the kernels' panels.
+//! Guards rounding with calibration: equalization and smoothing keep what a graph computes, with and without an adapter;
+//! smoothing saves inputs with massive channels; error feedback makes outputs better; block steps mean the same in files, in the reference and in the kernels' panels.
 
 mod support;
 
@@ -8,19 +8,22 @@ use qnn_core::{
     DataType, Encoding, Floats, Graph, TensorData,
     backend::{HtpBackend, htp::pack_constant, reference::dequantize_constant},
     offline::{
+        arch::{CacheType, Grouping, WeightType},
         calibrate::{Calibrator, Feed, Probe, float_graph},
         dlc,
-        equalize::{ChannelScales, ScalesError, equalize},
+        equalize::{ChannelScales, ScalesError, SmoothError, SmoothOptions, equalize, smooth},
         lora::{Folded, FoldedModule, adapter_for_graph},
+        quantize::{Activations, Calibration, QuantizeOptions, Schema, Tools, quantize},
         quantize_weights::{Bits, Feedback, Moments, Rounding, Scheme, Search, quantize_with},
         rounding::{Method, RoundingError, RoundingOptions, round_weights, set_dynamic_activations},
         source::{ElementFormat, SourceTensor},
     },
 };
-use support::{Form, Rng, Tiny, tiny};
+use support::{Form, Rng, Runner, Tiny, tiny};
 
 const RANK: usize = 4;
 const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
+const SMOOTHING: SmoothOptions = SmoothOptions { weights: Some(Scheme::Block { bits: Bits::Eight, block_size: 16 }) };
 
 /// A float model whose weights came off their four-bit grid by factors on the channels between norms and matrices.
 fn off_grid(branch: bool) -> Graph {
@@ -45,10 +48,19 @@ fn off_grid(branch: bool) -> Graph {
 }
 
 fn scale_columns(graph: &mut Graph, name: &str, factor: impl Fn(usize) -> f32) {
+    scale(graph, name, |at, k| factor(at % k));
+}
+
+fn scale_rows(graph: &mut Graph, name: &str, factor: impl Fn(usize) -> f32) {
+    scale(graph, name, |at, k| factor(at / k));
+}
+
+/// `factor` gets the place of an element and the length of a row.
+fn scale(graph: &mut Graph, name: &str, factor: impl Fn(usize, usize) -> f32) {
     let id = graph.find(name).expect("every tiny model has it");
     let k = graph.tensor(id).shape.last();
     let values = dequantize_constant(graph.tensor(id));
-    let scaled: Vec<f32> = values.iter().enumerate().map(|(at, v)| *v as f32 * factor(at % k)).collect();
+    let scaled: Vec<f32> = values.iter().enumerate().map(|(at, v)| *v as f32 * factor(at, k)).collect();
     let data = TensorData::Flat(Floats::from_f32(&scaled).bytes().clone());
     graph.replace_constant(id, DataType::Float32, None, data).expect("the same extents");
 }
@@ -91,6 +103,7 @@ fn random_folded() -> Folded {
         ("self_attn.q_proj", 32, 32),
         ("self_attn.v_proj", 16, 32),
         ("self_attn.o_proj", 32, 32),
+        ("mlp.gate_proj", 64, 32),
         ("mlp.up_proj", 64, 32),
         ("mlp.down_proj", 32, 64),
     ];
@@ -157,7 +170,8 @@ fn scaled_tensors_are_known_by_their_factors() {
         all
     };
     let (scaled, want) = (values(&equalized), values(&graph));
-    let undone: Vec<f32> = scaled.iter().zip(factors[normed].iter().cycle()).map(|(v, factor)| v / factor).collect();
+    let mut undone = scaled.clone();
+    factors[normed].undo(&mut undone);
     assert!(distance(&undone, &want) < 1e-3 && distance(&scaled, &want) > 0.05);
 
     let mut graph = off_grid(true);
@@ -170,6 +184,71 @@ fn scaled_tensors_are_known_by_their_factors() {
     assert_eq!(names, ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.v_proj.lora_add"]);
 }
 
+/// A float model whose gated channels are massive in one place, as those of language models are.
+fn massive() -> Graph {
+    let branch = Some((RANK, DataType::Float32));
+    let mut graph = tiny("model", Tiny { seed: 5, ar: 32, cl: 32, branch, ..Tiny::default() });
+    graph.set_metadata("lora_alpha_tensor", "lora_alpha");
+    for layer in 0..2 {
+        let name = |part: &str| format!("model.layers.{layer}.mlp.{part}.weight");
+        scale_rows(&mut graph, &name("up_proj"), |row| if row == 5 { 300.0 } else { 1.0 });
+        scale_columns(&mut graph, &name("down_proj"), |column| if column == 5 { 1.0 / 300.0 } else { 1.0 });
+    }
+    graph
+}
+
+fn smoothed(graph: &Graph, threads: usize) -> Graph {
+    let (mut result, windows) = (graph.clone(), windows());
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let backend = HtpBackend::new(threads).expect("some threads");
+    let reports = smooth(&mut result, &windows, SMOOTHING, &backend, &mut |_, _| {}).expect("a float graph");
+    let massive = reports.iter().filter(|report| report.source.ends_with("up_proj"));
+    assert!(massive.clone().count() == 2 && massive.clone().all(|report| report.is_sorted), "{reports:?}");
+    assert!(massive.into_iter().all(|report| report.error_after < 0.1 * report.error_before), "{reports:?}");
+    let again = smooth(&mut result, &windows, SMOOTHING, &backend, &mut |_, _| {});
+    assert!(matches!(again, Err(SmoothError::Scales(ScalesError::Twice))));
+    result
+}
+
+/// What is left of the logits with 8-bit weights and inputs.
+fn loss_at_eight_bits(graph: &Graph, float: &[f32]) -> f64 {
+    let windows = windows();
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let options = QuantizeOptions {
+        weights: WeightType::Int { bits: Bits::Eight, grouping: Grouping::Block(16) },
+        activations: Activations {
+            bits: 8,
+            calibration: Calibration::MinMax,
+            schema: Schema::Asymmetric,
+            least_sqnr_db: None,
+        },
+        cache: Some(CacheType::F32),
+    };
+    let (backend, workers) = (HtpBackend::new(1).expect("one thread"), Workers::new(1).expect("one thread"));
+    let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut |_| {} };
+    let (quantized, _) = quantize(graph, &windows, &options, None, &mut tools).expect("it can be quantized");
+    let ids: Vec<i32> = windows[0].iter().map(|id| *id as i32).collect();
+    let last = Runner::new(&backend, &quantized).run(&ids, None, 0.0);
+    distance(&last, &float[float.len() - last.len()..])
+}
+
+// Guards: smoothing changes no result of the base or of an adapter, gives the same factors with any number of workers, and
+// saves what one 8-bit grid for all channels would lose.
+#[test]
+fn smoothing_keeps_the_function_and_saves_massive_channels() {
+    let graph = massive();
+    let smooth = smoothed(&graph, 2);
+    assert_eq!(smooth.metadata(), smoothed(&graph, 1).metadata());
+    let folded = random_folded();
+    let float = logits(&graph, None);
+    assert!(distance(&logits(&smooth, None), &float) < 1e-3);
+    let want = logits(&graph, Some(&folded));
+    assert!(distance(&float, &want) > 0.05, "the adapter has an effect");
+    assert!(distance(&logits(&smooth, Some(&folded)), &want) < 1e-3);
+    let (before, after) = (loss_at_eight_bits(&graph, &float), loss_at_eight_bits(&smooth, &float));
+    assert!(after < 0.03 && before > 3.0 * after, "{before} before, {after} after");
+}
+
 // Guards: a record of scales that is no such record is refused, not taken for none.
 #[test]
 fn damaged_scales_are_refused() {
@@ -179,6 +258,8 @@ fn damaged_scales_are_refused() {
         r#"{"lists":["3c"],"modules":{}}"#,
         r#"{"lists":["0000"],"modules":{}}"#,
         r#"{"lists":[],"modules":{"m":{"inputs":0}}}"#,
+        r#"{"lists":[],"orders":["00000000"],"modules":{"m":{"input_order":0}}}"#,
+        r#"{"lists":[],"orders":["00000002"],"modules":{"m":{"output_order":0}}}"#,
         r#"{"lists":["7c00"],"modules":{}}"#,
         r#"{"lists":["äää"],"modules":{}}"#,
     ] {

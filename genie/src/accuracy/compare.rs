@@ -11,6 +11,7 @@
 //! The three run side by side, a few rows at a time, over caches of their own; the forced one's caches come from the
 //! reference's inputs too. Only the rows of one run are kept, whatever the length of the text.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
@@ -191,27 +192,25 @@ impl Comparer {
         kept.iter_mut().for_each(Vec::clear);
         let want = reference.engine.forward_watched(chunk, &mut |tensor: Watched<'_>| {
             if let Some(at) = spots.find(tensor.name) {
-                let factors = &spots.pairs[at].reference.factors;
                 kept[at].extend_from_slice(tensor.values);
-                scale(&mut kept[at], factors, |value, factor| value / factor);
+                spots.pairs[at].reference.channels.undo(&mut kept[at]);
             }
             Seen::Kept
         })?;
         let have = free.engine.forward_watched(chunk, &mut |tensor: Watched<'_>| {
             if let Some(at) = spots.find(tensor.name).filter(|at| !kept[*at].is_empty()) {
-                accumulated[at].add(&kept[at], tensor.values, &spots.pairs[at].tested.factors, tensor.width);
+                accumulated[at].add(&kept[at], &undone(&spots.pairs[at], tensor.values), tensor.width);
             }
             Seen::Kept
         })?;
         forced.engine.forward_watched(chunk, &mut |tensor: Watched<'_>| {
             let Some(at) = spots.find(tensor.name).filter(|at| !kept[*at].is_empty()) else { return Seen::Kept };
-            let factors = &spots.pairs[at].tested.factors;
-            made[at].add(&kept[at], tensor.values, factors, tensor.width);
+            made[at].add(&kept[at], &undone(&spots.pairs[at], tensor.values), tensor.width);
             if !spots.pairs[at].tested.ends {
                 return Seen::Kept;
             }
             tensor.values.copy_from_slice(&kept[at]);
-            scale(tensor.values, factors, |value, factor| value * factor);
+            spots.pairs[at].tested.channels.redo(tensor.values);
             Seen::Replaced
         })?;
         sums.score(want, have, next);
@@ -362,11 +361,15 @@ fn check_same(what: &str, reference: usize, tested: usize) -> Result<(), Accurac
     Err(AccuracyError::Differ { what, reference, tested })
 }
 
-/// Applies the factor of each channel to rows of as many channels; none leaves them.
-fn scale(rows: &mut [f32], factors: &[f32], by: impl Fn(f32, f32) -> f32) {
-    if !factors.is_empty() {
-        rows.iter_mut().zip(factors.iter().cycle()).for_each(|(value, factor)| *value = by(*value, *factor));
+/// Rows of the tested model with the channels of the model as it was.
+fn undone<'a>(pair: &Pair, rows: &'a [f32]) -> Cow<'a, [f32]> {
+    let channels = &pair.tested.channels;
+    if channels.is_identity() {
+        return Cow::Borrowed(rows);
     }
+    let mut rows = rows.to_vec();
+    channels.undo(&mut rows);
+    Cow::Owned(rows)
 }
 
 /// The first of the largest.

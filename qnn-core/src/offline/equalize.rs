@@ -34,10 +34,12 @@ use crate::{
 
 mod groups;
 mod scales;
+mod smooth;
 
-pub use scales::{ChannelScales, ModuleScales, SCALES_KEY, ScalesError, fingerprint};
+pub use scales::{ChannelMap, ChannelScales, ModuleScales, SCALES_KEY, ScalesError, fingerprint};
+pub use smooth::{SmoothError, SmoothOptions, SmoothReport, smooth};
 
-use groups::{Group, Source};
+use groups::{Group, Partner, Source};
 
 /// One group that was looked at.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,7 +71,7 @@ pub fn equalize(graph: &mut Graph, scheme: Scheme, workers: &Workers) -> Result<
         let error_after = found.factors.as_ref().map_or(found.error_before, |(_, error)| *error);
         if let Some((factors, _)) = &found.factors {
             apply(graph, &group, weights, factors)?;
-            record.insert(&group, factors);
+            record.insert(&group, factors, None);
         }
         reports.push(GroupReport {
             source: group.source_name(graph),
@@ -234,11 +236,29 @@ fn apply(graph: &mut Graph, group: &Group, weights: Vec<Matrix>, factors: &[f32]
     };
     match &group.source {
         Source::Norm { weight, .. } => scale_rows(graph, *weight),
-        Source::Matrix { weight, bias, .. } => {
+        Source::Matrix(Partner { weight, bias, .. }) => {
             scale_rows(graph, *weight)?;
             bias.map_or(Ok(()), |bias| scale_rows(graph, bias))
         }
     }
+}
+
+/// Gives the channels of `group` other places: channel `order[i]` comes to place `i`, in the columns of the readers and the
+/// rows of what makes them.
+fn permute(graph: &mut Graph, group: &Group, order: &[u32]) -> Result<(), GraphError> {
+    for reader in &group.readers {
+        let matrix = Matrix::read(graph, reader.weight);
+        let rows = matrix.values.chunks_exact(matrix.k);
+        let values: Vec<f32> = rows.flat_map(|row| order.iter().map(|at| row[*at as usize])).collect();
+        replace(graph, reader.weight, &values)?;
+    }
+    for id in group.partners.iter().flat_map(|partner| [Some(partner.weight), partner.bias]).flatten() {
+        let matrix = Matrix::read(graph, id);
+        let width = matrix.values.len() / order.len();
+        let row = |at: &u32| &matrix.values[*at as usize * width..][..width];
+        replace(graph, id, &order.iter().flat_map(row).copied().collect::<Vec<f32>>())?;
+    }
+    Ok(())
 }
 
 fn replace(graph: &mut Graph, id: TensorId, values: &[f32]) -> Result<(), GraphError> {

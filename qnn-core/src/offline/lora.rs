@@ -38,6 +38,7 @@ pub(in crate::offline) mod groups;
 pub mod import;
 mod peft;
 mod plan;
+mod rescale;
 pub mod values;
 mod yaml;
 
@@ -52,6 +53,7 @@ pub use fold::{Folded, FoldedModule, Scaling, Slot, fold};
 pub use groups::Group;
 pub use peft::{PeftAdapter, PeftModule, load_peft};
 pub use plan::{LoraOptions, plan};
+pub use rescale::{PlacedAdapters, place_adapters};
 
 /// Name of the graph input with one strength for each rank column.
 pub const ALPHA_TENSOR: &str = "lora_alpha";

@@ -1,7 +1,7 @@
 //! Where the computed tensors of a model are, over all its splits.
 
 use qnn_core::{
-    offline::equalize::ChannelScales,
+    offline::equalize::{ChannelMap, ChannelScales},
     outline::{Place, n_layers, outline},
 };
 
@@ -18,8 +18,8 @@ pub struct Spot {
     pub ends: bool,
     /// Elements of a row.
     pub width: usize,
-    /// By what its channels were multiplied when the model was equalized; empty if they were not.
-    pub factors: Vec<f32>,
+    /// What was done to its channels when the model was equalized or smoothed.
+    pub channels: ChannelMap,
 }
 
 impl QnnModel {
@@ -50,9 +50,9 @@ impl QnnModel {
             let points = outline(graph).ok_or_else(|| unknown(graph.name()))?;
             let scales = ChannelScales::of(graph.metadata())
                 .map_err(|why| EngineError::Outline { graph: graph.name().to_owned(), why: why.to_string() })?;
-            let mut factors = scales.of_tensors(graph);
+            let mut channels = scales.of_tensors(graph);
             spots.extend(points.into_iter().map(|point| Spot {
-                factors: factors.remove(&point.name).unwrap_or_default(),
+                channels: channels.remove(&point.name).unwrap_or_default(),
                 name: point.name,
                 place: point.place,
                 ends: point.ends,

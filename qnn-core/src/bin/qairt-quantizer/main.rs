@@ -1,38 +1,43 @@
 //! `qairt-quantizer`: a DLC and some text in, a DLC with integer weights and static encodings out.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use htp_sim::Workers;
-use indicatif::{ProgressBar, ProgressStyle};
 use qnn_core::{
     Graph,
     backend::HtpBackend,
-    encoding::Encoding,
     offline::{
         arch::{CacheType, Grouping, WeightType},
         calibrate::spread_windows,
         dlc::{read_dlc, write_dlc},
         encodings::{EncodingsFile, FileVersion, dump},
+        equalize::{SmoothOptions, SmoothReport, smooth},
+        lora::place_adapters,
         quantize::{
-            Activations, Calibration, Progress, QuantizeOptions, QuantizeReport, Schema, TensorReport, Tools,
-            adapters::calibrate_adapters, quantize, text,
+            Activations, Calibration, Progress, QuantizeOptions, QuantizeReport, Schema, Tools,
+            adapters::{AdapterReport, calibrate_adapters},
+            quantize, text,
         },
         quantize_weights::Bits,
+        rounding::RoundingReport,
     },
 };
 
+mod display;
+mod report;
 mod weights;
 
+use display::Display;
 use weights::{Situation, WeightArgs};
 
 /// Quantizes a DLC: weights to integers, inputs of matrices to static encodings found by running the model over text.
 ///
 /// With --lora_output_files it calibrates once more with each adapter applied, and adds the encodings to the adapters'
-/// files. Next step: qnn-context-binary-generator.
+/// files. Where channels of the model are scaled, the adapters are scaled with them, into files of their own. Next step:
+/// qnn-context-binary-generator, with the list of adapters that is printed.
 #[derive(Parser)]
 #[command(name = "qairt-quantizer", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Cli {
@@ -84,8 +89,9 @@ struct Cli {
     act_bitwidth: ActBits,
 
     /// How the range of an 8-bit input is found. 16-bit ones always cover all that was seen: they have steps to spare.
-    #[arg(long, value_name = "METHOD", default_value = "sqnr")]
-    act_quantizer_calibration: Method,
+    /// Default: min-max for smoothed inputs, else sqnr.
+    #[arg(long, value_name = "METHOD")]
+    act_quantizer_calibration: Option<Method>,
 
     /// What percentile keeps at each end, in percent.
     #[arg(long, value_name = "PERCENT", default_value_t = 99.99)]
@@ -97,8 +103,14 @@ struct Cli {
 
     /// With 8 bits: an input whose signal to noise is below so many decibels over the text gets 16 bits. The signal is that
     /// of all but the largest thousandth of its values. 0 allows none.
-    #[arg(long, value_name = "DB", default_value_t = 0.0)]
+    #[arg(long, value_name = "DB", default_value_t = 26.0)]
     act_min_sqnr: f64,
+
+    /// Scales channels between norms and matrices, and between matrices, and sorts those of gated MLPs, so that one 8-bit
+    /// grid holds the inputs of a matrix; what the model computes stays the same. Needs text. Default: on with
+    /// --act_bitwidth 8 where there is text and no encodings file.
+    #[arg(long, value_name = "BOOL")]
+    smooth_inputs: Option<bool>,
 
     /// Bits of the KV cache; 8 has a scale for each head and position, found when the row is written.
     #[arg(long, value_name = "BITS", default_value = "8")]
@@ -128,6 +140,11 @@ struct Cli {
     /// set of encodings. Needs a DLC converted with --quant_updatable_mode all.
     #[arg(long, value_name = "FILE")]
     lora_output_files: Option<PathBuf>,
+
+    /// Where adapters go that have to be scaled because their base's channels are. Default: the folder lora beside the
+    /// output DLC. Adapters that need no scaling stay where they are.
+    #[arg(long, value_name = "FOLDER", requires = "lora_output_files")]
+    lora_output_dir: Option<PathBuf>,
 
     /// Threads that share the work. Default: all the machine has.
     #[arg(long, value_name = "N")]
@@ -209,46 +226,111 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let (backend, workers) = (HtpBackend::new(threads)?, Workers::new(threads.max(1))?);
-    let situation = Situation {
-        weights: options.weights,
-        has_overrides: overrides.is_some(),
-        has_adapters: cli.lora_output_files.is_some(),
-    };
-    let rounding = cli.weights.options(&situation, !windows.is_empty())?;
     let mut display = Display::new();
-    let rounded = rounding
-        .map(|options| weights::round(&graph, &options, &windows, &backend, &mut |step| display.say(&step)))
-        .transpose()
-        .with_context(|| format!("cannot round the weights of {}", cli.input_dlc.display()))?;
-    let (graph, rounding) = match rounded {
-        Some((rounded, report)) => (rounded, Some(report)),
-        None => (graph, None),
-    };
-    let mut show = |progress: Progress<'_>| display.show(progress);
-    let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut show };
-    let done = quantize(&graph, &windows, &options, overrides.as_ref(), &mut tools)
-        .with_context(|| format!("cannot quantize {}", cli.input_dlc.display()));
-    let adapters = match (&done, &cli.lora_output_files) {
-        (Ok((quantized, _)), Some(list)) => {
-            calibrate_adapters(&graph, quantized, list, &windows, options.activations, &mut tools)?
-        }
-        _ => Vec::new(),
-    };
+    let work =
+        Work { cli, options, overrides: overrides.as_ref(), windows: &windows, backend: &backend, workers: &workers };
+    let done = work.quantize(graph, &mut display);
     display.end();
-    let (quantized, report) = done?;
-    write(cli, &quantized, version)?;
-    if let Some(rounding) = &rounding {
+    let done = done?;
+    write(cli, &done.quantized, version)?;
+    if let Some(smoothing) = &done.smoothing {
+        report::print_smoothing(smoothing);
+    }
+    if let Some(rounding) = &done.rounding {
         weights::print(rounding);
     }
-    print_report(&report, windows.len());
-    for adapter in adapters {
+    report::print_quantization(&done.report, windows.len());
+    for adapter in &done.adapters {
         let what = match adapter.members.is_empty() {
             true => format!("adapter {}", adapter.name),
             false => format!("group {} ({})", adapter.name, adapter.members.join(", ")),
         };
         println!("{what}: encodings of {} tensors in {}", adapter.tensors, adapter.path.display());
     }
+    if let Some(list) = &done.adapter_list {
+        println!("adapters scaled as the model is; their list: {}", list.display());
+    }
     Ok(())
+}
+
+/// What is to be done, and with what.
+struct Work<'a> {
+    cli: &'a Cli,
+    options: QuantizeOptions,
+    overrides: Option<&'a EncodingsFile>,
+    windows: &'a [&'a [u32]],
+    backend: &'a HtpBackend,
+    workers: &'a Workers,
+}
+
+/// What was done.
+struct Done {
+    quantized: Graph,
+    smoothing: Option<Vec<SmoothReport>>,
+    rounding: Option<RoundingReport>,
+    report: QuantizeReport,
+    adapters: Vec<AdapterReport>,
+    /// The list of adapters that were scaled.
+    adapter_list: Option<PathBuf>,
+}
+
+impl Work<'_> {
+    fn quantize(&self, mut graph: Graph, display: &mut Display) -> anyhow::Result<Done> {
+        let (cli, input) = (self.cli, self.cli.input_dlc.display());
+        let smoothes = self.smoothes()?;
+        let mut options = self.options.clone();
+        if smoothes && cli.act_quantizer_calibration.is_none() {
+            options.activations.calibration = Calibration::MinMax;
+        }
+        let situation =
+            Situation { weights: self.options.weights, has_overrides: self.overrides.is_some(), is_smoothed: smoothes };
+        let rounding = cli.weights.options(&situation, !self.windows.is_empty())?;
+        let smoothing = smoothes.then(|| self.smooth(&mut graph, display)).transpose();
+        let smoothing = smoothing.with_context(|| format!("cannot smooth the inputs of {input}"))?;
+        let rounding = rounding
+            .map(|options| weights::round(&graph, &options, self.windows, self.backend, &mut |step| display.say(&step)))
+            .transpose()
+            .with_context(|| format!("cannot round the weights of {input}"))?;
+        let rounding = rounding.map(|(rounded, report)| {
+            graph = rounded;
+            report
+        });
+        let adapters = cli.lora_output_files.as_ref().map(|list| place_adapters(&graph, list, &cli.lora_folder()));
+        let adapters = adapters.transpose()?;
+        let mut show = |progress: Progress<'_>| display.show(progress);
+        let mut tools = Tools { backend: self.backend, workers: self.workers, progress: &mut show };
+        let (quantized, report) = quantize(&graph, self.windows, &options, self.overrides, &mut tools)
+            .with_context(|| format!("cannot quantize {input}"))?;
+        let mut reports = Vec::new();
+        if let Some(placed) = &adapters {
+            let list = &placed.list;
+            reports = calibrate_adapters(&graph, &quantized, list, self.windows, options.activations, &mut tools)?;
+        }
+        let adapter_list = adapters.filter(|placed| placed.are_scaled).map(|placed| placed.list);
+        Ok(Done { quantized, smoothing, rounding, report, adapters: reports, adapter_list })
+    }
+
+    /// Whether channels are scaled for the inputs of matrices.
+    fn smoothes(&self) -> anyhow::Result<bool> {
+        let usable = !self.windows.is_empty() && self.overrides.is_none();
+        match self.cli.smooth_inputs {
+            Some(true) if !usable => {
+                bail!("--smooth_inputs needs text to calibrate with, and no --quantization_overrides")
+            }
+            Some(wanted) => Ok(wanted),
+            None => Ok(usable && self.options.activations.bits == 8 && self.cli.weights.leaves_channels()),
+        }
+    }
+
+    fn smooth(&self, graph: &mut Graph, display: &Display) -> anyhow::Result<Vec<SmoothReport>> {
+        display.say("smoothing inputs");
+        let options = SmoothOptions { weights: self.cli.weights.layer_scheme(self.options.weights) };
+        Ok(smooth(graph, self.windows, options, self.backend, &mut |done, all| {
+            if done % 10 == 0 {
+                display.say(&format!("smoothing inputs: {done} of {all}"));
+            }
+        })?)
+    }
 }
 
 impl Cli {
@@ -272,7 +354,7 @@ impl Cli {
                     ActBits::Eight => 8,
                     ActBits::Sixteen => 16,
                 },
-                calibration: match self.act_quantizer_calibration {
+                calibration: match self.act_quantizer_calibration.unwrap_or(Method::Sqnr) {
                     Method::MinMax => Calibration::MinMax,
                     Method::Percentile => Calibration::Percentile { keep: self.percentile_calibration_value },
                     Method::Mse => Calibration::Mse,
@@ -292,6 +374,11 @@ impl Cli {
                 KvBits::ThirtyTwo => CacheType::F32,
             }),
         })
+    }
+
+    /// Where scaled adapters go.
+    fn lora_folder(&self) -> PathBuf {
+        self.lora_output_dir.clone().unwrap_or_else(|| self.output_dlc.with_file_name("lora"))
     }
 
     /// Token ids of everything to calibrate with.
@@ -342,87 +429,8 @@ fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_report(report: &QuantizeReport, windows: usize) {
-    println!("weights made integers: {}", report.weights);
-    if let Some(done) = &report.overrides {
-        println!("overridden: {} weights, {} computed tensors", done.weights.len(), done.activations.len());
-        for (why, names) in [("in the file but not in the graph", &done.unknown)] {
-            if let Some(first) = names.first() {
-                println!("  {why}: {} tensors, {first} the first", names.len());
-            }
-        }
-        for (name, why) in &done.passed_over {
-            println!("  left as it is: {name} ({why})");
-        }
-    }
-    if report.tensors.is_empty() {
-        return;
-    }
-    println!("calibrated: {} tensors over {windows} windows; worst signal to noise first:", report.tensors.len());
-    let mut tensors: Vec<&TensorReport> = report.tensors.iter().collect();
-    tensors.sort_by(|a, b| a.sqnr_db.total_cmp(&b.sqnr_db));
-    for tensor in tensors.iter().take(WORST) {
-        let Encoding::ScaleOffset { bitwidth, scale, offset } = tensor.encoding.1 else { continue };
-        let ((min, max), name, db) = (tensor.range, &tensor.name, tensor.sqnr_db);
-        println!("  {db:>6.1} dB  {name}: {min:.3} to {max:.3}, {bitwidth} bits, scale {scale:.3e}, offset {offset}");
-    }
-    let wide =
-        report.tensors.iter().filter(|t| matches!(t.encoding.1, Encoding::ScaleOffset { bitwidth: 16, .. })).count();
-    println!("  16 bits: {wide}, 8 bits: {}", report.tensors.len() - wide);
-}
-
-/// A bar on a terminal, plain lines elsewhere; both on standard error.
-struct Display {
-    bar: Option<ProgressBar>,
-}
-
-impl Display {
-    fn new() -> Display {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}");
-            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        });
-        Display { bar }
-    }
-
-    fn say(&self, step: &str) {
-        match &self.bar {
-            Some(bar) => {
-                bar.set_message(step.to_owned());
-                bar.tick();
-            }
-            None => eprintln!("{step}"),
-        }
-    }
-
-    fn show(&mut self, progress: Progress<'_>) {
-        match (progress, &self.bar) {
-            (Progress::Weight(name), Some(bar)) => {
-                bar.set_message(name.to_owned());
-                bar.tick();
-            }
-            (Progress::Weight(_), None) => {}
-            (Progress::Adapter(name), Some(bar)) => bar.set_message(format!("calibrating with {name}")),
-            (Progress::Adapter(name), None) => eprintln!("calibrating with {name}"),
-            (Progress::Window(done, all), Some(bar)) => {
-                bar.set_length(all as u64);
-                bar.set_position(done as u64);
-            }
-            (Progress::Window(done, all), None) => eprintln!("calibrating: {done}/{all}"),
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
 /// Files that belong beside a DLC.
 const SIDECARS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
-/// Tensors that the summary lists.
-const WORST: usize = 8;
 
 const EXAMPLES: &str = "Examples:
   qairt-quantizer -i float/model.dlc -o w8a16/model.dlc --calibration_text some.txt

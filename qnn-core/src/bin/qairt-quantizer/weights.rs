@@ -22,7 +22,7 @@ pub(crate) struct WeightArgs {
 
     /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
     /// model computes stays the same. Adapters have to be imported with the DLC that comes out. Default: on for 4-bit weights
-    /// that are rounded by gptq or mse, unless adapters or an encodings file are given.
+    /// that are rounded by gptq or mse, unless inputs are smoothed or an encodings file is given.
     #[arg(long, value_name = "BOOL")]
     equalize_channels: Option<bool>,
 
@@ -46,7 +46,8 @@ enum RoundingName {
 pub(crate) struct Situation {
     pub(crate) weights: WeightType,
     pub(crate) has_overrides: bool,
-    pub(crate) has_adapters: bool,
+    /// Channels are scaled for the inputs of matrices, so they cannot be scaled for the weights.
+    pub(crate) is_smoothed: bool,
 }
 
 impl WeightArgs {
@@ -70,12 +71,9 @@ impl WeightArgs {
         let default = if four && has_text { RoundingName::Gptq } else { RoundingName::Nearest };
         let method = self.weight_rounding.unwrap_or(default);
         let better = four && method != RoundingName::Nearest;
-        let equalize = self.equalize_channels.unwrap_or(better && !situation.has_adapters);
-        if equalize && situation.has_adapters {
-            bail!(
-                "--equalize_channels changes what adapters have to be scaled for: quantize without --lora_output_files, \
-                 import the adapters with the new DLC, and quantize that with --lora_output_files"
-            );
+        let equalize = self.equalize_channels.unwrap_or(better && !situation.is_smoothed);
+        if equalize && situation.is_smoothed {
+            bail!("channels are scaled once: --equalize_channels is for the weights, --smooth_inputs for their inputs");
         }
         if !four && (self.use_block_steps || self.wide_share > 0.0) {
             bail!("--use_block_steps and --wide_share need --weights_bitwidth 4");
@@ -104,6 +102,14 @@ impl WeightArgs {
         }))
     }
 
+    /// How the matrices of the layers will be rounded; `None`: they stay floats.
+    pub(crate) fn layer_scheme(&self, weights: WeightType) -> Option<Scheme> {
+        match weights {
+            WeightType::Int { bits, grouping } => Some(self.scheme(bits, grouping)),
+            _ => None,
+        }
+    }
+
     fn scheme(&self, bits: Bits, grouping: Grouping) -> Scheme {
         let default = if self.use_block_steps { DEFAULT_STEP_BLOCK } else { DEFAULT_BLOCK };
         let block_size = match grouping {
@@ -116,6 +122,11 @@ impl WeightArgs {
             Bits::Four if self.use_block_steps => Scheme::BlockExpansion4 { block_size },
             Bits::Four => Scheme::AsymmetricBlock4 { block_size },
         }
+    }
+
+    /// True if nobody asked to scale channels for the weights.
+    pub(crate) fn leaves_channels(&self) -> bool {
+        self.equalize_channels != Some(true)
     }
 
     fn is_used(&self) -> bool {
@@ -165,7 +176,7 @@ pub(crate) fn print(report: &RoundingReport) {
     );
     let mut weights: Vec<&WeightReport> = report.weights.iter().collect();
     weights.sort_by(|a, b| a.sqnr_db.total_cmp(&b.sqnr_db));
-    for weight in weights.iter().take(super::WORST) {
+    for weight in weights.iter().take(super::report::WORST) {
         println!("  {:>6.1} dB  {}: {} bits", weight.sqnr_db, weight.name, weight.bits);
     }
 }

@@ -13,6 +13,10 @@ use crate::{
 pub(super) struct Group {
     pub(super) source: Source,
     pub(super) readers: Vec<Reader>,
+    /// What the readers multiply.
+    pub(super) input: TensorId,
+    /// Where channels may change places: the matrices whose rows go with them, the source among them. Else empty.
+    pub(super) partners: Vec<Partner>,
     /// Factors to find.
     pub(super) n_channels: usize,
     /// For attention: query heads of one key and value head, and elements of a head. Their columns share channels.
@@ -23,7 +27,15 @@ pub(super) struct Group {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Source {
     Norm { weight: TensorId },
-    Matrix { weight: TensorId, bias: Option<TensorId>, module: String },
+    Matrix(Partner),
+}
+
+/// A matrix whose rows are channels of a group.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Partner {
+    pub(super) weight: TensorId,
+    pub(super) bias: Option<TensorId>,
+    pub(super) module: String,
 }
 
 /// A matrix whose columns are divided by the factors.
@@ -47,10 +59,18 @@ impl Group {
         self.heads.map_or(self.n_channels, |(queries, _)| self.n_channels * queries)
     }
 
+    /// The matrix that takes the factors; `None` for a norm.
+    pub(super) fn source_matrix(&self) -> Option<&Partner> {
+        match &self.source {
+            Source::Matrix(matrix) => Some(matrix),
+            Source::Norm { .. } => None,
+        }
+    }
+
     pub(super) fn source_name(&self, graph: &Graph) -> String {
         match &self.source {
             Source::Norm { weight } => graph.tensor(*weight).name.clone(),
-            Source::Matrix { module, .. } => module.clone(),
+            Source::Matrix(matrix) => matrix.module.clone(),
         }
     }
 }
@@ -81,6 +101,7 @@ impl<'g> Finder<'g> {
 
     /// The group whose readers read what `node` computes.
     fn group(&self, node: &Node) -> Option<Group> {
+        let mut partners = Vec::new();
         let (source, heads, n_channels) = match node.op {
             OpKind::RmsNorm { .. } => {
                 let weight = node.inputs[1];
@@ -90,17 +111,30 @@ impl<'g> Finder<'g> {
             }
             OpKind::Attention(attrs) => {
                 let heads = Some((attrs.heads / attrs.kv_heads, attrs.head_dim));
-                (self.matrix(node.inputs[2])?, heads, attrs.kv_heads * attrs.head_dim)
+                (Source::Matrix(self.matrix(node.inputs[2], 1)?), heads, attrs.kv_heads * attrs.head_dim)
             }
             OpKind::ElementWiseMultiply => {
                 let same = |id: &&TensorId| self.graph.tensor(**id).shape == self.graph.tensor(node.outputs[0]).shape;
-                let source = node.inputs.iter().filter(same).find_map(|id| self.matrix(*id))?;
-                (source, None, self.graph.tensor(node.outputs[0]).shape.last())
+                let (at, source) = node
+                    .inputs
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, id)| same(id))
+                    .find_map(|(at, id)| Some((at, self.matrix(*id, 1)?)))?;
+                // With the other input computed element by element from a matrix, channels are free to change places.
+                let gate = node
+                    .inputs
+                    .iter()
+                    .enumerate()
+                    .find(|(other, _)| *other != at)
+                    .and_then(|(_, id)| self.activated(*id));
+                partners.extend(gate.map(|gate| [source.clone(), gate]).into_iter().flatten());
+                (Source::Matrix(source), None, self.graph.tensor(node.outputs[0]).shape.last())
             }
             _ => return None,
         };
-        let readers = self.readers(node.outputs[0])?;
-        Some(Group { source, readers, n_channels, heads })
+        let input = node.outputs[0];
+        Some(Group { source, readers: self.readers(input)?, input, partners, n_channels, heads })
     }
 
     /// The matrices that read `x`, if nothing else reads it but the adapter branches beside them.
@@ -127,9 +161,29 @@ impl<'g> Finder<'g> {
         (known && !readers.is_empty()).then_some(readers)
     }
 
-    /// The matrix that computes `x`, with its adapter branch if it has one, if all of it is read in one place only.
-    fn matrix(&self, x: TensorId) -> Option<Source> {
-        self.is_hidden(x).then_some(())?;
+    /// The matrix whose activation is `x`: `gelu(y)`, or `y · sigmoid(y)`.
+    fn activated(&self, x: TensorId) -> Option<Partner> {
+        self.is_hidden(x, 1).then_some(())?;
+        let node = &self.graph.nodes()[self.writers[x.index()]?];
+        match node.op {
+            OpKind::Gelu => self.matrix(node.inputs[0], 1),
+            OpKind::ElementWiseMultiply => {
+                let is_sigmoid_of = |id: TensorId, y: TensorId| {
+                    let writer = self.writers[id.index()].map(|at| &self.graph.nodes()[at]);
+                    self.is_hidden(id, 1) && writer.is_some_and(|n| n.op == OpKind::Sigmoid && n.inputs[0] == y)
+                };
+                let (a, b) = (node.inputs[0], node.inputs[1]);
+                let y = [(a, b), (b, a)].into_iter().find(|(y, other)| is_sigmoid_of(*other, *y))?.0;
+                self.matrix(y, 2)
+            }
+            _ => None,
+        }
+    }
+
+    /// The matrix that computes `x`, with its adapter branch if it has one, if it is read in no other place and `x` in
+    /// `n_readers`.
+    fn matrix(&self, x: TensorId, n_readers: usize) -> Option<Partner> {
+        self.is_hidden(x, n_readers).then_some(())?;
         let node = &self.graph.nodes()[self.writers[x.index()]?];
         let node = match node.op {
             OpKind::FullyConnected => node,
@@ -139,7 +193,7 @@ impl<'g> Finder<'g> {
                 let other = node.inputs.iter().find(|id| *id != base_id)?;
                 let up = &self.graph.nodes()[self.writers[other.index()]?];
                 let is_branch = up.op == OpKind::FullyConnected && self.is_updateable(up.inputs[1]);
-                (is_branch && self.is_hidden(*base_id)).then_some(())?;
+                (is_branch && self.is_hidden(*base_id, 1)).then_some(())?;
                 &self.graph.nodes()[self.writers[base_id.index()]?]
             }
             _ => return None,
@@ -147,7 +201,7 @@ impl<'g> Finder<'g> {
         let (weight, bias) = (node.inputs[1], node.inputs.get(2).copied());
         let fits = self.is_own(weight) && bias.is_none_or(|bias| self.is_own(bias));
         let named = self.graph.tensor(weight).name.strip_suffix(".weight") == Some(&node.name);
-        (fits && named).then(|| Source::Matrix { weight, bias, module: node.name.clone() })
+        (fits && named).then(|| Partner { weight, bias, module: node.name.clone() })
     }
 
     /// The node of a matrix with a weight of its own that writes `id`.
@@ -156,9 +210,9 @@ impl<'g> Finder<'g> {
         (node.op == OpKind::FullyConnected && self.is_own(node.inputs[1])).then_some(node)
     }
 
-    /// True for an intermediate result that one node reads.
-    fn is_hidden(&self, id: TensorId) -> bool {
-        self.graph.tensor(id).tensor_type == TensorType::Native && self.readers[id.index()].len() == 1
+    /// True for an intermediate result that so many nodes read.
+    fn is_hidden(&self, id: TensorId, n_readers: usize) -> bool {
+        self.graph.tensor(id).tensor_type == TensorType::Native && self.readers[id.index()].len() == n_readers
     }
 
     fn is_updateable(&self, id: TensorId) -> bool {

@@ -180,7 +180,7 @@ fn warnings(adapters: &[PeftAdapter], points: &[AttachPoint]) -> Result<Vec<Stri
 }
 
 /// Encodings by the values themselves.
-fn encodings(folded: &Folded, data_type: DataType) -> ParamEncodings {
+pub(super) fn encodings(folded: &Folded, data_type: DataType) -> ParamEncodings {
     let halves = folded.modules.iter().flat_map(|module| [module.a(), module.b()]);
     let bits = data_type.bits() as u8;
     let encoding = |half: &values::Matrix<'_>| {
@@ -264,7 +264,7 @@ impl Prepared {
 
 /// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata. The same values
 /// always give the same bytes.
-fn safetensors_of(folded: &Folded, base_scales: Option<&str>) -> Result<Vec<u8>, LoraError> {
+pub(super) fn safetensors_of(folded: &Folded, base_scales: Option<&str>) -> Result<Vec<u8>, LoraError> {
     let mut header = serde_json::Map::new();
     let slots = serde_json::to_string(&folded.slots).map_err(LoraError::Json)?;
     let mut metadata = json!({

@@ -1,0 +1,156 @@
+//! Imported adapters for a base whose channels were scaled after the import: the same adapters, scaled with it.
+
+use std::io::Write;
+use std::path::{Component, Path, PathBuf};
+
+use super::{
+    Folded, FoldedModule, LoraError, PREFIX, Slot, attach_points,
+    import::{LIST_FILE, encodings, safetensors_of},
+    on_base,
+};
+use crate::{
+    atomic_file,
+    error::Error,
+    graph::Graph,
+    map::Bytes,
+    offline::{
+        equalize::{SCALES_KEY, fingerprint},
+        generate::listed_adapters,
+        safetensors::{SafetensorsFile, read_text},
+        source::{ElementFormat, SourceTensor},
+    },
+    types::DataType,
+};
+
+/// Adapters that fit a graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacedAdapters {
+    /// Their `lora_output_files.yaml`.
+    pub list: PathBuf,
+    /// Whether they were scaled; then the list is a new one.
+    pub are_scaled: bool,
+}
+
+/// The adapters of `list` (`lora_output_files.yaml`) for `graph`: as they are where they were imported with its channel
+/// scales, else scaled and written, with a list, to `folder`. What was imported is left as it is.
+///
+/// # Errors
+/// [`Error::Lora`] naming the file: an adapter that does not fit the graph or was imported for other scales, or one that
+/// would have to be written over itself.
+pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<PlacedAdapters, Error> {
+    let want = fingerprint(graph.metadata());
+    let home = list.parent().unwrap_or(Path::new(""));
+    let adapters =
+        listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
+    let mut scaled = Vec::new();
+    for adapter in &adapters {
+        let refused = |why| Error::lora(&adapter.weights)(why);
+        let file = open(&adapter.weights)?;
+        let have = file.metadata(SCALES_KEY).map(str::to_owned);
+        let folded = read(&adapter.name, &file).and_then(|folded| {
+            folded.land(graph.name(), &attach_points(graph))?;
+            Ok(folded)
+        });
+        let folded = folded.map_err(refused)?;
+        if have == want {
+            continue;
+        }
+        if have.is_some() {
+            return Err(refused(LoraError::OtherScales));
+        }
+        let folded = on_base(&folded, Some(graph.metadata())).map_err(refused)?.into_owned();
+        let places = [&adapter.weights, &adapter.encodings].map(|path| below(path, home, folder));
+        let [weights, encodings] = places;
+        scaled.push((folded, weights.map_err(refused)?, encodings.map_err(refused)?));
+    }
+    if scaled.is_empty() {
+        return Ok(PlacedAdapters { list: list.to_owned(), are_scaled: false });
+    }
+    if scaled.len() < adapters.len() {
+        return Err(Error::lora(list)(LoraError::OtherScales));
+    }
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    if home.canonicalize().ok() == folder.canonicalize().ok() {
+        return Err(Error::lora(list)(LoraError::NotSupported {
+            what: format!("writing scaled adapters over the imported ones in {}", folder.display()),
+            instead: "name another folder",
+        }));
+    }
+    for (folded, weights, encodings) in &scaled {
+        write(graph, folded, weights, encodings)?;
+    }
+    // Its paths are relative, so it is true of the new files as well.
+    let text = read_text(list, MAX_LIST_BYTES)?;
+    let list = folder.join(LIST_FILE);
+    atomic_file::write(&list, |file| file.write_all(&text)).map_err(Error::io(&list))?;
+    Ok(PlacedAdapters { list, are_scaled: true })
+}
+
+/// The place below `folder` that `path` has below `home`.
+fn below(path: &Path, home: &Path, folder: &Path) -> Result<PathBuf, LoraError> {
+    let relative = path.strip_prefix(home).ok();
+    let plain = |path: &&Path| path.components().all(|part| matches!(part, Component::Normal(_)));
+    relative.filter(plain).map(|path| folder.join(path)).ok_or_else(|| LoraError::NotSupported {
+        what: format!("scaling an adapter outside of the folder of its list, {}", path.display()),
+        instead: "keep adapters below it, or import them with the DLC that comes out",
+    })
+}
+
+fn open(path: &Path) -> Result<SafetensorsFile, Error> {
+    let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
+    SafetensorsFile::parse(bytes).map_err(|why| Error::lora(path)(LoraError::Safetensors(why)))
+}
+
+/// What the importer wrote as `file`.
+fn read(name: &str, file: &SafetensorsFile) -> Result<Folded, LoraError> {
+    let slots: Vec<Slot> = match file.metadata("slots") {
+        Some(text) => serde_json::from_str(text).map_err(LoraError::Json)?,
+        None => Vec::new(),
+    };
+    let mut modules = Vec::new();
+    for a_name in file.names() {
+        let Some(module) = a_name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(".lora_A.weight")) else {
+            continue;
+        };
+        let (rank, k, a_values) = floats(file, a_name)?;
+        let (n, columns, b_values) = floats(file, &super::b_name(module))?;
+        if rank != columns {
+            let (have, want) = (format!("{columns} columns"), format!("{rank}, as A has rows"));
+            return Err(LoraError::Tensor { tensor: super::b_name(module), have, want });
+        }
+        modules.push(FoldedModule { module: module.to_owned(), rank, n, k, a_values, b_values });
+    }
+    if modules.len() * 2 != file.names().count() {
+        let have = format!("{} tensors for {} modules", file.names().count(), modules.len());
+        return Err(LoraError::config("tensors", have, "lora_A.weight and lora_B.weight of each module"));
+    }
+    let rank = modules.iter().map(|module| module.rank).max().unwrap_or(0);
+    Ok(Folded { name: name.to_owned(), rank, slots, modules })
+}
+
+/// Rows, columns and values of a tensor.
+fn floats(file: &SafetensorsFile, name: &str) -> Result<(usize, usize, Vec<f32>), LoraError> {
+    let Some(stored) = file.tensor(name) else { return Err(LoraError::Unpaired { have: name.to_owned() }) };
+    if stored.dtype != "F32" {
+        let (have, want) = (format!("type {}", stored.dtype), "F32, as qairt-lora-importer writes it".to_owned());
+        return Err(LoraError::Tensor { tensor: name.to_owned(), have, want });
+    }
+    let tensor = SourceTensor::new(name, stored.shape, ElementFormat::F32, stored.bytes)
+        .map_err(|why| LoraError::Import(Box::new(why)))?;
+    Ok((tensor.n(), tensor.k(), tensor.to_f32()))
+}
+
+fn write(graph: &Graph, folded: &Folded, weights: &Path, encodings_path: &Path) -> Result<(), Error> {
+    for folder in [weights, encodings_path].into_iter().filter_map(Path::parent) {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    }
+    let scales = fingerprint(graph.metadata());
+    let bytes = safetensors_of(folded, scales.as_deref()).map_err(Error::lora(weights))?;
+    atomic_file::write(weights, |file| file.write_all(&bytes)).map_err(Error::io(weights))?;
+    let data_type = attach_points(graph).iter().find_map(|point| Some(point.branch?.data_type));
+    let json = format!("{}\n", encodings(folded, data_type.unwrap_or(DataType::Float32)).to_json());
+    atomic_file::write(encodings_path, |file| file.write_all(json.as_bytes())).map_err(Error::io(encodings_path))
+}
+
+/// Longest list that is read.
+const MAX_LIST_BYTES: u64 = 4 << 20;
