@@ -8,18 +8,16 @@ use qnn_core::{
     DataType, Encoding, Floats, Graph, TensorData,
     backend::{HtpBackend, htp::pack_constant, reference::dequantize_constant},
     offline::{
-        arch::{CacheType, Grouping, WeightType},
         calibrate::{Calibrator, Feed, Probe, float_graph},
         dlc,
         equalize::{ChannelScales, ScalesError, SmoothError, SmoothOptions, equalize, smooth},
         lora::{Folded, FoldedModule, adapter_for_graph},
-        quantize::{Activations, Calibration, QuantizeOptions, Schema, Tools, quantize},
         quantize_weights::{Bits, Feedback, Moments, Rounding, Scheme, Search, quantize_with},
         rounding::{Method, RoundingError, RoundingOptions, round_weights, set_dynamic_activations},
         source::{ElementFormat, SourceTensor},
     },
 };
-use support::{Form, Rng, Runner, Tiny, tiny};
+use support::{Form, Rng, Tiny, tiny};
 
 const RANK: usize = 4;
 const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
@@ -103,9 +101,9 @@ fn random_folded() -> Folded {
         ("self_attn.q_proj", 32, 32),
         ("self_attn.v_proj", 16, 32),
         ("self_attn.o_proj", 32, 32),
-        ("mlp.gate_proj", 64, 32),
         ("mlp.up_proj", 64, 32),
         ("mlp.down_proj", 32, 64),
+        ("mlp.gate_proj", 64, 32),
     ];
     Folded { name: "a".to_owned(), rank: RANK, slots: Vec::new(), modules: modules.into_iter().map(module).collect() }
 }
@@ -210,30 +208,25 @@ fn smoothed(graph: &Graph, threads: usize) -> Graph {
     result
 }
 
-/// What is left of the logits with 8-bit weights and inputs.
-fn loss_at_eight_bits(graph: &Graph, float: &[f32]) -> f64 {
-    let windows = windows();
-    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-    let options = QuantizeOptions {
-        weights: WeightType::Int { bits: Bits::Eight, grouping: Grouping::Block(16) },
-        activations: Activations {
-            bits: 8,
-            calibration: Calibration::MinMax,
-            schema: Schema::Asymmetric,
-            least_sqnr_db: None,
-        },
-        cache: Some(CacheType::F32),
-    };
-    let (backend, workers) = (HtpBackend::new(1).expect("one thread"), Workers::new(1).expect("one thread"));
-    let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut |_| {} };
-    let (quantized, _) = quantize(graph, &windows, &options, None, &mut tools).expect("it can be quantized");
-    let ids: Vec<i32> = windows[0].iter().map(|id| *id as i32).collect();
-    let last = Runner::new(&backend, &quantized).run(&ids, None, 0.0);
-    distance(&last, &float[float.len() - last.len()..])
+/// How many times larger than usual the largest channel is that the first layer's `down_proj` reads.
+fn largest_channel(graph: &Graph) -> f32 {
+    let down = graph.nodes().iter().find(|node| node.name == "model.layers.0.mlp.down_proj");
+    let tap = down.expect("every tiny model has it").inputs[0];
+    let probe = Probe { taps: vec![tap], max_window: 24, ..Probe::default() };
+    let mut calibrator = Calibrator::new(graph, &probe, &HtpBackend::new(1).expect("one thread")).expect("it runs");
+    let mut tops = vec![0.0f32; graph.tensor(tap).shape.last()];
+    let mut see = |row: &[f32]| tops.iter_mut().zip(row).for_each(|(top, v)| *top = top.max(v.abs()));
+    for window in windows() {
+        let run =
+            calibrator.run(Feed::Ids(&window), &mut |rows| rows.values.chunks_exact(rows.width).for_each(&mut see));
+        run.expect("it runs");
+    }
+    tops.sort_by(f32::total_cmp);
+    tops[tops.len() - 1] / tops[tops.len() / 2]
 }
 
 // Guards: smoothing changes no result of the base or of an adapter, gives the same factors with any number of workers, and
-// saves what one 8-bit grid for all channels would lose.
+// makes massive channels fit one grid with the others.
 #[test]
 fn smoothing_keeps_the_function_and_saves_massive_channels() {
     let graph = massive();
@@ -245,8 +238,8 @@ fn smoothing_keeps_the_function_and_saves_massive_channels() {
     let want = logits(&graph, Some(&folded));
     assert!(distance(&float, &want) > 0.05, "the adapter has an effect");
     assert!(distance(&logits(&smooth, Some(&folded)), &want) < 1e-3);
-    let (before, after) = (loss_at_eight_bits(&graph, &float), loss_at_eight_bits(&smooth, &float));
-    assert!(after < 0.03 && before > 3.0 * after, "{before} before, {after} after");
+    let (before, after) = (largest_channel(&graph), largest_channel(&smooth));
+    assert!(before > 100.0 && after < 0.2 * before, "{before} times the usual before, {after} after");
 }
 
 // Guards: a record of scales that is no such record is refused, not taken for none.
