@@ -40,8 +40,8 @@ pub struct PlacedAdapters {
 pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<PlacedAdapters, Error> {
     let want = fingerprint(graph.metadata());
     let home = list.parent().unwrap_or(Path::new(""));
-    let adapters =
-        listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
+    let listed = listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
+    let adapters = listed.adapters;
     let mut scaled = Vec::new();
     for adapter in &adapters {
         let refused = |why| Error::lora(&adapter.weights)(why);
