@@ -11,11 +11,11 @@ use peft::{config, pair, write};
 use qnn_core::{
     Bytes, DataType, Graph,
     offline::{
-        dlc::write_dlc,
+        dlc::{read_dlc, write_dlc},
         lora::{
             self, LoraPlan, ParamEncodings, UpdatableMode, WeightEncoding, add_branches, attach_points, fold,
             import::{ImportOptions, ImportReport, import},
-            load_peft, values,
+            load_peft, place_adapters, values,
         },
         safetensors::SafetensorsFile,
     },
@@ -51,11 +51,15 @@ impl Workplace {
     }
 
     fn import(&self, yaml: &str, dlc: &str) -> Result<ImportReport, String> {
+        self.import_to(yaml, dlc, "out")
+    }
+
+    fn import_to(&self, yaml: &str, dlc: &str, folder: &str) -> Result<ImportReport, String> {
         std::fs::write(self.path("lora.yaml"), yaml).unwrap();
         let options = ImportOptions {
             lora_config: self.path("lora.yaml"),
             input_dlc: self.path(dlc),
-            output_dir: self.path("out"),
+            output_dir: self.path(folder),
         };
         import(&options).map_err(|error| chain(&error))
     }
@@ -142,6 +146,48 @@ fn float_graphs_get_float_encodings() {
     let encodings = ParamEncodings(vec![("w".to_owned(), WeightEncoding::Float { bits: 32 })]);
     let text = encodings.to_json().to_string();
     assert_eq!(ParamEncodings::from_json(text.as_bytes(), &|_| true).unwrap(), encodings);
+}
+
+// Broken if adapters that were imported before their base's channels were scaled differ, once scaled, from what an import
+// with the scaled base gives; if those that fit already are touched; or if adapters of another base pass.
+#[test]
+fn imported_adapters_follow_a_base_that_is_scaled_later() {
+    let workplace = Workplace::new(&[Form::Int8Channel]);
+    let yaml = "use_case: [{name: first, lora_weights: one}]";
+    let plain = workplace.import(yaml, "model.dlc").unwrap();
+    let mut graph = read_dlc(&workplace.path("model.dlc")).unwrap();
+    let factors: String = (0..32).map(|i| if i % 2 == 0 { "3800" } else { "4000" }).collect();
+    let order: String = (0..32).rev().map(|i| format!("{i:04x}")).collect();
+    let record = json!({
+        "lists": [factors], "orders": [order],
+        "modules": {Q: {"inputs": 0, "outputs": 0, "input_order": 0, "output_order": 0}},
+    });
+    graph.set_metadata("channel_scales", &record.to_string());
+    write_dlc(&workplace.path("scaled.dlc"), &graph).unwrap();
+    let want = workplace.import_to(yaml, "scaled.dlc", "want").unwrap();
+
+    let placed = place_adapters(&graph, &plain.list, &workplace.path("placed")).unwrap();
+    assert!(placed.are_scaled && placed.list == workplace.path("placed/lora_output_files.yaml"));
+    for name in ["first.safetensors", "first.encodings", "lora_output_files.yaml"] {
+        let read = |folder: &str| std::fs::read(workplace.path(folder).join(name)).unwrap();
+        assert!(read("placed") == read("want"), "{name} differs from what the importer writes");
+        assert!(name.ends_with("yaml") || read("placed") != read("out"), "{name} is as it was");
+    }
+    let again = place_adapters(&graph, &want.list, &workplace.path("unused")).unwrap();
+    assert!(!again.are_scaled && again.list == want.list && !workplace.path("unused").exists());
+
+    let refused = |graph: &Graph, list: &Path, folder: &str, words: &[&str]| {
+        let error = chain(&place_adapters(graph, list, &workplace.path(folder)).unwrap_err());
+        assert!(words.iter().all(|word| error.contains(word)), "{error:?} does not say {words:?}");
+    };
+    let unscaled = read_dlc(&workplace.path("model.dlc")).unwrap();
+    refused(&unscaled, &want.list, "no", &["first.safetensors", "other channel scales"]);
+    refused(&graph, &plain.list, "out", &["over the imported ones", "name another folder"]);
+    refused(&read_dlc(&workplace.path("base.dlc")).unwrap(), &plain.list, "no", &["no adapter branches"]);
+    let small = tiny("small", Tiny { layers: 1, ..Tiny::default() });
+    let plan = LoraPlan { targets: [Q.to_owned()].into(), max_rank: 7, bits: None, mode: UpdatableMode::AdapterOnly };
+    refused(&add_branches(&small, &plan).unwrap(), &plain.list, "no", &["no linear layer model.layers.1"]);
+    assert!(!workplace.path("no").exists());
 }
 
 // Broken if an AIMET file's scales are ignored, or not scaled as B is. All three versions of the format.
