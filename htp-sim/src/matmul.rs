@@ -238,10 +238,12 @@ impl Target<'_> {
 
 /// Calls `f` with `len` zeros on the stack. Those of a decode tile are few: it does not pay for clearing a large buffer.
 fn with_buffer(len: usize, f: impl FnOnce(&mut [f32])) {
-    match len {
-        ..=SMALL_VALUES => f(&mut [0.0; SMALL_VALUES][..len]),
-        ..=TILE_VALUES => f(&mut [0.0; TILE_VALUES][..len]),
-        _ => f(&mut [0.0; 2 * TILE_VALUES][..len]),
+    if len <= SMALL_VALUES {
+        f(&mut [0.0; SMALL_VALUES][..len]);
+    } else if len <= TILE_VALUES {
+        f(&mut [0.0; TILE_VALUES][..len]);
+    } else {
+        f(&mut [0.0; 2 * TILE_VALUES][..len]);
     }
 }
 

@@ -186,7 +186,7 @@ impl Share {
 
     /// Drops what is left in this epoch.
     fn abandon(&self, epoch: u64) {
-        self.0.store(epoch << ITEM_BITS | MAX_ITEMS as u64, Ordering::Relaxed);
+        self.0.store((epoch << ITEM_BITS) | MAX_ITEMS as u64, Ordering::Relaxed);
     }
 }
 
@@ -279,7 +279,7 @@ impl Shared {
 
     /// The epoch of the region that the calling thread is in, cut to what a share holds.
     fn epoch(&self) -> u64 {
-        self.state.load(Ordering::Relaxed) / EPOCH & (u64::MAX >> ITEM_BITS)
+        (self.state.load(Ordering::Relaxed) / EPOCH) & (u64::MAX >> ITEM_BITS)
     }
 
     /// A thread's life.
