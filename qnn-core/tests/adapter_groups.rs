@@ -209,7 +209,7 @@ fn renamed(graph: &Graph, name: &str) -> Graph {
 fn changed(graph: &Graph, name: &str, change: impl Fn(Tensor) -> Tensor) -> Graph {
     let mut other = Graph::new(name);
     graph.tensors().iter().for_each(|tensor| _ = other.add_tensor(change(tensor.clone())).unwrap());
-    graph.nodes().iter().for_each(|node| _ = other.add_node(node.clone()).unwrap());
+    graph.nodes().iter().for_each(|node| other.add_node(node.clone()).unwrap());
     graph.metadata().iter().for_each(|(key, value)| other.set_metadata(key, value));
     other
 }

@@ -126,8 +126,7 @@ impl QnnModel {
         group: &GroupSource,
     ) -> Result<Parts<Adapter>, EngineError> {
         let key = Key::of(&group.name, &AdapterSource::Sections(group.sections.clone()));
-        let groups =
-            self.groups.get_or_load(key, || self.load_group(group).map_err(|(path, why)| fail(name, path)(why)))?;
+        let groups = self.groups.get_or_load(key, || self.load_group(name, group))?;
         let load = |((context, path), group): ((&Context, &Option<PathBuf>), Option<Arc<AdapterGroup>>)| {
             let read = || -> Result<_, AdapterError> {
                 Ok(match (path, &group) {
@@ -142,24 +141,21 @@ impl QnnModel {
         self.each_split(name, paths)?.zip(groups).map(load).collect()
     }
 
-    fn load_group<'a>(&self, group: &'a GroupSource) -> Result<Parts<AdapterGroup>, (Option<&'a Path>, AdapterError)> {
-        let (have, want) = (group.sections.len(), self.contexts.len());
-        if have != want {
-            return Err((None, AdapterError::SectionCount { have, want }));
-        }
-        let load = |(context, path): (&Context, &'a Option<PathBuf>)| {
+    /// The encodings of a group, for its member `name`.
+    fn load_group(&self, name: &str, group: &GroupSource) -> Result<Parts<AdapterGroup>, EngineError> {
+        let load = |(context, path): (&Context, &Option<PathBuf>)| {
             let Some(path) = path else { return Ok(None) };
-            let read = || -> Result<_, AdapterError> { Ok(context.load_group(Bytes::map_file(path)?)?) };
-            let loaded = read().map_err(|why| (Some(&**path), why))?;
-            match loaded.name() == group.name {
-                true => Ok(Some(loaded)),
-                false => {
+            let read = || {
+                let loaded = context.load_group(Bytes::map_file(path)?)?;
+                if loaded.name() != group.name {
                     let (have, want) = (loaded.name().to_owned(), group.name.clone());
-                    Err((Some(&**path), AdapterError::Group { have, want }))
+                    return Err(AdapterError::Group { have, want });
                 }
-            }
+                Ok(Some(loaded))
+            };
+            read().map_err(fail(name, Some(path)))
         };
-        self.contexts.iter().zip(&group.sections).map(load).collect()
+        self.each_split(name, &group.sections)?.map(load).collect()
     }
 
     /// Each context with its section of the adapter `name`.

@@ -328,7 +328,7 @@ fn prepare_group(group: &Group, folder: &Path, model: &Graph) -> Result<Prepared
     let path = group.file(folder);
     let read = || -> Result<PreparedGroup, AdapterError> {
         let name = group.name.clone();
-        let updatable = model.ids_where(|tensor| fits_any(tensor));
+        let updatable = model.ids_where(fits_any);
         if updatable.is_empty() {
             let mode = model.metadata().get(MODE_KEY).map_or("none", String::as_str).to_owned();
             return Err(AdapterError::GroupMode { group: name, mode });
