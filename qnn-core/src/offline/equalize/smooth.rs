@@ -164,12 +164,13 @@ fn observe(
         })?;
         before += window.len();
     }
-    let seen = |((ends, mut rows), beyond): ((Vec<(f32, f32)>, Vec<f32>), Vec<Beyond>)| {
+    let mut all = Vec::with_capacity(groups.len());
+    for ((ends, mut rows), beyond) in ends.into_iter().zip(spread).zip(beyond) {
         let n_spread = rows.len() / ends.len();
         beyond.into_iter().for_each(|beyond| rows.extend(beyond.row));
-        Seen { ends, rows, stride, n_spread }
-    };
-    Ok(ends.into_iter().zip(spread).zip(beyond).map(seen).collect())
+        all.push(Seen { ends, rows, stride, n_spread });
+    }
+    Ok(all)
 }
 
 /// Takes `row` among the [`FARTHEST_ROWS`] that leave `ends` behind most, if it is one.
@@ -295,11 +296,10 @@ impl<'a> Site<'a> {
         let error = |share: &Share| {
             let rows = found.chunks_exact(n).zip(self.exact.chunks_exact(n)).zip(&share.row_weights);
             let columns = share.columns.clone();
-            rows.map(|((found, exact), weight)| {
+            let one = |((found, exact), weight): ((&[f32], &[f32]), &f64)| {
                 weight * squared_distance(&found[columns.clone()], &exact[columns.clone()])
-            })
-            .sum::<f64>()
-                / share.row_weights.len().max(1) as f64
+            };
+            rows.map(one).sum::<f64>()
         };
         let error = self.shares.iter().map(error).sum::<f64>() / self.shares.len().max(1) as f64;
         Candidate { factors, order, error }
