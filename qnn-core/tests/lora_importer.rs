@@ -162,7 +162,7 @@ fn imported_adapters_follow_a_base_that_is_scaled_later() {
         "lists": [factors], "orders": [order],
         "modules": {Q: {"inputs": 0, "outputs": 0, "input_order": 0, "output_order": 0}},
     });
-    graph.set_metadata("channel_scales", &record.to_string());
+    graph.set_metadata("channel_scales", record.to_string());
     write_dlc(&workplace.path("scaled.dlc"), &graph).unwrap();
     let want = workplace.import_to(yaml, "scaled.dlc", "want").unwrap();
 
