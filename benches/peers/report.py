@@ -68,11 +68,13 @@ def without_adapter(metric, own):
 
 
 def share_of_limit(metric, rate, cost, limits):
-    """Decode: of the bandwidth of reading. Prompts: of the 8-bit products of the tier in use, where 16-bit activations need two."""
+    """Decode: of the bandwidth of reading, on the pages that are faster. Prompts: of the 8-bit products of the tier in use, where
+    16-bit activations need two."""
     if not cost or not limits:
         return {}
-    if metric.startswith("tg") and "read_bytes_per_s" in limits:
-        return {"share_of_read_limit": rate * cost["bytes_per_token"] / limits["read_bytes_per_s"]}
+    read = max(limits.get("read_bytes_per_s", 0), limits.get("read_bytes_per_s_large_pages", 0))
+    if metric.startswith("tg") and read:
+        return {"share_of_read_limit": rate * cost["bytes_per_token"] / read}
     if metric.startswith("pp") and (limit := limits.get(f"int8_multiply_adds_per_s_{cost['kernels']}")):
         return {"share_of_multiply_limit": rate * cost["weight_products_per_token"] * cost["planes"] / limit}
     return {}
