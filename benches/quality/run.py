@@ -149,8 +149,15 @@ class Run:
         folder = self.folder(label)
         if not (folder / "result.json").is_file():
             self.log = list(self.made_source)
-            adapters = self.imported(folder, self.out / "source/model.dlc")
-            self.quantize(label, folder, flags, *(["--lora_output_files", adapters] if tailored else []))
+            if tailored:
+                adapters = self.imported(folder / "imported", self.out / "source/model.dlc")
+                self.quantize(label, folder, flags, "--lora_output_files", adapters, "--lora_output_dir", folder / "lora")
+                # Where channels were scaled, so were the adapters, in files of their own.
+                scaled = folder / "lora/lora_output_files.yaml"
+                adapters = scaled if scaled.is_file() else adapters
+            else:
+                self.quantize(label, folder, flags)
+                adapters = self.imported(folder, folder / "model.dlc")
             self.generate(folder, folder / "model.dlc", adapters)
             self.compare(label, folder, ["--all_adapters"])
             (folder / "model.dlc").unlink()

@@ -149,15 +149,110 @@ pub(in crate::offline) fn computed_encoding(integers: &Integers, signed: bool) -
 
 /// `tensor`, `[n, k]`, as integers of the given scales.
 fn weight(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
-    let (n, k) = (tensor.shape.max_dims()[0], tensor.shape.last());
-    let bits = match integers.bits {
-        4 => Bits::Four,
-        8 => Bits::Eight,
-        other => return Err(format!("{other} bits, need 4 or 8 for a weight")),
+    let grid = WeightGrid::of(integers, tensor.shape.max_dims()[0], tensor.shape.last())?;
+    let codes = grid.codes(&dequantize_constant(tensor));
+    let bytes = match grid.bits {
+        Bits::Eight => codes,
+        Bits::Four => codes.chunks(2).map(|pair| pair[0] & 15 | pair.get(1).map_or(0, |code| code << 4)).collect(),
     };
-    let is_symmetric = integers.is_symmetric();
-    let integers = integers.clone().with_signed(is_symmetric);
-    let (block, scales) = match &integers.layout {
+    let data_type = match (grid.bits, grid.is_symmetric) {
+        (Bits::Eight, _) => DataType::SFixedPoint8,
+        (Bits::Four, true) => DataType::SFixedPoint4,
+        (Bits::Four, false) => DataType::UFixedPoint4,
+    };
+    let data = Some(TensorData::Flat(bytes.into()));
+    Ok(Tensor { data_type, encoding: Some(grid.encoding()?), data, ..tensor.clone() })
+}
+
+/// The grid of a weight `[n, k]`, as it will be stored.
+struct WeightGrid {
+    bits: Bits,
+    bitwidth: u8,
+    is_symmetric: bool,
+    /// Whether each row has one scale, which is then kept in 32 bits.
+    per_channel: bool,
+    /// Inputs of a row.
+    k: usize,
+    /// Inputs of a scale.
+    block: usize,
+    scales: Vec<f32>,
+    offsets: Vec<i64>,
+    /// The least code and the largest.
+    ends: (i64, i64),
+}
+
+impl WeightGrid {
+    fn of(integers: &Integers, n: usize, k: usize) -> Result<Self, String> {
+        let bits = match integers.bits {
+            4 => Bits::Four,
+            8 => Bits::Eight,
+            other => return Err(format!("{other} bits, need 4 or 8 for a weight")),
+        };
+        let is_symmetric = integers.is_symmetric();
+        let (block, scales) = scales_of_blocks(integers, n, k)?;
+        let per_channel = block == k && matches!(integers.layout, Layout::PerTensor | Layout::PerChannel);
+        if !per_channel && !block_sizes(bits, k).contains(&block) {
+            return Err(format!("blocks of {block} in rows of {k}, need one of {:?}", block_sizes(bits, k)));
+        }
+        let want = n * (k / block);
+        let scales = if scales.len() == 1 { vec![scales[0]; want] } else { scales };
+        if scales.len() != want {
+            return Err(format!("{} scales, need {want}", scales.len()));
+        }
+        if !is_symmetric && (per_channel || bits == Bits::Eight) {
+            return Err("offsets, need a symmetric encoding or blocks of 4 bits".to_owned());
+        }
+        // Blocks have f16 scales: rounded first, so that the codes are chosen for what is stored.
+        let stored = |scale: &f64| {
+            let scale = *scale as f32;
+            if per_channel { Some(scale) } else { round_to_f16(scale) }
+                .ok_or_else(|| format!("scale {scale}, too large"))
+        };
+        let scales = scales.iter().map(stored).collect::<Result<Vec<f32>, String>>()?;
+        let integers = integers.clone().with_signed(is_symmetric);
+        let offset = |i: usize| integers.offsets.get(i).or(integers.offsets.first()).copied().unwrap_or(0);
+        let offsets = (0..want).map(|i| if is_symmetric { 0 } else { offset(i) }).collect();
+        Ok(Self {
+            bits,
+            bitwidth: integers.bits,
+            is_symmetric,
+            per_channel,
+            k,
+            block,
+            scales,
+            offsets,
+            ends: integers.codes(),
+        })
+    }
+
+    /// The nearest codes of `values`, a byte each.
+    fn codes(&self, values: &[f64]) -> Vec<u8> {
+        let code = |(i, value): (usize, &f64)| {
+            let at = i / self.k * (self.k / self.block) + i % self.k / self.block;
+            let scale = f64::from(self.scales[at]);
+            let steps = if scale == 0.0 { 0.0 } else { (value / scale).round_ties_even() };
+            (steps as i64).saturating_sub(self.offsets[at]).clamp(self.ends.0, self.ends.1) as u8
+        };
+        values.iter().enumerate().map(code).collect()
+    }
+
+    fn encoding(&self) -> Result<Encoding, String> {
+        let bitwidth = self.bitwidth;
+        if self.per_channel {
+            let scales = Floats::from_f32(&self.scales);
+            return Ok(Encoding::AxisScaleOffset { bitwidth, axis: 0, scales, offsets: Vec::new() });
+        }
+        let offsets = match self.is_symmetric {
+            true => BlockOffsets::Symmetric,
+            false => BlockOffsets::Integer(whole_offsets(&self.offsets)?.into()),
+        };
+        Ok(Encoding::Block { bitwidth, block_size: self.block, scales: Floats::from_f16(&self.scales), offsets })
+    }
+}
+
+/// Inputs of a scale in rows of `k`, and the scales: LPBQ's steps multiplied out.
+fn scales_of_blocks(integers: &Integers, n: usize, k: usize) -> Result<(usize, Vec<f64>), String> {
+    Ok(match &integers.layout {
         Layout::PerTensor | Layout::PerChannel => (k, integers.scales.clone()),
         Layout::PerBlock { block_size } => (*block_size, integers.scales.clone()),
         Layout::Lpbq { block_size, block_scales, .. } => {
@@ -167,55 +262,7 @@ fn weight(tensor: &Tensor, integers: &Integers) -> Result<Tensor, String> {
             let scale = |(i, whole): (usize, &u32)| integers.scales[i / blocks] * f64::from(*whole);
             (*block_size, block_scales.iter().enumerate().map(scale).collect())
         }
-    };
-    let per_channel = block == k && matches!(integers.layout, Layout::PerTensor | Layout::PerChannel);
-    if !per_channel && !block_sizes(bits, k).contains(&block) {
-        return Err(format!("blocks of {block} in rows of {k}, need one of {:?}", block_sizes(bits, k)));
-    }
-    let want = n * (k / block);
-    let scales = if scales.len() == 1 { vec![scales[0]; want] } else { scales };
-    if scales.len() != want {
-        return Err(format!("{} scales, need {want}", scales.len()));
-    }
-    if !is_symmetric && (per_channel || bits == Bits::Eight) {
-        return Err("offsets, need a symmetric encoding or blocks of 4 bits".to_owned());
-    }
-    // Blocks have f16 scales: rounded first, so that the codes are chosen for what is stored.
-    let stored = |scale: &f64| {
-        let scale = *scale as f32;
-        if per_channel { Some(scale) } else { round_to_f16(scale) }.ok_or_else(|| format!("scale {scale}, too large"))
-    };
-    let scales = scales.iter().map(stored).collect::<Result<Vec<f32>, String>>()?;
-    let offset = |i: usize| integers.offsets.get(i).or(integers.offsets.first()).copied().unwrap_or(0);
-    let offsets: Vec<i64> = (0..want).map(|i| if is_symmetric { 0 } else { offset(i) }).collect();
-    let (least, most) = integers.codes();
-    let code = |(i, value): (usize, f64)| {
-        let at = i / k * (k / block) + i % k / block;
-        let steps = if scales[at] == 0.0 { 0.0 } else { (value / f64::from(scales[at])).round_ties_even() };
-        (steps as i64).saturating_sub(offsets[at]).clamp(least, most) as u8
-    };
-    let codes: Vec<u8> = dequantize_constant(tensor).into_iter().enumerate().map(code).collect();
-    let bytes = match bits {
-        Bits::Eight => codes,
-        Bits::Four => codes.chunks(2).map(|pair| pair[0] & 15 | pair.get(1).map_or(0, |code| code << 4)).collect(),
-    };
-    let data_type = match (bits, is_symmetric) {
-        (Bits::Eight, _) => DataType::SFixedPoint8,
-        (Bits::Four, true) => DataType::SFixedPoint4,
-        (Bits::Four, false) => DataType::UFixedPoint4,
-    };
-    let bitwidth = integers.bits;
-    let encoding = if per_channel {
-        Encoding::AxisScaleOffset { bitwidth, axis: 0, scales: Floats::from_f32(&scales), offsets: Vec::new() }
-    } else {
-        let offsets = match is_symmetric {
-            true => BlockOffsets::Symmetric,
-            false => BlockOffsets::Integer(whole_offsets(&offsets)?.into()),
-        };
-        Encoding::Block { bitwidth, block_size: block, scales: Floats::from_f16(&scales), offsets }
-    };
-    let data = Some(TensorData::Flat(bytes.into()));
-    Ok(Tensor { data_type, encoding: Some(encoding), data, ..tensor.clone() })
+    })
 }
 
 fn whole_offsets(offsets: &[i64]) -> Result<Vec<u8>, String> {
