@@ -26,7 +26,7 @@ use report::Report;
 /// of the rounds, with the least and the greatest; in JSON, rates also have the bytes that a token reads, its products with
 /// weights, and the kernels in use.
 #[derive(Parser)]
-#[command(name = "genie-bench", version)]
+#[command(name = "genie-bench", version, rename_all = "snake_case")]
 struct Arguments {
     /// Dialog config (JSON).
     #[arg(short, long, value_name = "FILE")]
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     ensure!(arguments.rounds > 0, "--rounds is 0, need at least 1");
-    ensure!(arguments.n_tokens > 0, "--n-tokens is 0, need at least 1");
+    ensure!(arguments.n_tokens > 0, "--n_tokens is 0, need at least 1");
     let mut config = DialogConfig::from_file(&arguments.config)?;
     if let Some(threads) = arguments.threads {
         config.engine.n_threads = threads;

@@ -438,3 +438,19 @@ const EXAMPLES: &str = "Examples:
   qairt-quantizer -i float/model.dlc -o lpbq/model.dlc --calibration_text some.txt --weights_bitwidth 4 --use_block_steps
   qairt-quantizer -i float/model.dlc -o w4a8/model.dlc --calibration_text some.txt --weights_bitwidth 4 --act_bitwidth 8
   qairt-quantizer -i float/model.dlc -o aimet/model.dlc --quantization_overrides model.encodings --float_fallback";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    /// Guards: all flags, those of flattened groups too, are spelled as QAIRT spells its own: with underscores.
+    #[test]
+    fn flags_have_underscores() {
+        let command = Cli::command();
+        let flags: Vec<&str> = command.get_arguments().filter_map(|argument| argument.get_long()).collect();
+        assert!(flags.contains(&"weight_rounding"), "{flags:?}");
+        assert!(flags.iter().all(|flag| !flag.contains('-')), "{flags:?}");
+    }
+}

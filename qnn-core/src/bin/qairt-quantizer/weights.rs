@@ -14,6 +14,7 @@ use qnn_core::{
 
 /// How float weights become integers.
 #[derive(Args)]
+#[command(rename_all = "snake_case")]
 pub(crate) struct WeightArgs {
     /// How codes are chosen. gptq: later inputs of a matrix make good the error of earlier ones, layer by layer; needs text.
     /// mse: block scales with the least squared error. Default: gptq for 4-bit weights where there is text, else nearest.
@@ -21,8 +22,9 @@ pub(crate) struct WeightArgs {
     weight_rounding: Option<RoundingName>,
 
     /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
-    /// model computes stays the same. Adapters have to be imported with the DLC that comes out. Default: on for 4-bit weights
-    /// that are rounded by gptq or mse, unless inputs are smoothed or an encodings file is given.
+    /// model computes stays the same. Adapters of --lora_output_files follow; others have to be imported with the DLC that
+    /// comes out. Default: on for 4-bit weights that are rounded by gptq or mse, unless inputs are smoothed or an encodings
+    /// file is given.
     #[arg(long, value_name = "BOOL")]
     equalize_channels: Option<bool>,
 
