@@ -4,6 +4,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use genie::tokenizer::{Specials, Tokenizer};
 use genie::{DialogConfig, Message};
@@ -12,13 +13,16 @@ use genie_workspace::tiny_model::{SplitMix64, TinyModel};
 use qnn_core::backend::HtpBackend;
 use qnn_core::binary::Verify;
 use qnn_core::offline::arch::{ActivationBits, Precision, WeightType};
-use qnn_core::offline::convert::{ConvertOptions, convert};
+use qnn_core::offline::convert::{ConvertOptions, convert, convert_with_lora};
 use qnn_core::offline::dry_run::dry_run;
 use qnn_core::offline::encodings::EncodingsFile;
+use qnn_core::offline::generate::{GenerateOptions, generate};
+use qnn_core::offline::lora::import::{ImportOptions, LIST_FILE as LORA_LIST, import};
 use qnn_core::offline::lora::{LoraOptions, UpdatableMode};
 use qnn_core::offline::source::Source;
 use qnn_core::offline::{dlc, specialize};
 use qnn_core::{Backend, Bytes, Context};
+use tempfile::TempDir;
 
 /// Something that reads the files of a folder.
 struct Door {
@@ -103,6 +107,14 @@ fn doors() -> Vec<Door> {
             files: ["0.6.1", "1.0.0", "2.0.0"].map(|v| file(&aimet, &format!("aimet_{v}.encodings"))).into(),
             open: open_encodings,
         },
+        Door { name: "use_cases", files: vec![file(WITH_LORA.path(), "use_cases.yaml")], open: open_use_cases },
+        Door {
+            name: "sections",
+            files: [LORA_LIST, "a.safetensors", "a.encodings"]
+                .map(|name| file(&WITH_LORA.path().join("made"), name))
+                .into(),
+            open: open_lora_list,
+        },
         Door {
             name: "dialog",
             files: vec![file(&golden.join("../../configs"), "smollm2-135m-instruct-lora.json")],
@@ -122,6 +134,57 @@ fn tiny_dlc(model: &TinyModel) -> Vec<u8> {
     let output = folder.path().join("model.dlc");
     convert(&ConvertOptions { output: output.clone(), ..options(folder.path().join("model")) }, &mut |_| {}).unwrap();
     std::fs::read(output).unwrap()
+}
+
+/// A DLC with room for adapters, two of them, the importer's config about them and what it made of it.
+static WITH_LORA: LazyLock<TempDir> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let model = TinyModel::llama(1);
+    model.write_hf(&path("model")).unwrap();
+    let adapters = ["a", "b"].map(path);
+    for (adapter, rank) in adapters.iter().zip([1, 3]) {
+        model.write_peft(adapter, rank as u64, rank).unwrap();
+    }
+    let lora = LoraOptions {
+        weight_list: None,
+        adapters: adapters.to_vec(),
+        max_rank: Some(4),
+        bits: None,
+        mode: UpdatableMode::AdapterOnly,
+    };
+    let convert_options = ConvertOptions { output: path("model.dlc"), ..options(path("model")) };
+    convert_with_lora(&convert_options, Some(&lora), &mut |_| {}).unwrap();
+    let [a, b] = adapters.map(|adapter| adapter.display().to_string());
+    let config = format!(
+        "use_case:\n- name: a\n  lora_weights: {a}\n- name: both\n  lora_weights: [{a}, {b}]\n  output_path: 1\n"
+    );
+    std::fs::write(path("use_cases.yaml"), &config).unwrap();
+    let made =
+        ImportOptions { lora_config: path("use_cases.yaml"), input_dlc: path("model.dlc"), output_dir: path("made") };
+    import(&made).unwrap();
+    // The generator takes groups of adapters with activation encodings only, the importer any.
+    std::fs::write(path("use_cases.yaml"), config + "group:\n- name: g\n  members: [a, both]\n").unwrap();
+    folder
+});
+
+fn open_use_cases(folder: &Path) {
+    let (lora_config, output_dir) = (folder.join("use_cases.yaml"), folder.join("made"));
+    let _ = import(&ImportOptions { lora_config, input_dlc: WITH_LORA.path().join("model.dlc"), output_dir });
+}
+
+fn open_lora_list(folder: &Path) {
+    let options = GenerateOptions {
+        dlc_path: WITH_LORA.path().join("model.dlc"),
+        output_dir: folder.join("made"),
+        binary_file: "model".to_owned(),
+        ar: vec![1],
+        cl: vec![8],
+        num_splits: 1,
+        adapter_weight_config: Some(folder.join(LORA_LIST)),
+        lora_weight_sharing: false,
+    };
+    let _ = generate(&options, &mut |_| {});
 }
 
 fn open_model(folder: &Path) {

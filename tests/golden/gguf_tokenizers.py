@@ -2,20 +2,21 @@
 """usage: gguf_tokenizers.py > gguf_tokenizers.json      needs tokenizers
 
 Small byte-level BPE tokenizers, cut as the original tokenizer.json files of gpt2, SmolLM2, Qwen2 and Llama 3 cut their
-text, with what a GGUF holds of them (tokens, kinds, merges) and the ids that the `tokenizers` library gives.
+text, with what a GGUF holds of them (tokens, kinds, merges) and the ids that the `tokenizers` library gives. Text is not
+normalized: a GGUF does not say that Qwen2's own tokenizer.json asks for NFC, and llama.cpp's ids are those without it.
 """
 import json
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 split = lambda regex: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), byte_level(False)])
 KINDS = {
-    "gpt-2": (None, byte_level(True), False),
-    "smollm": (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(True)]), False),
-    "qwen2": (normalizers.NFC(), split(QWEN2), False),
-    "llama-bpe": (None, split(LLAMA3), True),
+    "gpt-2": (byte_level(True), False),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(True)]), False),
+    "qwen2": (split(QWEN2), False),
+    "llama-bpe": (split(LLAMA3), True),
 }
 TEXTS = [
     "", " ", "Hello, world!", "I'm sure they'LL say it's 'fine' — don't you?", "3.14159 and 1234567 in 2024",
@@ -28,10 +29,8 @@ CORPUS = TEXTS + ["the cat and the other hat, 1234 5678", "it's that she'll they
 
 
 def build(name):
-    normalizer, pre, ignore_merges = KINDS[name]
+    pre, ignore_merges = KINDS[name]
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    if normalizer:
-        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=360, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))

@@ -10,8 +10,6 @@ use crate::offline::{error::ImportError, gguf::GgufFile};
 /// How text is cut before merging, by the name in `tokenizer.ggml.pre`.
 struct Splitter {
     names: &'static [&'static str],
-    /// Unicode normalization of the text.
-    nfc: bool,
     steps: &'static [Step],
     /// A whole word that is a token is taken as it is.
     ignore_merges: bool,
@@ -40,7 +38,9 @@ pub(super) fn read(file: &GgufFile, ids: &HashMap<&str, u32>) -> Result<Parts, I
     let steps: Vec<Json> = splitter.steps.iter().map(|step| step.json()).collect();
     let merges: Vec<Json> = read_merges(file, ids)?.iter().map(|(left, right)| json!([left, right])).collect();
     Ok(Parts {
-        normalizer: if splitter.nfc { json!({ "type": "NFC" }) } else { Json::Null },
+        // A GGUF names no normalizer, and llama.cpp applies none to byte-level vocabularies: neither does this one, even
+        // where the family's own tokenizer.json brings text to NFC first.
+        normalizer: Json::Null,
         pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
         decoder: byte_level(true),
         model: json!({
@@ -110,7 +110,7 @@ fn find_splitter(name: &str) -> Result<&'static Splitter, ImportError> {
 
 impl Splitter {
     const fn new(names: &'static [&'static str], steps: &'static [Step]) -> Splitter {
-        Splitter { names, nfc: false, steps, ignore_merges: false, add_bos: false }
+        Splitter { names, steps, ignore_merges: false, add_bos: false }
     }
 }
 
@@ -121,11 +121,10 @@ const SPLITTERS: &[Splitter] = &[
         &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
         &[Step::Digits, Step::ByteLevelGpt2],
     ),
-    Splitter {
-        nfc: true,
-        ..Splitter::new(&["qwen2", "deepseek-r1-qwen", "kormo", "megrez"], &[Step::Split(QWEN2_WORDS), Step::ByteLevel])
-    },
-    Splitter::new(&["stablelm2", "hunyuan"], &[Step::Split(QWEN2_WORDS), Step::ByteLevel]),
+    Splitter::new(
+        &["qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan"],
+        &[Step::Split(QWEN2_WORDS), Step::ByteLevel],
+    ),
     Splitter {
         ignore_merges: true,
         add_bos: true,
