@@ -170,7 +170,7 @@ impl Child<'_> {
 
     fn once(&self, prompt: usize) -> anyhow::Result<(f64, f64)> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--config").arg(self.config).arg("--first-token").arg(prompt.to_string());
+        command.arg("--config").arg(self.config).arg("--first_token").arg(prompt.to_string());
         if let Some(threads) = self.threads {
             command.arg("--threads").arg(threads.to_string());
         }

@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::arch::x86_64::ask_ahead;
 use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 
@@ -371,6 +372,9 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
         let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
         let mut high = [[_mm256_setzero_si256(); PLANES]; ROWS];
         for codes in codes.chunks_exact(row_bytes) {
+            if ROWS == 1 && half == 0 {
+                ask_ahead(codes.as_ptr());
+            }
             let codes = load_half::<NARROW>(&codes[half..]);
             let first = _mm256_and_si256(codes, low_mask);
             let mut second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);

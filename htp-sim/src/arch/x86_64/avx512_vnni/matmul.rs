@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::arch::x86_64::ask_ahead;
 use crate::kernels::{FloatTile, IntegerTile};
 use crate::packed::{BlockOffset, PANEL};
 
@@ -187,7 +188,7 @@ fn step_floats<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, a
         let bias = _mm512_or_si512(bias, _mm512_slli_epi16::<8>(bias));
         for row in codes.as_chunks::<64>().0 {
             if ROWS == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+                ask_ahead(row.as_ptr());
             }
             let codes = load_bytes(row);
             let first = _mm512_mullo_epi16(_mm512_and_si512(codes, low_mask), step);
@@ -334,12 +335,10 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
     let mut rows = codes.bytes.chunks_exact(row_bytes);
     while let Some(row) = rows.next() {
         if ROWS <= 4 {
-            // A decode step reads weights once, and so do the few query heads that share keys and values. On Sapphire Rapids
-            // asking ahead was worth a third for weights; on Zen 4 it made no difference there (bench
-            // matmul/i16_w4b/m1_n8960_k1536_cold), and a tenth to a quarter in attention at depth 2048 on two threads.
-            _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES).cast());
+            // A decode step reads weights once, and so do the few query heads that share keys and values.
+            ask_ahead(row.as_ptr());
             if !FOUR_BIT {
-                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(PREFETCH_BYTES + 64).cast());
+                ask_ahead(row.as_ptr().wrapping_add(64));
             }
         }
         let codes = load_lanes::<NARROW>(row, lanes);
@@ -567,9 +566,6 @@ pub(in crate::arch::x86_64) fn store(to: &mut [f32], values: __m512) {
 const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
-
-/// How far ahead a decode step asks for weights.
-const PREFETCH_BYTES: usize = 4096;
 
 /// What scales the codes have: one for each output, the same in a narrow panel, one for each block, or one
 /// for each output and a step for each block.

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::insn::Encoding;
+use crate::arch::x86_64::ask_ahead;
 use crate::arch::x86_64::avx2::matmul::{BLOCKS, Codes, Dot, LANES, Planes, integer, load_half, per_channel};
 use crate::kernels::IntegerTile;
 
@@ -60,6 +61,9 @@ unsafe fn dots<E: Encoding, const FOUR_BIT: bool, const NARROW: bool, const PLAN
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
     let half = codes.half * LANES * 4;
     for row in codes.bytes.chunks_exact(row_bytes) {
+        if ROWS == 1 && half == 0 {
+            ask_ahead(row.as_ptr());
+        }
         let codes = load_half::<NARROW>(&row[half..]);
         let first = if FOUR_BIT { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
         let second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
