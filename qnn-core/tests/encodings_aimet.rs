@@ -105,7 +105,7 @@ fn misfits_are_listed_by_name() {
     let other = parse(serde_json::json!({"encodings": [entry("conv1.weight", "int8", 0.1.into())]}));
     let error = override_encodings(&graph(), &other).expect_err("another model's");
     assert!(matches!(error, EncodingsError::OtherModel { have: 1, .. }), "{error}");
-    assert!(error.to_string().contains("first.weight"), "{error}");
+    assert!(error.to_string().contains("conv1.weight") && error.to_string().contains("first.weight"), "{error}");
 
     let bad = [
         entry("first.weight", "int8", vec![0.1; 15].into()),

@@ -15,6 +15,7 @@ use qnn_core::{
         arch::{Grouping, WeightType},
         quantize::{
             Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, matrix_inputs, observe, quantize,
+            text::{read_ids, read_list},
         },
         quantize_weights::Bits,
     },
@@ -201,4 +202,23 @@ fn what_cannot_be_calibrated_is_refused() {
     assert!(report.tensors.is_empty() && report.weights > 0);
     let types = matrix_inputs(&dynamic).into_iter().map(|id| dynamic.tensor(id).clone());
     assert!(types.into_iter().all(|t| t.data_type == DataType::SFixedPoint8 && t.encoding.is_none()));
+}
+
+// Broken if files that hold no ids, or cut ones, calibrate with less than was asked for, without a word.
+#[test]
+fn files_without_ids_are_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let error = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("it can be written");
+        let done = if name == "list" { read_list(&path).map(|_| ()) } else { read_ids(&path).map(|_| ()) };
+        let error = done.expect_err(name).to_string();
+        assert!(error.contains(name), "{error}");
+        error
+    };
+    assert!(error("empty.json", b"[]").contains("no token ids"));
+    assert!(error("empty.raw", b"").contains("no token ids"));
+    assert!(error("cut.raw", &[0; 6]).contains("6 bytes, need a multiple of 4"));
+    assert!(error("words.json", b"[\"a\"]").contains("expected u32"));
+    assert!(error("list", b"# nothing\n\n").contains("need at least one"));
 }

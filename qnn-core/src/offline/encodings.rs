@@ -159,8 +159,10 @@ pub enum EncodingsError {
     Entry { tensor: String, key: &'static str, have: String, want: String },
     #[error("encoding of {tensor} is there twice")]
     Twice { tensor: String },
-    #[error("none of its {have} tensors is one of the graph's {want}, which has {like}: made for another model?")]
-    OtherModel { have: usize, want: usize, like: String },
+    #[error(
+        "none of its {have} tensors ({first} the first) is one of the graph's {want}, which has {like}: made for another model?"
+    )]
+    OtherModel { have: usize, first: String, want: usize, like: String },
     #[error("{} tensors do not fit the graph: {}", list.len(), list.join("; "))]
     Misfits { list: Vec<String> },
     #[error(transparent)]
@@ -181,7 +183,11 @@ impl EncodingsFile {
     /// # Errors
     /// [`EncodingsError`] naming the tensor and the key.
     pub fn parse(json: &[u8]) -> Result<EncodingsFile, EncodingsError> {
-        read::read(serde_json::from_slice(json).map_err(EncodingsError::Json)?)
+        let file = serde_json::from_slice(json).or_else(|error| {
+            // Then what is wrong can be said with the tensor's name.
+            serde_json::from_slice(&read::quote_non_numbers(json)).map_err(|_| error)
+        });
+        read::read(file.map_err(EncodingsError::Json)?)
     }
 
     /// The file in its version. Scales are written so that they read back as the same.

@@ -299,8 +299,13 @@ impl Work<'_> {
         let adapters = adapters.transpose()?;
         let mut show = |progress: Progress<'_>| display.show(progress);
         let mut tools = Tools { backend: self.backend, workers: self.workers, progress: &mut show };
-        let (quantized, report) = quantize(&graph, self.windows, &options, self.overrides, &mut tools)
-            .with_context(|| format!("cannot quantize {input}"))?;
+        let (quantized, report) =
+            quantize(&graph, self.windows, &options, self.overrides, &mut tools).with_context(|| {
+                match cli.quantization_overrides.as_ref().filter(|_| self.overrides.is_some()) {
+                    Some(file) => format!("cannot quantize {input} with {}", file.display()),
+                    None => format!("cannot quantize {input}"),
+                }
+            })?;
         let mut reports = Vec::new();
         if let Some(placed) = &adapters {
             let list = &placed.list;

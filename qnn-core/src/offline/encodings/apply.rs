@@ -88,7 +88,8 @@ pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph,
     }
     if report.unknown.len() == file.tensors.len() {
         let like = graph.tensors().iter().find(|t| t.data.is_some()).map_or("none", |t| &t.name).to_owned();
-        return Err(EncodingsError::OtherModel { have: file.tensors.len(), want: graph.tensors().len(), like });
+        let first = file.tensors.first().map_or("none", |tensor| &tensor.name).to_owned();
+        return Err(EncodingsError::OtherModel { have: file.tensors.len(), first, want: graph.tensors().len(), like });
     }
     Ok((replaced(graph, changes)?, report))
 }

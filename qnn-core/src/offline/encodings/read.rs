@@ -33,6 +33,34 @@ pub(super) fn read(file: Map<String, Value>) -> Result<EncodingsFile, EncodingsE
     }
 }
 
+/// `json` with quotes around the NaN, Infinity and -Infinity that Python writes and JSON does not have.
+pub(super) fn quote_non_numbers(json: &[u8]) -> Vec<u8> {
+    let mut quoted = Vec::with_capacity(json.len());
+    let (mut at, mut in_string) = (0, false);
+    while let Some(byte) = json.get(at) {
+        let word = ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| json[at..].starts_with(word.as_bytes()));
+        match (in_string, word) {
+            (false, Some(word)) => {
+                quoted.extend([b"\"", word.as_bytes(), b"\""].concat());
+                at += word.len();
+                continue;
+            }
+            (true, _) if *byte == b'\\' => {
+                // Whatever is escaped ends no string.
+                quoted.push(*byte);
+                at += 1;
+                quoted.extend(json.get(at));
+            }
+            _ => {
+                in_string ^= *byte == b'"';
+                quoted.push(*byte);
+            }
+        }
+        at += 1;
+    }
+    quoted
+}
+
 /// By the field, or by the form where it is missing (files before 0.6).
 fn version(file: &Map<String, Value>) -> Result<FileVersion, EncodingsError> {
     match file.get("version") {

@@ -108,7 +108,9 @@ fn bad_files_are_refused() {
         (one("enc_type", json!("VECTOR")), "PER_TENSOR, PER_CHANNEL, PER_BLOCK or LPBQ"),
         (range.replace("NUMBER", "\"inf\""), "encoding of x: range is \"inf\""),
         (range.replace("NUMBER", "null"), "encoding of x: range is null"),
-        (range.replace("NUMBER", "NaN"), "not the JSON"),
+        (range.replace("NUMBER", "NaN"), "encoding of x: range is \"NaN\""),
+        (range.replace("NUMBER", "-Infinity").replace("x", r#"x\"NaN"#), r#"encoding of x"NaN: range is "-Infinity""#),
+        (range.replace("NUMBER", "nan"), "not the JSON"),
     ];
     for (json, want) in cases {
         let error = EncodingsFile::parse(json.as_bytes()).expect_err(&json);

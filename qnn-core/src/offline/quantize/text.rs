@@ -16,6 +16,9 @@ pub fn read_texts(files: &[PathBuf], tokenizer: &Path) -> Result<Vec<u32>, Quant
     for file in files {
         let text = std::fs::read_to_string(file).map_err(|why| refused(file)(why.to_string()))?;
         let encoded = loaded.encode_fast(text, false).map_err(|why| refused(file)(why.to_string()))?;
+        if encoded.is_empty() {
+            return Err(refused(file)("no token ids in it, nothing to calibrate with".to_owned()));
+        }
         ids.extend_from_slice(encoded.get_ids());
     }
     Ok(ids)
@@ -50,17 +53,21 @@ pub fn read_list(list: &Path) -> Result<Vec<PathBuf>, QuantizeError> {
 /// [`QuantizeError::Text`] naming the file and what is wrong in it.
 pub fn read_ids(file: &Path) -> Result<Option<Vec<u32>>, QuantizeError> {
     let read = || std::fs::read(file).map_err(|why| refused(file)(why.to_string()));
-    match file.extension().and_then(|extension| extension.to_str()) {
-        Some("json") => serde_json::from_slice(&read()?).map(Some).map_err(|why| refused(file)(why.to_string())),
+    let ids: Vec<u32> = match file.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => serde_json::from_slice(&read()?).map_err(|why| refused(file)(why.to_string()))?,
         Some("raw" | "bin") => {
             let bytes = read()?;
             let (words, rest) = bytes.as_chunks::<4>();
             if !rest.is_empty() {
                 return Err(refused(file)(format!("{} bytes, need a multiple of 4", bytes.len())));
             }
-            Ok(Some(words.iter().map(|word| u32::from_le_bytes(*word)).collect()))
+            words.iter().map(|word| u32::from_le_bytes(*word)).collect()
         }
-        _ => Ok(None),
+        _ => return Ok(None),
+    };
+    match ids.is_empty() {
+        true => Err(refused(file)("no token ids in it, nothing to calibrate with".to_owned())),
+        false => Ok(Some(ids)),
     }
 }
 
