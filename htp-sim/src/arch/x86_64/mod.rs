@@ -5,6 +5,11 @@ pub(crate) mod avx2;
 pub(crate) mod avx512_vnni;
 pub(crate) mod avx_vnni;
 
+/// [`BlockOffset`](crate::packed::BlockOffset) as a constant of kernels.
+const SYMMETRIC: u8 = 0;
+const INTEGER: u8 = 1;
+const MIN: u8 = 2;
+
 /// Asks for what a stream of weights reads after `at`: far ahead from memory to the second cache, near ahead from there to the
 /// first. A request for the first cache holds one of its few miss buffers until memory has answered: with 4 KiB ahead and that
 /// cache alone, Zen 4 decoded a quarter slower.

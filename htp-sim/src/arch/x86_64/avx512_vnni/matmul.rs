@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::arch::x86_64::ask_ahead;
+use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
 use crate::kernels::{FloatTile, IntegerTile};
 use crate::packed::{BlockOffset, PANEL};
 
@@ -220,48 +220,56 @@ fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
+    match tile.offset {
+        BlockOffset::Symmetric => offset_floats::<FOUR_BIT, SYMMETRIC, PLANES, ROWS>(tile, at),
+        BlockOffset::Integer => offset_floats::<FOUR_BIT, INTEGER, PLANES, ROWS>(tile, at),
+        BlockOffset::Min => offset_floats::<FOUR_BIT, MIN, PLANES, ROWS>(tile, at),
+    }
+}
+
+/// As [`block_floats`], for one kind of offsets.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn offset_floats<const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+) -> [__m512; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
     let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let first = at.panel * blocks * PANEL;
     let scales = &tile.scales[first * 2..][..blocks * PANEL * 2];
-    let sums = &tile.sums[at.row * blocks..][..ROWS * blocks];
-    // What is added to an unsigned code by the representation, and by the encoding.
-    let shift = match (tile.offset, FOUR_BIT) {
-        (BlockOffset::Symmetric, true) => -8,
-        (_, false) => -128,
-        (BlockOffset::Integer | BlockOffset::Min, true) => 0,
-    };
+    let mut sums = [&tile.sums[..0]; ROWS];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        *sums = &tile.sums[(at.row + row) * blocks..][..blocks];
+    }
     let mut acc = [_mm512_setzero_ps(); ROWS];
     for (block, (codes, scales)) in codes.chunks_exact(block_bytes).zip(scales.chunks_exact(PANEL * 2)).enumerate() {
-        let mut start = [[_mm512_setzero_si512(); PLANES]; ROWS];
-        for (row, start) in start.iter_mut().enumerate() {
-            start[PLANES - 1] = _mm512_set1_epi32(sums[row * blocks + block].wrapping_mul(shift));
-        }
         let codes = Codes { bytes: codes, row_bytes: 64 };
+        let start = [[_mm512_setzero_si512(); PLANES]; ROWS];
         // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
         let dots = unsafe { dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
-        let mut dots = dots.map(|dots| match PLANES {
-            1 => dots[0],
-            _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(dots[0]), dots[PLANES - 1]),
-        });
         let scale = load_f16(scales);
-        if tile.offset == BlockOffset::Integer {
-            let offset = load_i8(&tile.offsets[first + block * PANEL..]);
-            for (row, dot) in dots.iter_mut().enumerate() {
-                let sum = _mm512_set1_epi32(sums[row * blocks + block]);
-                *dot = _mm512_add_epi32(*dot, _mm512_mullo_epi32(offset, sum));
+        for row in 0..ROWS {
+            let sum = _mm512_set1_epi32(sums[row][block]);
+            let mut dot = match PLANES {
+                1 => dots[row][0],
+                _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(dots[row][0]), dots[row][PLANES - 1]),
+            };
+            // Codes are as much too large as makes them unsigned.
+            if !FOUR_BIT {
+                dot = _mm512_sub_epi32(dot, _mm512_slli_epi32::<7>(sum));
+            } else if OFFSET == SYMMETRIC {
+                dot = _mm512_sub_epi32(dot, _mm512_slli_epi32::<3>(sum));
             }
-        }
-        for (acc, dot) in acc.iter_mut().zip(dots) {
-            *acc = _mm512_add_ps(*acc, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)));
-        }
-        if tile.offset == BlockOffset::Min {
-            let min = load_f16(&tile.offsets[(first + block * PANEL) * 2..]);
-            for (row, acc) in acc.iter_mut().enumerate() {
-                let sum = _mm512_set1_ps(sums[row * blocks + block] as f32);
-                *acc = _mm512_add_ps(*acc, _mm512_mul_ps(min, sum));
+            if OFFSET == INTEGER {
+                let offset = load_i8(&tile.offsets[first + block * PANEL..]);
+                dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(offset, sum));
+            }
+            acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)));
+            if OFFSET == MIN {
+                let min = load_f16(&tile.offsets[(first + block * PANEL) * 2..]);
+                acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(min, _mm512_cvtepi32_ps(sum)));
             }
         }
     }
