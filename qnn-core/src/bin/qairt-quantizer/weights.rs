@@ -23,8 +23,8 @@ pub(crate) struct WeightArgs {
 
     /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
     /// model computes stays the same. Adapters of --lora_output_files follow; others have to be imported with the DLC that
-    /// comes out. Default: on for 4-bit weights that are rounded by gptq or mse, unless inputs are smoothed or an encodings
-    /// file is given.
+    /// comes out. Default: on where there is text or weights are rounded by gptq or mse, unless they are asked to be rounded to
+    /// nearest, inputs are smoothed or an encodings file is given.
     #[arg(long, value_name = "BOOL")]
     equalize_channels: Option<bool>,
 
@@ -72,7 +72,7 @@ impl WeightArgs {
         let four = bits == Bits::Four;
         let default = if four && has_text { RoundingName::Gptq } else { RoundingName::Nearest };
         let method = self.weight_rounding.unwrap_or(default);
-        let better = four && method != RoundingName::Nearest;
+        let better = method != RoundingName::Nearest || (has_text && self.weight_rounding.is_none());
         let equalize = self.equalize_channels.unwrap_or(better && !situation.is_smoothed);
         if equalize && situation.is_smoothed {
             bail!("channels are scaled once: --equalize_channels is for the weights, --smooth_inputs for their inputs");
