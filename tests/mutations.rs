@@ -22,7 +22,6 @@ use qnn_core::offline::lora::{LoraOptions, UpdatableMode};
 use qnn_core::offline::source::Source;
 use qnn_core::offline::{dlc, specialize};
 use qnn_core::{Backend, Bytes, Context};
-use tempfile::TempDir;
 
 /// Something that reads the files of a folder.
 struct Door {
@@ -36,8 +35,9 @@ struct Door {
 fn mutated_files_do_not_panic() {
     let rounds = std::env::var("MUTATIONS").ok().and_then(|text| text.parse().ok()).unwrap_or(150);
     let only = std::env::var("DOOR").ok();
+    let doors = doors();
     std::panic::set_hook(Box::new(|_| {}));
-    for door in doors().iter().filter(|door| only.as_ref().is_none_or(|only| only == door.name)) {
+    for door in doors.iter().filter(|door| only.as_ref().is_none_or(|only| only == door.name)) {
         let folder = tempfile::tempdir().unwrap();
         for (name, bytes) in &door.files {
             std::fs::write(folder.path().join(name), bytes).unwrap();
@@ -107,12 +107,10 @@ fn doors() -> Vec<Door> {
             files: ["0.6.1", "1.0.0", "2.0.0"].map(|v| file(&aimet, &format!("aimet_{v}.encodings"))).into(),
             open: open_encodings,
         },
-        Door { name: "use_cases", files: vec![file(WITH_LORA.path(), "use_cases.yaml")], open: open_use_cases },
+        Door { name: "use_cases", files: vec![file(&WITH_LORA, "use_cases.yaml")], open: open_use_cases },
         Door {
             name: "sections",
-            files: [LORA_LIST, "a.safetensors", "a.encodings"]
-                .map(|name| file(&WITH_LORA.path().join("made"), name))
-                .into(),
+            files: [LORA_LIST, "a.safetensors", "a.encodings"].map(|name| file(&WITH_LORA.join("made"), name)).into(),
             open: open_lora_list,
         },
         Door {
@@ -136,10 +134,11 @@ fn tiny_dlc(model: &TinyModel) -> Vec<u8> {
     std::fs::read(output).unwrap()
 }
 
-/// A DLC with room for adapters, two of them, the importer's config about them and what it made of it.
-static WITH_LORA: LazyLock<TempDir> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name);
+/// A folder with a DLC that has room for adapters, two of them, the importer's config about them and what it made of it. Both
+/// tools take these files as they are.
+static WITH_LORA: LazyLock<PathBuf> = LazyLock::new(|| {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mutations");
+    let path = |name: &str| folder.join(name);
     let model = TinyModel::llama(1);
     model.write_hf(&path("model")).unwrap();
     let adapters = ["a", "b"].map(path);
@@ -160,31 +159,43 @@ static WITH_LORA: LazyLock<TempDir> = LazyLock::new(|| {
         "use_case:\n- name: a\n  lora_weights: {a}\n- name: both\n  lora_weights: [{a}, {b}]\n  output_path: 1\n"
     );
     std::fs::write(path("use_cases.yaml"), &config).unwrap();
-    let made =
-        ImportOptions { lora_config: path("use_cases.yaml"), input_dlc: path("model.dlc"), output_dir: path("made") };
-    import(&made).unwrap();
-    // The generator takes groups of adapters with activation encodings only, the importer any.
+    import(&use_cases_of(&folder, &folder)).unwrap();
+    generate(&sections_of(&path("made"), &folder), &mut |_| {}).unwrap();
+    // Only now: the generator would refuse the group, whose adapters have no activation encodings.
     std::fs::write(path("use_cases.yaml"), config + "group:\n- name: g\n  members: [a, both]\n").unwrap();
+    import(&ImportOptions { output_dir: path("grouped"), ..use_cases_of(&folder, &folder) }).unwrap();
     folder
 });
 
-fn open_use_cases(folder: &Path) {
-    let (lora_config, output_dir) = (folder.join("use_cases.yaml"), folder.join("made"));
-    let _ = import(&ImportOptions { lora_config, input_dlc: WITH_LORA.path().join("model.dlc"), output_dir });
+/// To import what `use_cases.yaml` in `folder` says, for the DLC in `with_dlc`.
+fn use_cases_of(folder: &Path, with_dlc: &Path) -> ImportOptions {
+    ImportOptions {
+        lora_config: folder.join("use_cases.yaml"),
+        input_dlc: with_dlc.join("model.dlc"),
+        output_dir: folder.join("made"),
+    }
 }
 
-fn open_lora_list(folder: &Path) {
-    let options = GenerateOptions {
-        dlc_path: WITH_LORA.path().join("model.dlc"),
-        output_dir: folder.join("made"),
+/// To make sections of the list in `folder`, for the DLC in `with_dlc`.
+fn sections_of(folder: &Path, with_dlc: &Path) -> GenerateOptions {
+    GenerateOptions {
+        dlc_path: with_dlc.join("model.dlc"),
+        output_dir: folder.join("sections"),
         binary_file: "model".to_owned(),
         ar: vec![1],
         cl: vec![8],
         num_splits: 1,
         adapter_weight_config: Some(folder.join(LORA_LIST)),
         lora_weight_sharing: false,
-    };
-    let _ = generate(&options, &mut |_| {});
+    }
+}
+
+fn open_use_cases(folder: &Path) {
+    let _ = import(&use_cases_of(folder, &WITH_LORA));
+}
+
+fn open_lora_list(folder: &Path) {
+    let _ = generate(&sections_of(folder, &WITH_LORA), &mut |_| {});
 }
 
 fn open_model(folder: &Path) {

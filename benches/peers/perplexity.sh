@@ -18,7 +18,7 @@ llama="$build/source/vendor/llama.cpp"
 tools="${CARGO_TARGET_DIR:-$root/target}/release"
 
 [ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 1; }
-[ -x "$build/bin/llama-tokenize" ] || { echo "no llama.cpp in $build: run benches/peers/run.sh first" >&2; exit 1; }
+[ -x "$build/bin/llama-quantize" ] || { echo "no llama.cpp in $build: run benches/peers/run.sh first" >&2; exit 1; }
 [ -f "$gguf" ] || { echo "no $gguf: run examples/quickstart.sh first" >&2; exit 1; }
 model="$1" text="${2:-$root/README.md}"
 shift "$(($# < 2 ? $# : 2))"
@@ -26,14 +26,13 @@ shift "$(($# < 2 ? $# : 2))"
 calibration=("${@/#/--calibration_text=}")
 out="${OUT:-$(mktemp -d)}"
 mkdir -p "$out"
+trap '[ $? = 0 ] || echo "perplexity.sh: failed; what the tools said is in $out" >&2' EXIT
 
 main() {
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p genie -p qnn-core --bins
     llama_forms
-    "$tools/qairt-converter" -i "$model" -o "$out/float.dlc" --weights_bitwidth 32 >"$out/float.log" 2>&1
     mkdir -p "$out/float"
-    mv "$out/float.dlc" "$out/float/model.dlc"
-    mv "$out"/tokenizer*.json "$out/generation_config.json" "$out/float"
+    "$tools/qairt-converter" -i "$model" -o "$out/float/model.dlc" --weights_bitwidth 32 >"$out/float/converter.log" 2>&1
     ours "genie float" float
     static "genie w4a16" w4a16
     static "genie w4a16, a tenth at 8 bits" mixed --wide_share 0.1
@@ -48,18 +47,15 @@ llama_forms() {
     c++ -O2 -std=c++17 -I"$llama/include" -I"$llama/ggml/include" "$here/llama_windows.cpp" -L"$build/bin" -lllama -lggml \
         -lggml-base -Wl,-rpath,"$build/bin" -o "$out/llama-windows"
     "$out/python/bin/python" "$here/float_gguf.py" "$gguf" "$model" "$out/F16.gguf"
-    # "[1, 2, 3]"; the 8 windows that genie-accuracy scores too.
-    LD_LIBRARY_PATH="$build/bin" "$build/bin/llama-tokenize" -m "$out/F16.gguf" -f "$text" --ids --no-bos --no-parse-special \
-        --no-escape 2>"$out/tokenize.log" | tr -d '[] ' | tr ',' '\n' | head -n 4096 >"$out/ids.txt"
-    local format
+    local format result
     for format in F16 Q4_0 Q4_K_M; do
         if [ "$format" != F16 ]; then
             "$build/bin/llama-quantize" "$out/F16.gguf" "$out/$format.gguf" "$format" >"$out/$format.log" 2>&1
             # Rows whose length is no multiple of 256 take another, larger format.
             grep -i "fallback quantization" "$out/$format.log" >&2 || true
         fi
-        line "llama.cpp $format" "$(stat -c %s "$out/$format.gguf")" \
-            "$("$out/llama-windows" "$out/$format.gguf" "$(nproc)" 512 <"$out/ids.txt")"
+        result=$("$out/llama-windows" "$out/$format.gguf" "$(nproc)" 512 8 <"$text")
+        line "llama.cpp $format" "$(stat -c %s "$out/$format.gguf")" "$result"
     done
 }
 
@@ -81,7 +77,9 @@ ours() {
         --cl 512 >"$folder/generator.log" 2>&1
     sed -e 's/"ctx-bins": .*/"ctx-bins": ["model.bin"]/' -e 's/"size": 2048/"size": 512/' \
         "$root/configs/smollm2-135m-instruct.json" >"$folder/genie_config.json"
-    line "$1" "$(stat -c %s "$folder/model.bin")" "$("$tools/genie-accuracy" -c "$folder/genie_config.json" --text "$text" 2>"$folder/accuracy.log")"
+    local result
+    result=$("$tools/genie-accuracy" -c "$folder/genie_config.json" --text "$text" 2>"$folder/accuracy.log")
+    line "$1" "$(stat -c %s "$folder/model.bin")" "$result"
 }
 
 # NAME BYTES JSON: one line; the ratio is to the first line of the same program.

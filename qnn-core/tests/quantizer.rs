@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::{process::Command, sync::Arc};
 
 use htp_sim::Workers;
 use qnn_core::{
@@ -13,6 +13,7 @@ use qnn_core::{
     binary::Verify,
     offline::{
         arch::{Grouping, WeightType},
+        dlc::{read_dlc, write_dlc},
         quantize::{
             Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, matrix_inputs, observe, quantize,
             text::{read_ids, read_list},
@@ -221,4 +222,34 @@ fn files_without_ids_are_refused_by_name() {
     assert!(error("cut.raw", &[0; 6]).contains("6 bytes, need a multiple of 4"));
     assert!(error("words.json", b"[\"a\"]").contains("expected u32"));
     assert!(error("list", b"# nothing\n\n").contains("need at least one"));
+}
+
+// Broken if the tool with its default flags refuses a model whose weights are integers already, or changes them.
+#[test]
+fn the_tool_calibrates_integer_weights() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let (integers, _) = with_tools(|tools| quantize(&model(false), &[], &options(8), None, tools)).expect("no text");
+    write_dlc(&path("integers.dlc"), &integers).expect("it can be written");
+    std::fs::write(path("ids.json"), format!("{:?}", ids(1, 64))).expect("it can be written");
+    std::fs::write(path("list.txt"), "ids.json").expect("it can be written");
+    for bits in ["16", "8"] {
+        let done = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"))
+            .current_dir(folder.path())
+            .args(["-i", "integers.dlc", "-o", "static.dlc", "--input_list", "list.txt", "--calibration_window", "32"])
+            .args(["--act_bitwidth", bits])
+            .output()
+            .expect("the tool starts");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let made = read_dlc(&path("static.dlc")).expect("it was written just now");
+        assert!(matrix_inputs(&made).into_iter().all(|id| made.tensor(id).encoding.is_some()));
+        let weights = |graph: &Graph| -> Vec<(String, Vec<u8>)> {
+            let bytes = |tensor: &Tensor| match tensor.data.as_ref()? {
+                TensorData::Flat(bytes) => Some((tensor.name.clone(), bytes.to_vec())),
+                TensorData::Panels(panels) => Some((tensor.name.clone(), panels.bytes().to_vec())),
+            };
+            graph.tensors().iter().filter_map(bytes).collect()
+        };
+        assert!(weights(&made) == weights(&integers), "weights changed");
+    }
 }

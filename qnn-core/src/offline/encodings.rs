@@ -184,7 +184,7 @@ impl EncodingsFile {
     /// [`EncodingsError`] naming the tensor and the key.
     pub fn parse(json: &[u8]) -> Result<EncodingsFile, EncodingsError> {
         let file = serde_json::from_slice(json).or_else(|error| {
-            // Then what is wrong can be said with the tensor's name.
+            // Where an encoding is made of these, the tensor can be named; elsewhere they do no harm.
             serde_json::from_slice(&read::quote_non_numbers(json)).map_err(|_| error)
         });
         read::read(file.map_err(EncodingsError::Json)?)

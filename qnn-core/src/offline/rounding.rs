@@ -21,7 +21,7 @@ use crate::{
     graph::{Graph, GraphError, Node},
     offline::{
         calibrate::{CalibrateError, Calibrator, Feed, Probe},
-        equalize::{GroupReport, ScalesError, equalize},
+        equalize::{GroupReport, SCALES_KEY, ScalesError, equalize},
         quantize_weights::{Bits, Feedback, Moments, QuantizeError, Rounding, Scheme, Search, quantize_with},
         source::{ElementFormat, SourceTensor},
     },
@@ -174,6 +174,11 @@ pub fn round_weights(
         report.weights.push(pass.round(&mut work, id, options.embedding, None)?);
     }
     Ok((work, report))
+}
+
+/// Whether the layers of `graph` have matrices of floats whose channels were not scaled before.
+pub fn can_scale_channels(graph: &Graph) -> bool {
+    !graph.metadata().contains_key(SCALES_KEY) && layers(graph).iter().any(|layer| !layer.weights.is_empty())
 }
 
 /// Gives the inputs of integer matrices dynamic encodings of `activations` (one scale for each row, found when the graph

@@ -22,7 +22,7 @@ use qnn_core::{
             quantize, text,
         },
         quantize_weights::Bits,
-        rounding::RoundingReport,
+        rounding::{RoundingReport, can_scale_channels},
     },
 };
 
@@ -277,13 +277,18 @@ struct Done {
 impl Work<'_> {
     fn quantize(&self, mut graph: Graph, display: &mut Display) -> anyhow::Result<Done> {
         let (cli, input) = (self.cli, self.cli.input_dlc.display());
-        let smoothes = self.smoothes()?;
+        let can_scale = can_scale_channels(&graph);
+        let smoothes = self.smoothes(can_scale)?;
         let mut options = self.options.clone();
         if smoothes && cli.act_quantizer_calibration.is_none() {
             options.activations.calibration = Calibration::MinMax;
         }
-        let situation =
-            Situation { weights: self.options.weights, has_overrides: self.overrides.is_some(), is_smoothed: smoothes };
+        let situation = Situation {
+            weights: self.options.weights,
+            has_overrides: self.overrides.is_some(),
+            can_scale,
+            is_smoothed: smoothes,
+        };
         let rounding = cli.weights.options(&situation, !self.windows.is_empty())?;
         let smoothing = smoothes.then(|| self.smooth(&mut graph, display)).transpose();
         let smoothing = smoothing.with_context(|| format!("cannot smooth the inputs of {input}"))?;
@@ -316,14 +321,14 @@ impl Work<'_> {
     }
 
     /// Whether channels are scaled for the inputs of matrices.
-    fn smoothes(&self) -> anyhow::Result<bool> {
+    fn smoothes(&self, can_scale: bool) -> anyhow::Result<bool> {
         let usable = !self.windows.is_empty() && self.overrides.is_none();
         match self.cli.smooth_inputs {
             Some(true) if !usable => {
                 bail!("--smooth_inputs needs text to calibrate with, and no --quantization_overrides")
             }
             Some(wanted) => Ok(wanted),
-            None => Ok(usable && self.options.activations.bits == 8 && self.cli.weights.leaves_channels()),
+            None => Ok(usable && can_scale && self.options.activations.bits == 8 && self.cli.weights.leaves_channels()),
         }
     }
 

@@ -18,13 +18,14 @@ use qnn_core::{
 pub(crate) struct WeightArgs {
     /// How codes are chosen. gptq: later inputs of a matrix make good the error of earlier ones, layer by layer; needs text.
     /// mse: block scales with the least squared error. Default: gptq for 4-bit weights where there is text, else nearest.
+    /// Nearest that is asked for leaves channels as they are, unless --equalize_channels says otherwise.
     #[arg(long, value_name = "METHOD")]
     weight_rounding: Option<RoundingName>,
 
     /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
     /// model computes stays the same. Adapters of --lora_output_files follow; others have to be imported with the DLC that
-    /// comes out. Default: on where there is text or weights are rounded by gptq or mse, unless they are asked to be rounded to
-    /// nearest, inputs are smoothed or an encodings file is given.
+    /// comes out. Default: on for float weights where there is text or they are rounded by gptq or mse, unless they are asked to be
+    /// rounded to nearest, inputs are smoothed, an encodings file is given or channels were scaled before.
     #[arg(long, value_name = "BOOL")]
     equalize_channels: Option<bool>,
 
@@ -48,6 +49,8 @@ enum RoundingName {
 pub(crate) struct Situation {
     pub(crate) weights: WeightType,
     pub(crate) has_overrides: bool,
+    /// There are matrices of floats whose channels nobody has scaled.
+    pub(crate) can_scale: bool,
     /// Channels are scaled for the inputs of matrices, so they cannot be scaled for the weights.
     pub(crate) is_smoothed: bool,
 }
@@ -73,7 +76,7 @@ impl WeightArgs {
         let default = if four && has_text { RoundingName::Gptq } else { RoundingName::Nearest };
         let method = self.weight_rounding.unwrap_or(default);
         let better = method != RoundingName::Nearest || (has_text && self.weight_rounding.is_none());
-        let equalize = self.equalize_channels.unwrap_or(better && !situation.is_smoothed);
+        let equalize = self.equalize_channels.unwrap_or(better && situation.can_scale && !situation.is_smoothed);
         if equalize && situation.is_smoothed {
             bail!("channels are scaled once: --equalize_channels is for the weights, --smooth_inputs for their inputs");
         }

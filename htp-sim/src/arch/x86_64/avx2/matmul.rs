@@ -299,7 +299,8 @@ fn offset_floats<D: Dot, const FOUR_BIT: bool, const OFFSET: u8, const PLANES: u
                 1 => dots[row][0],
                 _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[row][0]), dots[row][PLANES - 1]),
             };
-            // Codes are as much too large as makes them unsigned.
+            // Stored codes are unsigned: 128 too large with 8 bits, 8 too large with 4 bits and no offset. With 4 bits and an
+            // offset, the offset is that of the stored codes.
             if !FOUR_BIT {
                 dot = _mm256_sub_epi32(dot, _mm256_slli_epi32::<7>(sum));
             } else if OFFSET == SYMMETRIC {
