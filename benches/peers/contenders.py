@@ -27,7 +27,9 @@ class Genie:
         args = self.args
         for figure in self.bench(self.config, args.prompts, args.depths):
             yield figure["metric"], "", figure["median"]
-        yield from first_tokens(self.first_token, worth)
+        # genie-t2t-run has the threads of the config: all there are.
+        if self.threads == args.threads:
+            yield from first_tokens(self.first_token, worth)
         for rank in RANKS if self.lora else ():
             for figure in self.bench(self.lora, *up_to_512(args), "-l", f"r{rank}"):
                 if figure["metric"].endswith("_lora1") or figure["metric"] in LORA_COSTS:
