@@ -24,8 +24,8 @@ pub(crate) struct WeightArgs {
 
     /// Scales channels between norms and matrices, and between matrices, so that weights fit their grid better; what the
     /// model computes stays the same. Adapters of --lora_output_files follow; others have to be imported with the DLC that
-    /// comes out. Default: on for float weights where there is text or they are rounded by gptq or mse, unless they are asked to be
-    /// rounded to nearest, inputs are smoothed, an encodings file is given or channels were scaled before.
+    /// comes out. Default: on for float weights where there is text or they are rounded by gptq or mse, unless they are asked
+    /// to be rounded to nearest, inputs are smoothed, an encodings file is given or channels were scaled before.
     #[arg(long, value_name = "BOOL")]
     equalize_channels: Option<bool>,
 

@@ -86,12 +86,12 @@ pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph,
     if !misfits.is_empty() {
         return Err(EncodingsError::Misfits { list: misfits });
     }
-    if file.tensors.is_empty() {
+    let Some(first) = file.tensors.first() else {
         return Err(EncodingsError::Form { have: "no encodings in the file".to_owned(), want: "at least one" });
-    }
+    };
     if report.unknown.len() == file.tensors.len() {
         let like = graph.tensors().iter().find(|t| t.data.is_some()).map_or("none", |t| &t.name).to_owned();
-        let first = file.tensors.first().map_or("none", |tensor| &tensor.name).to_owned();
+        let first = first.name.clone();
         return Err(EncodingsError::OtherModel { have: file.tensors.len(), first, want: graph.tensors().len(), like });
     }
     Ok((replaced(graph, changes)?, report))

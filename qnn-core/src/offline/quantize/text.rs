@@ -17,7 +17,7 @@ pub fn read_texts(files: &[PathBuf], tokenizer: &Path) -> Result<Vec<u32>, Quant
         let text = std::fs::read_to_string(file).map_err(|why| refused(file)(why.to_string()))?;
         let encoded = loaded.encode_fast(text, false).map_err(|why| refused(file)(why.to_string()))?;
         if encoded.is_empty() {
-            return Err(refused(file)("no token ids in it, nothing to calibrate with".to_owned()));
+            return Err(refused(file)(NO_IDS.to_owned()));
         }
         ids.extend_from_slice(encoded.get_ids());
     }
@@ -66,7 +66,7 @@ pub fn read_ids(file: &Path) -> Result<Option<Vec<u32>>, QuantizeError> {
         _ => return Ok(None),
     };
     match ids.is_empty() {
-        true => Err(refused(file)("no token ids in it, nothing to calibrate with".to_owned())),
+        true => Err(refused(file)(NO_IDS.to_owned())),
         false => Ok(Some(ids)),
     }
 }
@@ -74,3 +74,5 @@ pub fn read_ids(file: &Path) -> Result<Option<Vec<u32>>, QuantizeError> {
 fn refused(path: &Path) -> impl Fn(String) -> QuantizeError {
     move |why| QuantizeError::Text { path: path.display().to_string(), why }
 }
+
+const NO_IDS: &str = "no token ids in it, nothing to calibrate with";
