@@ -14,9 +14,13 @@ use htp_sim::{
 
 const INT4: WeightFormat = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
 
+/// What GGUF's Q4_1 becomes.
+const INT4_MIN: WeightFormat = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min };
+
 /// Name in the id, format, bits of the activations.
-const FORMATS: [(&str, WeightFormat, ActBits); 5] = [
+const FORMATS: [(&str, WeightFormat, ActBits); 6] = [
     ("i16_w4b", INT4, ActBits::Sixteen),
+    ("i16_w4bm", INT4_MIN, ActBits::Sixteen),
     ("i8_w4b", INT4, ActBits::Eight),
     ("i16_w4e", WeightFormat::Int4Expansion { block: 64 }, ActBits::Sixteen),
     ("i16_w4c", WeightFormat::Int4PerChannel, ActBits::Sixteen),
@@ -29,7 +33,12 @@ fn weights(layout: &PackedLayout, copies: usize) -> Vec<Vec<u8>> {
     let codes: Vec<i8> = (0..layout.n() * layout.k()).map(noise).collect();
     let scales = vec![0.01; layout.n() * layout.blocks()];
     let steps: Vec<u8> = (0..layout.n() * layout.steps()).map(|i| noise(i).cast_unsigned() + 1).collect();
-    let offsets = if steps.is_empty() { Offsets::None } else { Offsets::Steps(&steps) };
+    let minima = vec![-0.075; scales.len()];
+    let offsets = match layout.format() {
+        WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => Offsets::Min(&minima),
+        _ if steps.is_empty() => Offsets::None,
+        _ => Offsets::Steps(&steps),
+    };
     let blob = pack_quantized(layout, &codes, &scales, offsets).expect("lengths match");
     vec![blob; copies]
 }

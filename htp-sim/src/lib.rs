@@ -49,6 +49,7 @@ pub use packed::{
 };
 pub use quantize::{ActBits, Grid, QuantizedRows, quantize_rows, snap};
 pub use rope::{rotary_table, rotate};
+pub use scratch::Aligned;
 pub use workers::{MAX_WORKERS, Workers};
 
 /// What every operation needs from its caller: which kernels, and who runs them.

@@ -3,6 +3,9 @@
 //! The output is cut into tiles of some rows by some panels of 16 columns. One worker computes a tile into a buffer on its
 //! stack, adds bias and branch there, and writes it out: a result never waits in memory for its epilogue.
 
+use std::cell::RefCell;
+use std::thread::LocalKey;
+
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
@@ -119,7 +122,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         for target in targets.iter().flatten() {
             if group < grid.groups(&target.half) {
                 let tile = grid.tile(item / n_groups, group, target.half.weights);
-                with_buffer(tile.values(), |values| {
+                with_buffer(&VALUES, tile.values(), |values| {
                     finish(cx, x, &target.half, &tile, values);
                     target.store(&tile, values);
                 });
@@ -154,7 +157,7 @@ pub fn gated_linear(
     let target = Target { half: gate, write: Write::Store, n, out: Disjoint::new(out) };
     cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
-        with_buffer(2 * tile.values(), |values| {
+        with_buffer(&VALUES, 2 * tile.values(), |values| {
             let (gate_values, up_values) = values.split_at_mut(tile.values());
             finish(cx, x, &gate, &tile, gate_values);
             finish(cx, x, &up, &tile, up_values);
@@ -228,23 +231,38 @@ impl Target<'_> {
         for (i, values) in values.chunks_exact(tile.panels * PANEL).enumerate() {
             // SAFETY: a tile is one item, and tiles do not overlap.
             let out = unsafe { self.out.range((tile.row + i) * self.n + column, columns) };
+            let ((out, out_rest), (values, values_rest)) = (out.as_chunks_mut::<PANEL>(), values.as_chunks::<PANEL>());
             match self.write {
-                Write::Store => out.copy_from_slice(&values[..columns]),
-                Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+                // Whole panels are copied in registers, without a call.
+                Write::Store => {
+                    out.iter_mut().zip(values).for_each(|(out, values)| *out = *values);
+                    out_rest.iter_mut().zip(values[out.len()..].as_flattened()).for_each(|(out, value)| *out = *value);
+                }
+                Write::Add => {
+                    out.as_flattened_mut().iter_mut().zip(values.as_flattened()).for_each(|(out, value)| *out += value);
+                    out_rest.iter_mut().zip(values[out.len()..].as_flattened()).for_each(|(out, value)| *out += value);
+                }
             }
+            debug_assert!(values_rest.is_empty());
         }
     }
 }
 
-/// Calls `f` with `len` zeros on the stack. Those of a decode tile are few: it does not pay for clearing a large buffer.
-fn with_buffer(len: usize, f: impl FnOnce(&mut [f32])) {
-    if len <= SMALL_VALUES {
-        f(&mut [0.0; SMALL_VALUES][..len]);
-    } else if len <= TILE_VALUES {
-        f(&mut [0.0; TILE_VALUES][..len]);
-    } else {
-        f(&mut [0.0; 2 * TILE_VALUES][..len]);
-    }
+/// A worker's values of a tile, or of both halves of a gated one.
+#[repr(align(64))]
+struct TileBuffer([f32; 2 * TILE_VALUES]);
+
+/// Calls `f` with `len` values that `buffer` keeps for this thread. They hold what the last tile left there: clearing them took a
+/// tenth of a prompt's product on AMX.
+fn with_buffer(buffer: &'static LocalKey<RefCell<TileBuffer>>, len: usize, f: impl FnOnce(&mut [f32])) {
+    buffer.with_borrow_mut(|buffer| f(&mut buffer.0[..len]));
+}
+
+thread_local! {
+    /// The tile that is being computed.
+    static VALUES: RefCell<TileBuffer> = const { RefCell::new(TileBuffer([0.0; 2 * TILE_VALUES])) };
+    /// What is added to it.
+    static PRODUCTS: RefCell<TileBuffer> = const { RefCell::new(TileBuffer([0.0; 2 * TILE_VALUES])) };
 }
 
 /// How an output is cut into tiles.
@@ -290,14 +308,11 @@ fn wide_panels(weights: PackedWeights<'_>) -> usize {
 /// Weights that one [`linear`] can take.
 pub const MAX_PARTS: usize = 8;
 
-/// f32 values in a tile's buffer: 8 KiB, a quarter of the smallest L1.
-const TILE_VALUES: usize = 2048;
+/// f32 values in a tile's buffer: 16 KiB, half of the smallest L1.
+const TILE_VALUES: usize = 4096;
 
-/// f32 values of the two tiles of a gated layer with one row.
-const SMALL_VALUES: usize = 2 * MAX_TILE_PANELS * PANEL;
-
-/// Rows of a tile: as many as fit with one panel.
-const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL;
+/// Rows of a tile: as many as fit with two panels.
+const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL / 2;
 
 /// Panels of a tile. A decode tile of eight 4-bit panels streams 16 KiB and more, a few hundred nanoseconds at least.
 const MAX_TILE_PANELS: usize = 8;

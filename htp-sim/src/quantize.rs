@@ -5,7 +5,7 @@ use crate::elementwise::in_parts;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::kernels::{QuantizedRowMut, RowValues, Steps};
 use crate::packed::MAX_INTEGER_K;
-use crate::scratch::Disjoint;
+use crate::scratch::{Aligned, Disjoint, LINE_BYTES};
 
 /// Bits of a quantized activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -91,11 +91,12 @@ pub struct QuantizedRows {
     rows: usize,
     max_rows: usize,
     k: usize,
-    k_padded: usize,
+    /// Bytes from one row of a plane to the next.
+    stride: usize,
     bits: ActBits,
     sum_block: usize,
-    hi: Vec<i8>,
-    lo: Vec<i8>,
+    hi: Aligned<i8>,
+    lo: Aligned<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
     /// Sums over multiples of `sum_block`, for weights of larger blocks.
@@ -120,18 +121,20 @@ impl QuantizedRows {
         if sum_block == 0 || !k.is_multiple_of(sum_block) {
             return Err(ShapeError::new("block of sums", sum_block, Needed::DivisorOf(k)));
         }
-        let k_padded = k.next_multiple_of(8);
-        let bytes = size("bytes of quantized rows", &[max_rows, k_padded])?;
+        // Rows start at cache lines. At a distance of many lines that divides the sets of a cache, few rows would fit in it.
+        let lines = k.div_ceil(LINE_BYTES);
+        let stride = (if lines.is_multiple_of(8) { lines + 1 } else { lines }) * LINE_BYTES;
+        let bytes = size("bytes of quantized rows", &[max_rows, stride])?;
         let low_bytes = if bits == ActBits::Sixteen { bytes } else { 0 };
         Ok(Self {
             rows: 0,
             max_rows,
             k,
-            k_padded,
+            stride,
             bits,
             sum_block,
-            hi: vec![0; bytes],
-            lo: vec![0; low_bytes],
+            hi: Aligned::zeroed(bytes),
+            lo: Aligned::zeroed(low_bytes),
             scales: vec![0.0; max_rows],
             sums: vec![0; max_rows * (k / sum_block)],
             coarser: Vec::new(),
@@ -202,7 +205,7 @@ impl QuantizedRows {
 
     /// The code at (`row`, `k`).
     pub fn code(&self, row: usize, k: usize) -> i32 {
-        let at = row * self.k_padded + k;
+        let at = row * self.stride + k;
         match self.bits {
             ActBits::Eight => i32::from(self.hi[at]),
             ActBits::Sixteen => 256 * i32::from(self.hi[at]) + i32::from(self.lo[at]),
@@ -226,13 +229,13 @@ impl QuantizedRows {
 
     /// The planes from row `row` on, with the sums over blocks of `block`; the finest if there are none of that block.
     pub(crate) fn from(&self, row: usize, block: usize) -> QuantizedRowsFrom<'_> {
-        let at = row * self.k_padded;
+        let at = row * self.stride;
         let coarser = self.coarser.iter().find(|(coarser, _)| *coarser == block);
         let (block, sums) = coarser.map_or((self.sum_block, &self.sums), |(block, sums)| (*block, sums));
         QuantizedRowsFrom {
             hi: &self.hi[at..],
             lo: if self.bits == ActBits::Sixteen { &self.lo[at..] } else { &[] },
-            stride: self.k_padded,
+            stride: self.stride,
             scales: &self.scales[row..],
             sums: &sums[row * (self.k / block)..],
             plane_sums: &self.plane_sums[row..],
@@ -282,7 +285,7 @@ pub(crate) fn quantize_each<'a>(
     out: &mut QuantizedRows,
     values: impl Fn(usize) -> RowValues<'a> + Sync,
 ) {
-    let (k, stride, sum_block) = (out.k, out.k_padded, out.sum_block);
+    let (k, stride, sum_block) = (out.k, out.stride, out.sum_block);
     let low_stride = if out.bits == ActBits::Sixteen { stride } else { 0 };
     let low_k = if out.bits == ActBits::Sixteen { k } else { 0 };
     let blocks = k / sum_block;

@@ -4,6 +4,7 @@ use super::tile::Tile;
 use super::{CacheFormat, CacheLayout, RANGE, TILE_ROWS};
 use crate::arch::portable::vector::exp;
 use crate::kernels::SoftmaxTotals;
+use crate::scratch::Aligned;
 
 /// One worker's buffers.
 #[derive(Debug)]
@@ -11,22 +12,22 @@ pub(super) struct WorkerScratch {
     /// Values of a row of `part` and `acc`.
     stride: usize,
     /// The queries: floats, or two planes with their scales and sums.
-    pub(super) q: Vec<f32>,
-    pub(super) hi: Vec<i8>,
-    pub(super) lo: Vec<i8>,
+    pub(super) q: Aligned<f32>,
+    pub(super) hi: Aligned<i8>,
+    pub(super) lo: Aligned<i8>,
     pub(super) q_scales: [f32; TILE_ROWS],
     pub(super) plane_sums: [[i32; 2]; TILE_ROWS],
     /// One range: scores, which become probabilities, and these as planes.
-    pub(super) scores: Vec<f32>,
-    pub(super) p_hi: Vec<i8>,
-    pub(super) p_lo: Vec<i8>,
+    pub(super) scores: Aligned<f32>,
+    pub(super) p_hi: Aligned<i8>,
+    pub(super) p_lo: Aligned<i8>,
     pub(super) p_scales: [f32; TILE_ROWS],
     pub(super) p_sums: [[i32; 2]; TILE_ROWS],
     pub(super) totals: [SoftmaxTotals; TILE_ROWS],
-    pub(super) part: Vec<f32>,
+    pub(super) part: Aligned<f32>,
     /// All ranges so far.
     pub(super) running: [SoftmaxTotals; TILE_ROWS],
-    pub(super) acc: Vec<f32>,
+    pub(super) acc: Aligned<f32>,
 }
 
 impl WorkerScratch {
@@ -37,20 +38,20 @@ impl WorkerScratch {
         let p_planes = if is_int8 { TILE_ROWS * RANGE } else { 0 };
         Self {
             stride,
-            q: vec![0.0; TILE_ROWS * layout.head_dim()],
-            hi: vec![0; q_planes],
-            lo: vec![0; q_planes],
+            q: Aligned::zeroed(TILE_ROWS * layout.head_dim()),
+            hi: Aligned::zeroed(q_planes),
+            lo: Aligned::zeroed(q_planes),
             q_scales: [0.0; TILE_ROWS],
             plane_sums: [[0; 2]; TILE_ROWS],
-            scores: vec![0.0; TILE_ROWS * RANGE],
-            p_hi: vec![0; p_planes],
-            p_lo: vec![0; p_planes],
+            scores: Aligned::zeroed(TILE_ROWS * RANGE),
+            p_hi: Aligned::zeroed(p_planes),
+            p_lo: Aligned::zeroed(p_planes),
             p_scales: [0.0; TILE_ROWS],
             p_sums: [[0; 2]; TILE_ROWS],
             totals: [EMPTY; TILE_ROWS],
-            part: vec![0.0; TILE_ROWS * stride],
+            part: Aligned::zeroed(TILE_ROWS * stride),
             running: [EMPTY; TILE_ROWS],
-            acc: vec![0.0; TILE_ROWS * stride],
+            acc: Aligned::zeroed(TILE_ROWS * stride),
         }
     }
 

@@ -106,13 +106,13 @@ impl Problem<'_> {
         let scales = self.cache.value_scales(tile.kv_head, span.first).as_chunks().0;
         for row in 0..tile.rows {
             let visible = self.visible_in(row + tile.first, span);
-            let at = row * span.width;
+            let at = row * RANGE;
             let (hi, lo) = (&mut scratch.p_hi[at..][..span.width], &mut scratch.p_lo[at..][..span.width]);
             for outside in [0..visible.start, visible.end..span.width] {
                 hi[outside.clone()].fill(0);
                 lo[outside].fill(0);
             }
-            let seen = &mut scratch.scores[at..][visible.clone()];
+            let seen = &mut scratch.scores[row * span.width..][visible.clone()];
             self.cap(seen);
             let target = WeightsMut {
                 hi: &mut hi[visible.clone()],
@@ -130,7 +130,7 @@ impl Problem<'_> {
             k: span.width,
             hi: &scratch.p_hi,
             lo: &scratch.p_lo,
-            x_stride: span.width,
+            x_stride: RANGE,
             x_scales: &scratch.p_scales,
             sums: &[],
             plane_sums: &scratch.p_sums,

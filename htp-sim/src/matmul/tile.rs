@@ -1,6 +1,6 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::{Branch, Gate, PANEL, Rows, TILE_VALUES, with_buffer};
+use super::{Branch, Gate, PANEL, PRODUCTS, Rows, TILE_VALUES, with_buffer};
 use crate::Cx;
 use crate::kernels::{FloatFn, FloatTile, IntegerTile};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
@@ -75,7 +75,7 @@ fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32])
         return;
     }
     let width = tile.panels * PANEL;
-    with_buffer(values.len(), |products| {
+    with_buffer(&PRODUCTS, values.len(), |products| {
         compute_floats(cx, FloatRows { x: t, stride: branch.t_stride }, branch.up, tile, products);
         for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
             if !is_zero(row) {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
+use htp_sim::{Aligned, AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
 
 use crate::{
     graph::{Graph, Node},
@@ -38,9 +38,9 @@ pub enum Cache {
         /// Heads, extents and element format.
         layout: CacheLayout,
         /// Key bytes.
-        key: Vec<u8>,
+        key: Aligned<u8>,
         /// Value bytes.
-        value: Vec<u8>,
+        value: Aligned<u8>,
         /// Which scratch memory of the state its attention uses.
         scratch: usize,
     },
@@ -120,7 +120,7 @@ impl State {
         match form {
             CacheForm::Kernels { n_workers } => {
                 let scratch = self.scratch(n_workers, layout, attrs.heads).map_err(|e| refuse(e.to_string()))?;
-                let (key, value) = (vec![0; layout.key_bytes()], vec![0; layout.value_bytes()]);
+                let (key, value) = (Aligned::zeroed(layout.key_bytes()), Aligned::zeroed(layout.value_bytes()));
                 Ok(Cache::Kernels { layout, key, value, scratch })
             }
             CacheForm::Reference => {

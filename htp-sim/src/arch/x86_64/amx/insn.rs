@@ -131,16 +131,14 @@ impl TileUnit for Hardware {
                 unsafe { asm!(concat!("tdpbssd ", $c, ", ", $a, ", ", $b), options(nostack, nomem, preserves_flags)) }
             };
         }
-        // Only these are used: sums in 0 to 3, full operands in 4 and 5, cut ones in 6 and 7.
+        // Only these are used: sums in 0 to 3, operands in the others.
         match (C, A, B) {
-            (0, 4, 5) => tdpbssd!("tmm0", "tmm4", "tmm5"),
-            (1, 4, 5) => tdpbssd!("tmm1", "tmm4", "tmm5"),
-            (2, 4, 5) => tdpbssd!("tmm2", "tmm4", "tmm5"),
-            (3, 4, 5) => tdpbssd!("tmm3", "tmm4", "tmm5"),
-            (0, 6, 7) => tdpbssd!("tmm0", "tmm6", "tmm7"),
-            (1, 6, 7) => tdpbssd!("tmm1", "tmm6", "tmm7"),
-            (2, 6, 7) => tdpbssd!("tmm2", "tmm6", "tmm7"),
-            (3, 6, 7) => tdpbssd!("tmm3", "tmm6", "tmm7"),
+            (0, 4, 6) => tdpbssd!("tmm0", "tmm4", "tmm6"),
+            (1, 4, 7) => tdpbssd!("tmm1", "tmm4", "tmm7"),
+            (1, 5, 6) => tdpbssd!("tmm1", "tmm5", "tmm6"),
+            (2, 4, 7) => tdpbssd!("tmm2", "tmm4", "tmm7"),
+            (2, 5, 6) => tdpbssd!("tmm2", "tmm5", "tmm6"),
+            (3, 5, 7) => tdpbssd!("tmm3", "tmm5", "tmm7"),
             _ => unreachable!("no kernel uses these registers together"),
         }
     }

@@ -5,7 +5,6 @@
 
 mod insn;
 mod matmul;
-mod tiles;
 
 #[cfg(test)]
 mod emulated;

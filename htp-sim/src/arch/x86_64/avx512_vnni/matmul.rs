@@ -88,9 +88,9 @@ fn integer_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize>(til
 
 /// A panel of the tile and the first of some rows.
 #[derive(Clone, Copy)]
-pub(in crate::arch::x86_64) struct Place {
-    pub(in crate::arch::x86_64) panel: usize,
-    pub(in crate::arch::x86_64) row: usize,
+struct Place {
+    panel: usize,
+    row: usize,
 }
 
 /// One panel by `ROWS` rows; returns `ROWS`.
@@ -147,7 +147,7 @@ fn channel_start<const PLANES: usize, const ROWS: usize>(
 /// The floats of the planes' integers, with a scale per output.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in crate::arch::x86_64) fn channel_finish<const PLANES: usize, const ROWS: usize>(
+fn channel_finish<const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     dots: [[__m512i; PLANES]; ROWS],
@@ -545,7 +545,7 @@ pub(in crate::arch::x86_64) fn load_bytes(from: &[u8; 64]) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_f32(from: &[u8]) -> __m512 {
+pub(in crate::arch::x86_64) fn load_f32(from: &[u8]) -> __m512 {
     // SAFETY: the slice has 64 bytes (checked here), unaligned.
     unsafe { _mm512_loadu_ps(from[..64].as_ptr().cast()) }
 }
