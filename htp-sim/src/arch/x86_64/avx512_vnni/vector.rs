@@ -5,7 +5,7 @@ use std::f32::consts::LOG2_E;
 
 use crate::arch::portable::vector::{self, EXP, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
+use crate::kernels::{SoftmaxTotals, WeightsMut};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -25,11 +25,6 @@ pub(crate) fn sum_squares(x: &[f32]) -> f32 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn normalize(x: &[f32], inv: f32, weight: &[f32], out: &mut [f32]) {
     vector::normalize(x, inv, weight, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
-    vector::quantize(row, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]

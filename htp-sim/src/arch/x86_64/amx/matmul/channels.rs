@@ -2,94 +2,136 @@
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
 use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
 use crate::arch::x86_64::amx::insn::TileUnit;
-use crate::arch::x86_64::avx512_vnni::matmul::{load_f32, store};
+use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
 use crate::kernels::IntegerTile;
 use crate::packed::PANEL;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn product<U: TileUnit, const CODES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    let mut unit = U::default();
-    for panel in (0..tile.panels).step_by(PANELS) {
-        match (tile.panels - panel, tile.lo.is_empty()) {
-            (1, true) => panels::<U, CODES, 1, 1>(&mut unit, tile, panel, out),
-            (1, false) => panels::<U, CODES, 1, 2>(&mut unit, tile, panel, out),
-            (_, true) => panels::<U, CODES, 2, 1>(&mut unit, tile, panel, out),
-            (_, false) => panels::<U, CODES, 2, 2>(&mut unit, tile, panel, out),
-        }
+    match tile.lo.is_empty() {
+        true => Product::<U, 1>::new(tile).run::<CODES>(out),
+        false => Product::<U, 2>::new(tile).run::<CODES>(out),
     }
-    // SAFETY: a table with this unit exists only where it may be used.
-    unsafe { unit.release() };
 }
 
-/// All rows by `W` panels from `panel` on.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panels<U: TileUnit, const CODES: u8, const W: usize, const PLANES: usize>(
-    unit: &mut U,
-    tile: &IntegerTile<'_>,
-    panel: usize,
-    out: &mut [f32],
-) {
-    let mut unpacked = Unpacked::uninit();
-    let mut sums = Sums::uninit();
-    let fours = tile_fours(tile.k);
-    // Pieces of one length, whole tiles and whole rows of 4-bit codes.
-    let whole = (fours * 4).next_multiple_of(8).max(fours * 4 * (1 + fours % 2));
-    let piece = tile.k.div_ceil(tile.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
-    for from in (0..tile.k).step_by(piece) {
-        let inputs = from..tile.k.min(from + piece);
-        let weights = unpacked.fill::<CODES>(tile, (panel, W), inputs.clone());
-        let is_last = inputs.end == tile.k;
-        let mut configured = 0;
-        // Rows whose sums have been stored, and where.
-        let mut done: Option<Finish<'_>> = None;
+/// The product of a tile of the output, with what goes on from one pair of panels to the next.
+struct Product<'a, U, const PLANES: usize> {
+    unit: U,
+    tile: &'a IntegerTile<'a>,
+    /// Groups of four inputs in a tile of the unit.
+    fours: usize,
+    /// Rows that the registers are shaped for.
+    height: usize,
+    sums: Sums,
+    /// Rows whose sums are stored and not yet floats.
+    done: Option<Finish<'a>>,
+}
+
+impl<'a, U: TileUnit, const PLANES: usize> Product<'a, U, PLANES> {
+    #[inline]
+    fn new(tile: &'a IntegerTile<'a>) -> Self {
+        let fours = tile_fours(tile.k);
+        Self { unit: U::default(), tile, fours, height: 0, sums: Sums::uninit(), done: None }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn run<const CODES: u8>(&mut self, out: &mut [f32]) {
+        let mut unpacked = Unpacked::uninit();
+        let tile = self.tile;
+        // Pieces of one length, whole tiles and whole rows of 4-bit codes.
+        let whole = self.fours * 4 * (1 + self.fours % 2);
+        let piece = tile.k.div_ceil(tile.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
+        for panel in (0..tile.panels).step_by(PANELS) {
+            let n_panels = PANELS.min(tile.panels - panel);
+            for from in (0..tile.k).step_by(piece) {
+                let inputs = from..tile.k.min(from + piece);
+                let weights = unpacked.fill::<CODES>(tile, (panel, n_panels), inputs.clone());
+                let piece = Piece { panel, inputs, weights };
+                match n_panels {
+                    1 => self.rows::<1>(&piece, out),
+                    _ => self.rows::<2>(&piece, out),
+                }
+            }
+        }
+        if let Some(mut finish) = self.done.take() {
+            // SAFETY: the sums of `done` were stored.
+            unsafe { finish.some::<PLANES>(&self.sums, usize::MAX, out) };
+        }
+        // SAFETY: a table with this unit exists only where it may be used.
+        unsafe { self.unit.release() };
+    }
+
+    /// All rows by a piece of `W` panels.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn rows<const W: usize>(&mut self, piece: &Piece<'_>, out: &mut [f32]) {
+        let tile = self.tile;
         let mut row = 0;
         while row < tile.rows {
             let height = ROWS.min(tile.rows - row);
-            if configured != height {
-                configured = height;
+            if self.height != height {
+                self.height = height;
                 // SAFETY: a table with this unit exists only where it may be used.
-                unsafe { configure(unit, height, fours) };
+                unsafe { configure(&mut self.unit, height, self.fours) };
             }
             // One plane of these rows and of the next ones take the places of two planes.
             let two_heights = PLANES == 1 && tile.rows - row >= 2 * ROWS;
             let rows = if two_heights { 2 * ROWS } else { height };
-            // Where the sums do not have to wait for another piece, two places take turns and stay in the first cache.
-            let slot = if is_last && from == 0 { row / (ROWS * (3 - PLANES)) % 2 * 2 } else { row / ROWS * PLANES };
-            let group = Group { tile, weights, from, row, height, fours };
-            // The unit multiplies these rows while the vector registers make floats of those before.
-            let mut pending = done.take();
-            let per_step = (2 * ROWS * W).div_ceil(weights[0].len() / fours);
+            let (is_first, is_last) = (piece.inputs.start == 0, piece.inputs.end == tile.k);
+            // Where the sums do not have to wait for another piece they stay in the first cache.
+            let slot = if is_first && is_last { 0 } else { row / ROWS * PLANES };
+            let group =
+                Group { tile, weights: piece.weights, from: piece.inputs.start, row, height, fours: self.fours };
+            // The unit multiplies these rows while the vector registers make floats of those before, all of them.
+            let mut before = self.done.take();
+            let steps = piece.weights[0].len() / self.fours;
+            // Their sums are still on their way when the first steps begin.
+            let wait = usize::from(steps > 2) * 2;
+            let per_step = before.as_ref().map_or(0, |finish| finish.count().div_ceil(steps - wait));
+            let mut step = 0;
             let mut meanwhile = |sums: &Sums| {
-                if let Some(finish) = &mut pending {
+                step += 1;
+                if step <= wait {
+                    return;
+                }
+                if let Some(finish) = &mut before {
                     // SAFETY: the sums of `done` were stored.
-                    unsafe { finish.some::<W, PLANES>(sums, per_step, out) };
+                    unsafe { finish.some::<PLANES>(sums, per_step, out) };
                 }
             };
             // SAFETY: configured for the height and the inputs; the first piece stores the sums that the others load.
             unsafe {
                 if two_heights || PLANES == 2 {
-                    group.multiply::<U, 2, W>(unit, &mut sums, slot, &mut meanwhile);
+                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums, slot, &mut meanwhile);
                 } else {
-                    group.multiply::<U, 1, W>(unit, &mut sums, slot, &mut meanwhile);
+                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums, slot, &mut meanwhile);
                 }
             }
             if is_last {
-                done = Some(Finish { tile, panel, row, rows, slot, at: 0 });
+                self.done = Some(Finish { tile, panel: piece.panel, n_panels: W, row, rows, slot, at: 0 });
             }
-            // The next panels' codes come to the second cache meanwhile.
-            let ahead = |row: usize| tile.panel_bytes * W * (tile.rows + row) / tile.rows;
-            ask_for(&tile.codes[panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
+            if tile.rows > ROWS {
+                // The next panels' codes come to the second cache meanwhile.
+                let ahead = |row: usize| tile.panel_bytes * W * (tile.rows + row) / tile.rows;
+                ask_for(&tile.codes[piece.panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
+            }
             row += rows;
         }
-        if let Some(mut finish) = done {
-            // SAFETY: as above.
-            unsafe { finish.some::<W, PLANES>(&sums, usize::MAX, out) };
-        }
     }
+}
+
+/// Some inputs of one or two panels.
+struct Piece<'a> {
+    panel: usize,
+    inputs: Range<usize>,
+    /// Signed bytes, `[k/4][16][4]`.
+    weights: [&'a [[u8; 64]]; PANELS],
 }
 
 /// Some rows by some panels, for a piece of k.
@@ -198,6 +240,7 @@ impl Group<'_> {
 struct Finish<'a> {
     tile: &'a IntegerTile<'a>,
     panel: usize,
+    n_panels: usize,
     row: usize,
     /// At most 16 of two planes, 32 of one.
     rows: usize,
@@ -207,53 +250,53 @@ struct Finish<'a> {
 }
 
 impl Finish<'_> {
+    /// Pairs of panel and row.
+    fn count(&self) -> usize {
+        self.n_panels * self.rows
+    }
+
     /// The next `n` pairs of panel and row.
     ///
     /// # Safety
     /// The sums of all planes and panels were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn some<const W: usize, const PLANES: usize>(&mut self, sums: &Sums, n: usize, out: &mut [f32]) {
+    unsafe fn some<const PLANES: usize>(&mut self, sums: &Sums, n: usize, out: &mut [f32]) {
         let tile = self.tile;
-        let end = (W * self.rows).min(self.at.saturating_add(n));
-        while self.at < end {
-            let w = self.at / self.rows;
+        let mut left = n.min(self.count() - self.at);
+        while left > 0 {
+            let (w, first) = (self.at / self.rows, self.at % self.rows);
+            // One plane has its second 16 rows where two have the second plane.
+            let second = usize::from(PLANES == 1 && first >= ROWS);
+            let end = if PLANES == 1 && first < ROWS { ROWS.min(self.rows) } else { self.rows };
+            let n = left.min(end - first);
             let scales = load_f32(&tile.scales[(self.panel + w) * PANEL * 4..]);
-            let first = self.at - w * self.rows;
-            let last = self.rows.min(end - w * self.rows);
-            for i in first..last {
-                let place = self.slot + if PLANES == 1 { i / ROWS } else { 0 };
-                // SAFETY: the caller's promise.
-                let (hi, lo) =
-                    unsafe { (stored(&sums.0[place][w], i % ROWS), stored(&sums.0[place + PLANES - 1][w], i % ROWS)) };
-                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(tile.x_scales[self.row + i]));
-                let mut dot = _mm512_cvtepi32_ps(hi);
-                if PLANES == 2 {
-                    dot = _mm512_mul_ps(dot, _mm512_set1_ps(256.0));
-                    dot = _mm512_add_ps(dot, _mm512_cvtepi32_ps(lo));
+            let x_scales = &tile.x_scales[self.row + first..][..n];
+            let to = ((self.row + first) * tile.panels + self.panel + w) * PANEL;
+            let mut to = out[to..to + (n - 1) * tile.panels * PANEL + PANEL].as_mut_ptr();
+            let from = |place: usize| sums.0[place][w].as_ptr().cast::<[i32; PANEL]>().wrapping_add(first % ROWS);
+            let (mut hi, mut lo) = (from(self.slot + second), from(self.slot + second + PLANES - 1));
+            for x_scale in x_scales {
+                // SAFETY: the caller's promise: `n` rows from `first` on are in the sums. The slice of out above reaches to the last
+                // of them.
+                unsafe {
+                    let mut dot = _mm512_cvtepi32_ps(load_sums(&*hi));
+                    if PLANES == 2 {
+                        dot = _mm512_mul_ps(dot, _mm512_set1_ps(256.0));
+                        dot = _mm512_add_ps(dot, _mm512_cvtepi32_ps(load_sums(&*lo)));
+                    }
+                    let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale));
+                    _mm512_storeu_ps(to, _mm512_mul_ps(dot, scale));
                 }
-                let at = ((self.row + i) * tile.panels + self.panel + w) * PANEL;
-                store(&mut out[at..], _mm512_mul_ps(dot, scale));
+                (hi, lo, to) = (hi.wrapping_add(1), lo.wrapping_add(1), to.wrapping_add(tile.panels * PANEL));
             }
-            self.at = w * self.rows + last;
+            (self.at, left) = (self.at + n, left - n);
         }
     }
 }
 
-/// Row `row` of some sums.
-///
-/// # Safety
-/// It was stored.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn stored(sums: &MaybeUninit<SumTile>, row: usize) -> __m512i {
-    assert!(row < ROWS);
-    // SAFETY: the row is inside (asserted) and was stored (the caller's promise).
-    load_sums(unsafe { &*sums.as_ptr().cast::<[i32; PANEL]>().add(row) })
-}
-
 /// Asks for the bytes `range` behind the start of `from`, wherever they are.
-fn ask_for(from: &[u8], range: std::ops::Range<usize>) {
+fn ask_for(from: &[u8], range: Range<usize>) {
     for at in range.step_by(64) {
         // SAFETY: every CPU of this architecture has the instruction, and it never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(at).cast()) }

@@ -1,0 +1,146 @@
+//! Quantization of a row, the portable function step for step, with its division by the scale made of products.
+
+use std::arch::x86_64::*;
+
+use crate::arch::portable::vector::{self, ROUND};
+use crate::kernels::{QuantizedRowMut, RowValues};
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
+    let whole = row.x.len().is_multiple_of(LANES) && out.sum_block.is_multiple_of(LANES);
+    let found = if whole { absmax(&row) } else { f32::NAN };
+    let (scale, low, high, center) = match out.steps {
+        Some(steps) => (steps.scale, steps.low as f32, steps.high as f32, steps.center),
+        None => {
+            let limit = if out.lo.is_empty() { 127.0 } else { 127.0 * 256.0 };
+            (found / limit, -limit, limit, 0)
+        }
+    };
+    // Outside of these the quotients below may not be exact. NaN is outside.
+    let usual = SMALLEST..LARGEST;
+    if !usual.contains(&scale) || !usual.contains(&(found / scale)) {
+        return vector::quantize(row, out);
+    }
+    *out.scale = scale;
+    let codes = Codes { divisor: Divisor::new(scale), low, high, center };
+    match (row.norm, out.lo.is_empty()) {
+        (None, true) => codes.write::<false, true>(&row, out),
+        (None, false) => codes.write::<false, false>(&row, out),
+        (Some(_), true) => codes.write::<true, true>(&row, out),
+        (Some(_), false) => codes.write::<true, false>(&row, out),
+    }
+}
+
+/// The largest magnitude, or infinity, or NaN.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn absmax(row: &RowValues<'_>) -> f32 {
+    let mut top = _mm512_setzero_si512();
+    for at in (0..row.x.len()).step_by(LANES) {
+        let value = match row.norm {
+            None => load(row.x, at),
+            Some(_) => normalized(row, at),
+        };
+        // As integers the magnitudes of floats keep their order, and anything not finite is above all that is.
+        let magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fff_ffff));
+        top = _mm512_max_epu32(top, magnitude);
+    }
+    f32::from_bits(_mm512_reduce_max_epu32(top))
+}
+
+/// How floats become codes.
+struct Codes {
+    divisor: Divisor,
+    low: f32,
+    high: f32,
+    center: i32,
+}
+
+impl Codes {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn write<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
+        let (low, high) = (_mm512_set1_ps(self.low), _mm512_set1_ps(self.high));
+        let (round, center) = (_mm512_set1_ps(ROUND), _mm512_set1_epi32(self.center));
+        let (mut hi_totals, mut lo_totals) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        assert!(out.hi.len() == row.x.len() && (EIGHT || out.lo.len() == row.x.len()));
+        for (block, sum) in out.sums.iter_mut().enumerate() {
+            let mut sums = _mm512_setzero_si512();
+            for at in (block * out.sum_block..(block + 1) * out.sum_block).step_by(LANES) {
+                let value = if NORM { normalized(row, at) } else { load(row.x, at) };
+                let quotient = _mm512_min_ps(_mm512_max_ps(self.divisor.divide(value), low), high);
+                let rounded = _mm512_castps_si512(_mm512_add_ps(quotient, round));
+                let code = _mm512_sub_epi32(_mm512_sub_epi32(rounded, _mm512_castps_si512(round)), center);
+                sums = _mm512_add_epi32(sums, code);
+                if EIGHT {
+                    hi_totals = _mm512_add_epi32(hi_totals, code);
+                    store(&mut out.hi[at..], code);
+                    continue;
+                }
+                let lo = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(code));
+                let hi = _mm512_srai_epi32::<8>(_mm512_sub_epi32(code, lo));
+                (hi_totals, lo_totals) = (_mm512_add_epi32(hi_totals, hi), _mm512_add_epi32(lo_totals, lo));
+                store(&mut out.hi[at..], hi);
+                store(&mut out.lo[at..], lo);
+            }
+            *sum = _mm512_reduce_add_epi32(sums);
+        }
+        *out.plane_sums = [_mm512_reduce_add_epi32(hi_totals), _mm512_reduce_add_epi32(lo_totals)];
+    }
+}
+
+/// Divides by one number, correctly rounded.
+struct Divisor {
+    divisor: __m512,
+    inverse: __m512,
+}
+
+impl Divisor {
+    #[target_feature(enable = "avx512f")]
+    fn new(divisor: f32) -> Self {
+        Self { divisor: _mm512_set1_ps(divisor), inverse: _mm512_set1_ps(1.0 / divisor) }
+    }
+
+    /// The first step gives a quotient with an error below one unit in the last place, whatever the product's is; from such a
+    /// one, and a correctly rounded inverse, the second gives the correctly rounded quotient (Markstein 1990). A third of the
+    /// time of a division.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn divide(&self, x: __m512) -> __m512 {
+        let mut quotient = _mm512_mul_ps(x, self.inverse);
+        for _ in 0..2 {
+            let rest = _mm512_fnmadd_ps(quotient, self.divisor, x);
+            quotient = _mm512_fmadd_ps(rest, self.inverse, quotient);
+        }
+        quotient
+    }
+}
+
+/// `x · inv · weight`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn normalized(row: &RowValues<'_>, at: usize) -> __m512 {
+    let (inv, weight) = row.norm.unwrap_or((1.0, row.x));
+    _mm512_mul_ps(_mm512_mul_ps(load(row.x, at), _mm512_set1_ps(inv)), load(weight, at))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(from: &[f32], at: usize) -> __m512 {
+    // SAFETY: the slice has sixteen values (checked here), unaligned.
+    unsafe { _mm512_loadu_ps(from[at..][..LANES].as_ptr()) }
+}
+
+/// The low bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(to: &mut [i8], codes: __m512i) {
+    // SAFETY: the slice has sixteen bytes (checked here), unaligned.
+    unsafe { _mm_storeu_si128(to[..LANES].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(codes)) }
+}
+
+const LANES: usize = vector::LANES;
+
+/// 2^-100 and 2^100: with a scale and a largest quotient between them nothing above overflows, and what underflows is far below
+/// half a code.
+const SMALLEST: f32 = 7.888_609e-31;
+const LARGEST: f32 = 1.267_650_6e30;
