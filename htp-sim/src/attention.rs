@@ -100,7 +100,8 @@ pub fn attention(
         cx.workers.for_each(n_items, |item, worker| {
             // SAFETY: a worker runs one item at a time, and its scratch is its own.
             let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-            let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
+            // Tile by tile, as linear layers share out their rows.
+            let tile = problem.tile(item % kv_heads, item / kv_heads);
             problem.load_queries(&tile, scratch);
             scratch.reset(&tile);
             for range in tile.ranges() {

@@ -274,10 +274,15 @@ struct Grid {
 
 impl Grid {
     fn plan(m: usize, n_panels: usize, workers: usize) -> Self {
-        let tile_rows = m.clamp(1, MAX_TILE_ROWS);
+        // Rows are shared out before panels: what a worker reads it has mostly written itself, and lines of the output do not go
+        // from core to core.
+        let row_blocks = (m / SHARED_ROWS).clamp(1, workers).max(m.div_ceil(MAX_TILE_ROWS));
+        let tile_rows = m.div_ceil(row_blocks).next_multiple_of(PANEL).min(m).clamp(1, MAX_TILE_ROWS);
         let fits = TILE_VALUES / PANEL / tile_rows;
         // One worker waits for nobody.
         let share = if workers == 1 { n_panels } else { n_panels / (workers * TILES_PER_WORKER) };
+        // Even numbers, where there are enough: a kernel may take two panels at a time.
+        let share = if m >= PANEL && share > 2 { share / 2 * 2 } else { share };
         Self { m, tile_rows, tile_panels: share.clamp(1, fits.min(MAX_TILE_PANELS)) }
     }
 
@@ -313,6 +318,9 @@ const TILE_VALUES: usize = 4096;
 
 /// Rows of a tile: as many as fit with two panels.
 const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL / 2;
+
+/// With fewer rows for each worker, weights are unpacked too often.
+const SHARED_ROWS: usize = 64;
 
 /// Panels of a tile. A decode tile of eight 4-bit panels streams 16 KiB and more, a few hundred nanoseconds at least.
 const MAX_TILE_PANELS: usize = 8;
