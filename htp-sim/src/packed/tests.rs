@@ -1,7 +1,7 @@
 use super::*;
 use crate::testing::{FLOAT_FORMATS, Noise, integer_formats, weights};
 
-/// Every code, scale and offset comes back from where the packer put it, and `dequantize_row` is their formula.
+/// Every code, scale and offset comes back from where the packer put it, and `dequantize_row` and `sum_rows` are their formula.
 #[test]
 fn packed_values_come_back() {
     for (n, k) in [(1, 8), (16, 24), (17, 32), (35, 256), (5, 13), (24, 4)] {
@@ -33,7 +33,7 @@ fn packed_values_come_back() {
             };
             let blob = pack_quantized(&layout, &codes, &scales, offsets).expect("lengths match");
             let w = layout.view(&blob).expect("length matches");
-            let mut floats = vec![0.0; k];
+            let (mut floats, sums) = (vec![0.0; k], w.sum_rows());
             for row in 0..n {
                 w.dequantize_row(row, &mut floats);
                 for (i, &float) in floats.iter().enumerate() {
@@ -53,6 +53,9 @@ fn packed_values_come_back() {
                             < 1e-4
                     );
                 }
+                let (sum, size) =
+                    floats.iter().fold((0.0, 0.0), |(sum, size), w| (sum + f64::from(*w), size + f64::from(w.abs())));
+                assert!((f64::from(sums[row]) - sum).abs() <= 1e-5 * size, "{format:?} row {row}: {} {sum}", sums[row]);
             }
         }
     }
