@@ -24,6 +24,10 @@ class Bundles:
         """8-bit activations, a scale for each row."""
         return self.bundle("a8", ["--act_bitwidth", "8"])
 
+    def lpbq(self):
+        """4-bit weights in blocks of 32 with whole steps, rounded and calibrated over the text of ARCHITECTURE.md."""
+        return self.bundle("lpbq", ["--weights_bitwidth", "32"], quantize=["--weights_bitwidth", "4", "--use_block_steps", "--block_size", "32"])
+
     def adapters(self):
         """Branches on every projection, and an adapter for each of RANKS."""
         return self.bundle("lora", [flag for rank in RANKS for flag in ("--lora_adapter", self.adapter(rank))], lora=True)
@@ -32,16 +36,21 @@ class Bundles:
         """The PEFT directory of a rank; beside it is the same as a GGUF, with the suffix .gguf."""
         return os.path.join(self.folder, "adapters", f"r{rank}")
 
-    def bundle(self, name, flags, lora=False):
-        """The config of a bundle."""
+    def bundle(self, name, flags, lora=False, quantize=()):
+        """The config of a bundle, converted with `flags` and, if there are any, quantized with others."""
         folder = os.path.join(self.folder, name)
         config, context = os.path.join(folder, "genie_config.json"), os.path.join(folder, "model.bin")
-        sources = [self.gguf, self.tool("qairt-converter"), self.tool("qnn-context-binary-generator")]
+        tools = ["qairt-converter", *(["qairt-quantizer"] if quantize else []), "qnn-context-binary-generator"]
+        sources = [self.gguf, *(self.tool(tool) for tool in tools)]
         if is_newer(config, sources):
             return config
         os.makedirs(folder, exist_ok=True)
         dlc = os.path.join(folder, "model.dlc")
         self.run("qairt-converter", "-i", self.gguf, "-o", dlc, *flags)
+        if quantize:
+            text = os.path.join(ROOT, "ARCHITECTURE.md")
+            self.run("qairt-quantizer", "-i", dlc, "-o", dlc + ".quantized", "--calibration_text", text, *quantize)
+            os.replace(dlc + ".quantized", dlc)
         generate = ["--dlc_path", dlc, "--output_dir", folder, "--binary_file", "model", "--ar", "128,1", "--cl", str(2 * DEPTH)]
         if lora:
             generate += ["--adapter_weight_config", self.import_adapters(dlc, folder)]

@@ -55,6 +55,7 @@ def arguments():
     parser.add_argument("--isa", default="", help="genie once more with these kernel tiers, with commas between, for example avx512_vnni,avx2")
     parser.add_argument("--avx2", action="store_true", help="genie with its avx2 tier beside a llama.cpp that is built for AVX2 only")
     parser.add_argument("--a8", action="store_true", help="genie once more with 8-bit activations")
+    parser.add_argument("--lpbq", action="store_true", help="genie once more with 4-bit weights in LPBQ blocks, whose sums need no float until the end")
     parser.add_argument("--one_thread", action="store_true", help="genie once more with one thread; for the peers too: --threads 1")
     parser.add_argument("--only", help="names of the contenders to run, with commas between")
     parser.add_argument("--output", help="write the JSON lines to this file, not to standard output")
@@ -78,6 +79,8 @@ def choose(args, bundles):
         all_of_them["genie 1 thread"] = lambda: Genie(args, bundles.plain(), threads=1)
     if args.a8:
         all_of_them["genie a8"] = lambda: Genie(args, bundles.a8(), planes=1)
+    if args.lpbq:
+        all_of_them["genie lpbq"] = lambda: Genie(args, bundles.lpbq())
     isas = [isa for isa in args.isa.split(",") if isa] + (["avx2"] if args.avx2 and "avx2" not in args.isa.split(",") else [])
     for isa in isas:
         all_of_them[f"genie {isa}"] = lambda isa=isa: Genie(args, bundles.plain(), isa=isa)

@@ -116,15 +116,17 @@ def markdown(lines):
     header, *rows = lines
     by_metric = {row["metric"]: row for row in rows}
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name in TITLES]
-    out = ["| | " + " | ".join(TITLES[name] for name in names) + " | genie to best |", "| --- |" + " --- |" * (len(names) + 1)]
+    ours = [name for name in names if name.startswith("genie")]
+    heads = [TITLES[name] for name in names] + [f"{TITLES[name]} to best" for name in ours]
+    out = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for title, pattern, unit in README:
         found = [metric for metric in by_metric if re.fullmatch(pattern, metric)]
         if not found:
             continue
         label = f"{title} {' / '.join(re.search(r'[0-9]+$', metric)[0] for metric in found)} ({unit})" if unit else title
         cells = [" / ".join(short(by_metric[metric].get(name, {}).get("median")) for metric in found) for name in names]
-        ratios = " / ".join(short(by_metric[metric].get("genie", {}).get("to_best_peer"), 2) for metric in found)
-        out.append(f"| {label} | " + " | ".join([*cells, ratios]) + " |")
+        ratios = [" / ".join(short(by_metric[metric].get(name, {}).get("to_best_peer"), 2) for metric in found) for name in ours]
+        out.append(f"| {label} | " + " | ".join([*cells, *ratios]) + " |")
     about = f"{header['machine']}, {header['threads']} threads, {header['model']}, {header['rounds']} rounds, {header['date']}"
     if header["others_used_cores"] > 0.1:
         about += f"; other processes used up to {header['others_used_cores']:.1f} cores"
@@ -138,7 +140,7 @@ def short(value, digits=0):
     return f"{value:.{digits}f}" if 10**-digits <= abs(value) or value == 0 else f"{value:.1g}"
 
 
-TITLES = {"genie": "genie", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
+TITLES = {"genie": "genie", "genie lpbq": "genie, LPBQ", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
 README = (
     ("decode behind", r"tg\d+_d\d+", "tokens/s"),
     ("prefill of", r"pp\d+", "tokens/s"),

@@ -209,13 +209,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.5, 88.8);
     let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
     let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    // Cephes' coefficients for (e^r - 1 - r) / r².
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5e-1;
+    let p = EXP_REST[1..].iter().fold(EXP_REST[0], |p, c| p * r + c);
     let e_r = p * (r * r) + r + 1.0;
     // Two factors, since 2^128 alone is not a float. `n` is in -126..=128, so both exponents are in range.
     let n = (n + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
@@ -328,6 +322,10 @@ pub(crate) const EXP: [f32; 6] = [8.290_272e-3, 4.189_816e-2, 1.666_763_9e-1, 4.
 /// ln 2 in two parts: the first has few bits, so that its product with an exponent is exact.
 pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
 pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
+
+/// Cephes' coefficients for (e^r - 1 - r) / r².
+pub(crate) const EXP_REST: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
 
 /// Adding and subtracting this rounds a float below 2^22 to an integer, which its low bits then hold.
 pub(crate) const ROUND: f32 = 12_582_912.0;

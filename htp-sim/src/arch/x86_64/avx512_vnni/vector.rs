@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use crate::arch::portable::vector::{self, EXP, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
+use crate::arch::portable::vector::{self, EXP, EXP_REST, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{SoftmaxTotals, WeightsMut};
 
@@ -32,9 +32,23 @@ pub(crate) fn unary(function: Unary, x: &mut [f32]) {
     vector::unary(function, x);
 }
 
+/// The portable function, step for step, with the power of two in one instruction. It takes a quarter of a gated layer's time.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
-    vector::gate(activation, gate, up);
+    if activation != Activation::Silu {
+        return vector::gate(activation, gate, up);
+    }
+    let len = gate.len().min(up.len());
+    let (gate, up) = (gate.as_mut_ptr(), up.as_ptr());
+    for at in (0..len).step_by(LANES) {
+        let mask = mask(len - at);
+        // SAFETY: `mask` names the values from `at` on that exist.
+        let (x, up) = unsafe { (_mm512_maskz_loadu_ps(mask, gate.add(at)), _mm512_maskz_loadu_ps(mask, up.add(at))) };
+        let one = _mm512_set1_ps(1.0);
+        let silu = _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_xor_ps(x, _mm512_set1_ps(-0.0)))));
+        // SAFETY: as above.
+        unsafe { _mm512_mask_storeu_ps(gate.add(at), mask, _mm512_mul_ps(silu, up)) };
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -97,6 +111,27 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
     }
     *out.plane_sums = [_mm512_reduce_add_epi32(hi_sums), _mm512_reduce_add_epi32(lo_sums)];
     totals
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp(x: __m512) -> __m512 {
+    // In this order NaN stays.
+    let clamped = _mm512_min_ps(_mm512_set1_ps(88.8), _mm512_max_ps(_mm512_set1_ps(-87.5), x));
+    let round = _mm512_set1_ps(ROUND);
+    let n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(LOG2_E)), round), round);
+    let r = _mm512_sub_ps(clamped, _mm512_mul_ps(n, _mm512_set1_ps(LN2_HIGH)));
+    let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
+    let mut p = _mm512_set1_ps(EXP_REST[0]);
+    for c in &EXP_REST[1..] {
+        p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(*c));
+    }
+    let e_r = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(p, _mm512_mul_ps(r, r)), r), _mm512_set1_ps(1.0));
+    let is_small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_set1_ps(-87.33));
+    let is_large = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(88.722_84));
+    let result = _mm512_mask_mov_ps(_mm512_scalef_ps(e_r, n), is_small, _mm512_setzero_ps());
+    _mm512_mask_mov_ps(result, is_large, _mm512_set1_ps(f32::INFINITY))
 }
 
 /// As in `portable`.
