@@ -143,7 +143,7 @@ mod x86_64 {
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack));
             asm!("tileloadd tmm4, [{0} + {1}*1]", "tileloadd tmm5, [{0} + {1}*1]", "tileloadd tmm6, [{0} + {1}*1]",
-                "tileloadd tmm7, [{0} + {1}*1]", in(reg) bytes.as_ptr(), in(reg) 64, options(nostack));
+                "tileloadd tmm7, [{0} + {1}*1]", in(reg) bytes.as_ptr(), in(reg) 64_usize, options(nostack));
             for _ in 0..n {
                 asm!(
                     "tdpbssd tmm0, tmm4, tmm6",
