@@ -48,6 +48,9 @@ pub struct Kernels {
     pub(crate) prefetch: fn(&[u8]),
 }
 
+/// Rows of an [`IntegerTile`], at most: kernels keep sums for so many.
+pub(crate) const MAX_TILE_ROWS: usize = 128;
+
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
 pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
@@ -62,6 +65,7 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 /// too, and the code is then `(u - 8) · step`.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
+    /// At most [`MAX_TILE_ROWS`].
     pub(crate) rows: usize,
     pub(crate) panels: usize,
     /// Inputs to sum over: a multiple of 4 (8 for 4-bit codes).

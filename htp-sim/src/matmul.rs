@@ -9,6 +9,7 @@ use std::thread::LocalKey;
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
+use crate::kernels::MAX_TILE_ROWS;
 use crate::packed::{PANEL, PackedWeights};
 use crate::quantize::QuantizedRows;
 use crate::scratch::Disjoint;
@@ -316,8 +317,8 @@ pub const MAX_PARTS: usize = 8;
 /// f32 values in a tile's buffer: 16 KiB, half of the smallest L1.
 const TILE_VALUES: usize = 4096;
 
-/// Rows of a tile: as many as fit with two panels.
-const MAX_TILE_ROWS: usize = TILE_VALUES / PANEL / 2;
+// As many rows fit with two panels.
+const _: () = assert!(MAX_TILE_ROWS * 2 * PANEL <= TILE_VALUES);
 
 /// With fewer rows for each worker, weights are unpacked too often.
 const SHARED_ROWS: usize = 64;

@@ -76,3 +76,29 @@ impl<'a, T> Disjoint<'a, T> {
 unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 // SAFETY: sharing it only allows `range`, whose caller promises that the parts do not overlap.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Buffers of every length and element start at a cache line, hold zeros, and so do their copies.
+    #[test]
+    fn buffers_start_at_a_line() {
+        fn check<T: Copy + Default + PartialEq + std::fmt::Debug>(value: T) {
+            for len in [0, 1, 15, 64, 1000] {
+                let mut buffer = Aligned::<T>::zeroed(len);
+                assert!(buffer.len() == len && buffer.iter().all(|element| *element == T::default()));
+                buffer.fill(value);
+                let copy = buffer.clone();
+                assert_eq!(&copy[..], &buffer[..]);
+                for start in [buffer.as_ptr(), copy.as_ptr()] {
+                    assert!(start.addr().is_multiple_of(LINE_BYTES), "{len} elements at {start:?}");
+                }
+            }
+        }
+        check(7_u8);
+        check(-7_i8);
+        check(0.5_f32);
+        check(9_u64);
+    }
+}

@@ -62,16 +62,21 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
     let len = scores.len();
     assert!(scales.len() >= len && out.hi.len() == len && out.lo.len() == len);
     let (scores, scales) = (scores.as_mut_ptr(), scales.as_ptr().cast::<f32>());
+    // Whole registers first: with a mask that is known to be full, the compiler leaves it out.
+    let (whole, rest) = (len / LANES * LANES, len % LANES);
     let mut tops = _mm512_set1_ps(f32::NEG_INFINITY);
-    for at in (0..len).step_by(LANES) {
+    let mut top = |at: usize, mask: u16| {
         // SAFETY: `mask` names the scores from `at` on that exist.
-        tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask(len - at), scores.add(at)) }, tops);
+        tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask, scores.add(at)) }, tops);
+    };
+    (0..whole).step_by(LANES).for_each(|at| top(at, u16::MAX));
+    if rest > 0 {
+        top(whole, mask(rest));
     }
     let max = fold(floats(tops), |a, b| if a > b { a } else { b });
 
     let (mut sums, mut tops) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-    for at in (0..len).step_by(LANES) {
-        let mask = mask(len - at);
+    let mut weigh = |at: usize, mask: u16| {
         // SAFETY: as above; there are as many scales, and they need no alignment.
         let (score, scale) =
             unsafe { (_mm512_maskz_loadu_ps(mask, scores.add(at)), _mm512_maskz_loadu_ps(mask, scales.add(at))) };
@@ -82,6 +87,10 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
         unsafe { _mm512_mask_storeu_ps(scores.add(at), mask, weight) };
         let magnitude = _mm512_maskz_and_epi32(mask, _mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
         tops = _mm512_max_epu32(tops, magnitude);
+    };
+    (0..whole).step_by(LANES).for_each(|at| weigh(at, u16::MAX));
+    if rest > 0 {
+        weigh(whole, mask(rest));
     }
     let totals = SoftmaxTotals { max, sum: fold(floats(sums), |a, b| a + b) };
 
@@ -94,8 +103,7 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
     };
     let round = _mm512_set1_ps(ROUND);
     let (mut hi_sums, mut lo_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-    for at in (0..len).step_by(LANES) {
-        let mask = mask(len - at);
+    let mut quantize = |at: usize, mask: u16| {
         // SAFETY: as above; what is masked out reads as 0 and gets the code 0.
         let weight = unsafe { _mm512_maskz_loadu_ps(mask, scores.add(at)) };
         let rounded = _mm512_add_ps(_mm512_mul_ps(weight, _mm512_set1_ps(factor)), round);
@@ -108,6 +116,10 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
             _mm512_mask_cvtepi32_storeu_epi8(out.hi.as_mut_ptr().add(at), mask, hi);
             _mm512_mask_cvtepi32_storeu_epi8(out.lo.as_mut_ptr().add(at), mask, lo);
         }
+    };
+    (0..whole).step_by(LANES).for_each(|at| quantize(at, u16::MAX));
+    if rest > 0 {
+        quantize(whole, mask(rest));
     }
     *out.plane_sums = [_mm512_reduce_add_epi32(hi_sums), _mm512_reduce_add_epi32(lo_sums)];
     totals

@@ -8,7 +8,7 @@ use super::unpack::{PIECE, Unpacked};
 use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
-use crate::kernels::IntegerTile;
+use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
 use crate::packed::PANEL;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -306,14 +306,11 @@ fn ask_for(from: &[u8], range: Range<usize>) {
 /// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
 /// products of a short row.
 #[repr(align(64))]
-struct Sums([[MaybeUninit<SumTile>; PANELS]; 2 * MAX_ROWS / ROWS]);
+struct Sums([[MaybeUninit<SumTile>; PANELS]; 2 * MAX_TILE_ROWS / ROWS]);
 
 impl Sums {
     #[inline]
     fn uninit() -> Self {
-        Self([const { [const { MaybeUninit::uninit() }; PANELS] }; 2 * MAX_ROWS / ROWS])
+        Self([const { [const { MaybeUninit::uninit() }; PANELS] }; 2 * MAX_TILE_ROWS / ROWS])
     }
 }
-
-/// Rows of a tile of the output.
-const MAX_ROWS: usize = 128;
