@@ -137,13 +137,11 @@ mod x86_64 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    /// Reads all of `memory`, into as many sums as it takes that no load waits for one. Written out: left to itself the compiler
-    /// came to read 8 bytes at a time, a third of what memory gives.
+    /// Reads all of `memory`, asking ahead for it as the kernels do.
     #[target_feature(enable = "sse2")]
     pub(super) fn read(memory: &[u8]) {
         let mut sums = [_mm_setzero_si128(); 4];
         for line in memory.as_chunks::<64>().0 {
-            // As the kernels do: where another core's work keeps the caches busy, the CPU's own prefetcher gets half as far.
             _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(4096).cast());
             for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<16>().0) {
                 // SAFETY: sixteen bytes, unaligned.

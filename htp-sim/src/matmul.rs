@@ -1,7 +1,7 @@
 //! `y[m, n] = x[m, k] · W[n, k]ᵀ`, for one or several weights that share `x`.
 //!
-//! The output is cut into tiles of some rows by some panels of 16 columns. One worker computes a tile into a buffer on its
-//! stack, adds bias and branch there, and writes it out: a result never waits in memory for its epilogue.
+//! The output is cut into tiles of some rows by some panels of 16 columns. One worker computes a tile into a buffer of
+//! its own, adds bias and branch there, and writes it out: a result never waits in memory for its epilogue.
 
 use std::cell::RefCell;
 use std::thread::LocalKey;
@@ -232,19 +232,10 @@ impl Target<'_> {
         for (i, values) in values.chunks_exact(tile.panels * PANEL).enumerate() {
             // SAFETY: a tile is one item, and tiles do not overlap.
             let out = unsafe { self.out.range((tile.row + i) * self.n + column, columns) };
-            let ((out, out_rest), (values, values_rest)) = (out.as_chunks_mut::<PANEL>(), values.as_chunks::<PANEL>());
             match self.write {
-                // Whole panels are copied in registers, without a call.
-                Write::Store => {
-                    out.iter_mut().zip(values).for_each(|(out, values)| *out = *values);
-                    out_rest.iter_mut().zip(values[out.len()..].as_flattened()).for_each(|(out, value)| *out = *value);
-                }
-                Write::Add => {
-                    out.as_flattened_mut().iter_mut().zip(values.as_flattened()).for_each(|(out, value)| *out += value);
-                    out_rest.iter_mut().zip(values[out.len()..].as_flattened()).for_each(|(out, value)| *out += value);
-                }
+                Write::Store => out.copy_from_slice(&values[..columns]),
+                Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
             }
-            debug_assert!(values_rest.is_empty());
         }
     }
 }

@@ -1,8 +1,8 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::{Branch, Gate, PANEL, PRODUCTS, Rows, TILE_VALUES, with_buffer};
+use super::{Branch, Gate, PANEL, PRODUCTS, Rows, with_buffer};
 use crate::Cx;
-use crate::kernels::{FloatFn, FloatTile, IntegerTile};
+use crate::kernels::{FloatFn, FloatTile, IntegerTile, MAX_TILE_ROWS};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
 
@@ -199,7 +199,7 @@ struct Piece<'a> {
 impl Piece<'_> {
     /// Adds the product of `rows` and the piece to the columns of one panel of the tile, which start at `values`.
     fn add_product(&self, kernel: FloatFn, rows: FloatRows<'_>, tile: &Tile, values: &mut [f32]) {
-        let mut buffer = [0.0; TILE_VALUES];
+        let mut buffer = [0.0; MAX_TILE_ROWS * PANEL];
         let products = &mut buffer[..tile.rows * PANEL];
         let piece = FloatTile {
             rows: tile.rows,
