@@ -288,10 +288,12 @@ impl Shared {
         let mut seen = 0;
         loop {
             self.wait_for_other_epoch(seen, worker);
+            // `drop` sets `quit` before it raises the epoch, so the state is read first: whoever sees that epoch sees `quit`.
+            // The other way round a thread could take the last epoch for one without work and wait for another for ever.
+            let state = self.state.load(Ordering::Acquire);
             if self.quit.load(Ordering::SeqCst) {
                 return;
             }
-            let state = self.state.load(Ordering::Acquire);
             if state & OPEN == 0 {
                 seen = state / EPOCH;
             } else if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
@@ -322,9 +324,13 @@ impl Shared {
             }
             if i < self.spins { self.pause() } else { thread::yield_now() }
         }
-        // The order of these two, and of their opposites in `open` and `wake`, is what makes a wake-up impossible to miss.
-        self.asleep[worker].store(true, Ordering::SeqCst);
-        while self.state.load(Ordering::SeqCst) / EPOCH == seen {
+        loop {
+            // The order of these two, and of their opposites in `open` and `wake`, is what makes a wake-up impossible to
+            // miss. Said again before each sleep: a late `wake` of a region that is over takes it back.
+            self.asleep[worker].store(true, Ordering::SeqCst);
+            if self.state.load(Ordering::SeqCst) / EPOCH != seen {
+                break;
+            }
             thread::park();
         }
         self.asleep[worker].store(false, Ordering::SeqCst);

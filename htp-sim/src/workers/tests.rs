@@ -48,6 +48,36 @@ fn sleeping_team_wakes() {
     }
 }
 
+/// A thread that is woken for a region that is over already says that it sleeps when it sleeps again, so that the next region
+/// wakes it.
+#[test]
+fn late_wake_is_not_the_last() {
+    let workers = Workers::new(2).expect("threads can be started");
+    let shared = &workers.shared;
+    let wait_for_sleep = || {
+        while !shared.asleep[1].load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+    };
+    for _ in 0..5 {
+        wait_for_sleep();
+        // What a caller does that lost its core between `open` and `wake` while the thread did all of the work.
+        shared.wake(1, &workers.threads[0]);
+    }
+    wait_for_sleep();
+}
+
+/// Teams that are dropped while their threads are still on their way to a region or to sleep end.
+#[test]
+fn busy_teams_end() {
+    for i in 0..2_000_u32 {
+        let workers = Workers::new(3).expect("threads can be started");
+        workers.for_each(3, |_, _| {});
+        // Drops at another moment each time.
+        (0..i % 200 * 8).for_each(|_| hint::spin_loop());
+    }
+}
+
 /// A panic in an item reaches the caller with its message, and the team works afterwards.
 #[test]
 fn panic_reaches_the_caller() {
