@@ -62,9 +62,14 @@ impl Grid {
         (x / scale).round_ties_even().clamp(f64::from(self.low), f64::from(self.high)) * scale
     }
 
-    /// Whether codes of `bits` hold the grid with code 0 for 0: then products need no sums of weights.
+    /// Whether codes of at most `bits` hold the grid with code 0 for 0: then products need no sums of weights.
     pub fn is_centered(&self, bits: ActBits) -> bool {
-        self.center(bits) == Some(0)
+        self.center(self.bits_in(bits)) == Some(0)
+    }
+
+    /// The bits that codes of the grid take where there is room for `most`: eight if it has so few steps.
+    fn bits_in(&self, most: ActBits) -> ActBits {
+        if self.high - self.low <= 0xff { ActBits::Eight } else { most }
     }
 
     /// Where code 0 lies, so that all codes fit `bits`, or `None` if there are too many. It is 0 if that fits.
@@ -84,7 +89,8 @@ impl Grid {
 /// Without a grid each row gets a scale from its largest magnitude, and `center` is 0. With one, all rows have its scale,
 /// and `center` is what moves its codes into range, 0 for most grids.
 ///
-/// A 16-bit code is kept as two signed bytes, `256 · hi + lo`, in two planes: 8-bit multipliers take one at a time.
+/// A 16-bit code is kept as two signed bytes, `256 · hi + lo`, in two planes: 8-bit multipliers take one at a time. Where
+/// there is room for 16 bits, rows on a grid of at most 256 steps have 8, and cost no more than that.
 /// A row of zeros has scale 0. A row with a NaN or an infinity has scale NaN and codes 0, so that all it makes is NaN.
 #[derive(Debug, Clone)]
 pub struct QuantizedRows {
@@ -93,6 +99,8 @@ pub struct QuantizedRows {
     k: usize,
     /// Bytes from one row of a plane to the next.
     stride: usize,
+    /// Bits that there is room for.
+    most_bits: ActBits,
     bits: ActBits,
     sum_block: usize,
     hi: Aligned<i8>,
@@ -107,7 +115,7 @@ pub struct QuantizedRows {
 }
 
 impl QuantizedRows {
-    /// Room for `max_rows` rows of `k` values, with sums over each `sum_block` of them.
+    /// Room for `max_rows` rows of `k` values of at most `bits`, with sums over each `sum_block` of them.
     ///
     /// `sum_block` is the block of the weights that the rows will meet, or `k` where these have none.
     ///
@@ -131,6 +139,7 @@ impl QuantizedRows {
             max_rows,
             k,
             stride,
+            most_bits: bits,
             bits,
             sum_block,
             hi: Aligned::zeroed(bytes),
@@ -163,18 +172,20 @@ impl QuantizedRows {
         self.sum_block == block || self.coarser.iter().any(|(coarser, _)| *coarser == block)
     }
 
-    /// Quantizes later rows on `grid`, or (`None`) each with a scale of its own.
+    /// Quantizes later rows on `grid`, or (`None`) each with a scale of its own and all the bits that there is room for.
     ///
     /// # Errors
     /// [`ShapeError`] if the grid has more steps than codes of these bits.
     pub fn set_grid(&mut self, grid: Option<Grid>) -> Result<(), ShapeError> {
-        self.center = match grid {
-            None => 0,
-            Some(grid) => grid.center(self.bits).ok_or_else(|| {
-                ShapeError::new("steps of a grid for 8-bit codes", (grid.high - grid.low) as usize, Needed::AtMost(255))
-            })?,
+        let (bits, center) = match grid {
+            None => (self.most_bits, 0),
+            Some(grid) => {
+                let (bits, steps) = (grid.bits_in(self.most_bits), (grid.high - grid.low) as usize);
+                let refused = || ShapeError::new("steps of a grid for 8-bit codes", steps, Needed::AtMost(0xff));
+                (bits, grid.center(bits).ok_or_else(refused)?)
+            }
         };
-        self.grid = grid;
+        (self.bits, self.center, self.grid) = (bits, center, grid);
         Ok(())
     }
 
@@ -193,7 +204,7 @@ impl QuantizedRows {
         self.k
     }
 
-    /// Bits of a code.
+    /// Bits of a code now.
     pub fn bits(&self) -> ActBits {
         self.bits
     }

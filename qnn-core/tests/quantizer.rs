@@ -15,7 +15,8 @@ use qnn_core::{
         arch::{Grouping, WeightType},
         dlc::{read_dlc, write_dlc},
         quantize::{
-            Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, matrix_inputs, observe, quantize,
+            Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, encode, matrix_inputs, observe,
+            quantize,
             text::{read_ids, read_list},
         },
         quantize_weights::Bits,
@@ -133,12 +134,62 @@ fn adapters_bring_their_own_encodings() {
     context.clear(None).expect("all graphs");
     assert!(matches!(context.encoding("model", name), Some(Encoding::ScaleOffset { scale, .. }) if scale == base));
 
-    // Another width, a tensor that no one declared as updatable, and one that is not there.
+    // A tensor that no one declared as updatable, and one that is not there.
     let refused = |encodings| context.section(&with(encodings)).expect_err("it does not fit");
-    assert!(matches!(refused(vec![own(8, 1.0)]), SectionError::Encoding { tensor, .. } if tensor == name));
     let elsewhere = |tensor: &str| vec![(tensor.to_owned(), own(16, 1.0).1)];
     assert!(matches!(refused(elsewhere("model.embed_tokens")), SectionError::Encoding { .. }));
     assert!(matches!(refused(elsewhere("nowhere")), SectionError::UnknownTensor { .. }));
+}
+
+// Broken if an adapter's wider encodings are refused or stay narrow when it is applied, or if something of them is left when
+// it is gone.
+#[test]
+fn an_adapter_may_need_more_bits_than_its_base() {
+    let float = model(true);
+    let quantized = quantized(&float, 8);
+    let bytes = ContextBuilder::new().graph(quantized.clone()).to_binary().expect("it can be stored");
+    let context = Context::from_binary(bytes.into(), Verify::Checksums).expect("it was written just now");
+    let plain = || random_adapter(&context, "a", 3, RANK, &["layers"]);
+    let (taps, text) = (matrix_inputs(&quantized), ids(1, 20));
+    let seen = with_tools(|tools| observe(&float, &taps, &[&text], Some(&Arc::new(plain())), tools)).expect("it runs");
+    let own = |bits: u8| -> Vec<(String, TensorEncoding)> {
+        let own = taps.iter().zip(&seen).map(|(id, seen)| {
+            let tensor = quantized.tensor(*id);
+            assert!(matches!(tensor.encoding, Some(Encoding::ScaleOffset { bitwidth: 8, .. })), "its base has 8");
+            let encoding = encode(&tensor.name, seen, options(bits).activations).expect("all are finite").encoding.1;
+            (tensor.name.clone(), TensorEncoding { data_type: tensor.data_type, encoding })
+        });
+        own.collect()
+    };
+    let section =
+        |bits| context.section(&plain().with_encodings(own(bits)).expect("computed tensors")).expect("it fits");
+    let [wide, narrow] = [16, 8].map(|bits| context.load_section(section(bits).into()).expect("it fits"));
+
+    let exact = logits(&float, false, Some(Arc::clone(&wide)));
+    let found = logits(&quantized, true, Some(Arc::clone(&wide)));
+    assert!(distance(&found, &logits(&quantized, false, Some(Arc::clone(&wide)))) < 1e-3);
+    let (wide_off, narrow_off) = (distance(&found, &exact), distance(&logits(&quantized, true, Some(narrow)), &exact));
+    assert!(wide_off < narrow_off / 2.0, "{wide_off} off the floats with 16 bits, {narrow_off} with 8");
+
+    // One runner: with the adapter, and then without it.
+    let ids: Vec<i32> = ids(1, 20).iter().map(|id| *id as i32).collect();
+    let backend = HtpBackend::new(2).expect("two threads");
+    let mut runner = Runner::new(&backend, &quantized);
+    let before = runner.run(&ids, None, 1.0);
+    assert_eq!(runner.run(&ids, Some(wide), 1.0), found);
+    assert_eq!(runner.run(&ids, None, 1.0), before);
+
+    // Where the base's type has no room for them they are refused.
+    let mut tight = quantized.clone();
+    let id = matrix_inputs(&tight)[0];
+    let (name, encoding) = (tight.tensor(id).name.clone(), tight.tensor(id).encoding.clone());
+    tight.set_encoding(id, DataType::UFixedPoint8, encoding).expect("8 bits in 8");
+    let bytes = ContextBuilder::new().graph(tight).to_binary().expect("it can be stored");
+    let tight = Context::from_binary(bytes.into(), Verify::Checksums).expect("it was written just now");
+    let adapter = random_adapter(&tight, "a", 3, RANK, &["layers"]);
+    let adapter = adapter.with_encodings(own(16)).expect("computed tensors");
+    let error = tight.section(&adapter).expect_err("16 bits in 8").to_string();
+    assert!(error.contains(&name) && error.contains("16 bits, need 2 to 8"), "{error}");
 }
 
 // Broken if calibration runs without the adapter: its observers then see what the base's see.

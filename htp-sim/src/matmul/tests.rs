@@ -112,6 +112,32 @@ fn products_on_a_shifted_grid_mean_what_the_grid_says() {
     }
 }
 
+/// Rows with room for 16 bits that are on a grid of 256 steps give the bits of rows with room for 8, also right after rows of
+/// 16 bits.
+#[test]
+fn few_steps_are_eight_bits_wherever_they_are_kept() {
+    let workers = team(2);
+    let (m, n, k) = (5, 40, 96);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 32 }).expect("sizes are fine");
+    let blob = weights(&layout, 7);
+    let w = layout.view(&blob).expect("length matches");
+    let sums = w.sum_rows();
+    let w = w.with_row_sums(&sums).expect("one for each row");
+    let x = Noise(13).floats(m * k);
+    each_tier(&workers, |cx| {
+        let few = crate::Grid::new(0.01, -60, 195).expect("zero is on it");
+        let products = [ActBits::Eight, ActBits::Sixteen].map(|act| {
+            let mut rows = QuantizedRows::new(m, k, act, 32).expect("sizes are fine");
+            quantize_rows(cx, &x, &mut rows).expect("lengths match");
+            assert_eq!(rows.bits(), act);
+            rows.set_grid(Some(few)).expect("the grid fits");
+            quantize_rows(cx, &x, &mut rows).expect("lengths match");
+            bits(&product(cx, Rows::Quantized(&rows), w))
+        });
+        assert_eq!(products[0], products[1], "{}", cx.kernels.name);
+    });
+}
+
 /// Every tier gives the bits of `portable` for integer weights, at every edge of a tile.
 #[test]
 fn tiers_agree_on_integer_products() {

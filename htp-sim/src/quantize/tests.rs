@@ -150,8 +150,9 @@ fn rows_on_a_grid_hold_its_floats() {
                 quantize_rows(cx, &[f32::NAN; 64], &mut rows).expect("lengths match");
                 assert!(rows.value(0, 3).is_nan());
             });
+            assert_eq!(rows.bits(), if high - low > 255 { act } else { ActBits::Eight }, "{low}..{high}");
             rows.set_grid(None).expect("no grid always fits");
-            assert_eq!(rows.shift(), 0.0);
+            assert_eq!((rows.bits(), rows.shift()), (act, 0.0));
         }
     }
     for (scale, low, high) in

@@ -15,7 +15,8 @@ pub(super) fn records<'a>(encodings: impl Iterator<Item = (&'a str, &'a TensorEn
     encodings.map(record).collect()
 }
 
-/// The encodings of META, checked against `graphs`: the tensors are declared as updatable, and keep type and width.
+/// The encodings of META, checked against `graphs`: the tensors are declared as updatable, and have no more bits
+/// than their type holds.
 pub(super) fn read(
     graphs: &[Graph],
     records: &[TensorEncodingRecord],
@@ -44,10 +45,13 @@ pub(super) fn read(
 
 /// Whether a section may replace the encoding of `tensor` by one of `bits`; if not, what is and what has to be.
 pub(crate) fn fits(tensor: &Tensor, bits: u8) -> Result<(), (String, String)> {
+    let most = tensor.data_type.bits();
     let computed = !tensor.tensor_type.is_static() && tensor.tensor_type.is_updateable();
     match tensor.encoding {
-        Some(Encoding::ScaleOffset { bitwidth, .. }) if computed && bitwidth == bits => Ok(()),
-        Some(Encoding::ScaleOffset { bitwidth, .. }) if computed => Err((format!("{bits} bits"), bitwidth.to_string())),
+        Some(Encoding::ScaleOffset { .. }) if computed && (2..=most).contains(&usize::from(bits)) => Ok(()),
+        Some(Encoding::ScaleOffset { .. }) if computed => {
+            Err((format!("{bits} bits"), format!("2 to {most}, which is what {} holds", tensor.data_type)))
+        }
         _ => {
             let want = "a computed tensor with an encoding that may be updated (quant_updatable_mode all)";
             Err((tensor.tensor_type.to_string(), want.to_owned()))

@@ -324,7 +324,8 @@ fn with_cache(graph: &Graph, cache: Option<CacheType>) -> Result<Graph, Quantize
     Ok(result)
 }
 
-/// `graph` with the encodings that an adapter may bring declared as updatable, if its mode asks for that.
+/// `graph` with the encodings that an adapter may bring declared as updatable, if its mode asks for that. Eight bits that only
+/// the graph itself sees are kept in a type of sixteen, so that an adapter may bring more of them than its base needs.
 fn with_updatable_types(graph: &Graph) -> Result<Graph, QuantizeError> {
     if graph.metadata().get(MODE_KEY).is_none_or(|mode| mode != "all") {
         return Ok(graph.clone());
@@ -332,7 +333,13 @@ fn with_updatable_types(graph: &Graph) -> Result<Graph, QuantizeError> {
     let ids = graph.ids_where(|tensor| tensor.encoding.is_some() && !tensor.tensor_type.is_static());
     let updatable = |id: TensorId| {
         let tensor = graph.tensor(id);
-        (id, Tensor { tensor_type: tensor.tensor_type.updateable(), ..tensor.clone() })
+        let is_own = !tensor.tensor_type.is_input() && !tensor.tensor_type.is_output();
+        let data_type = match tensor.data_type {
+            DataType::SFixedPoint8 if is_own => DataType::SFixedPoint16,
+            DataType::UFixedPoint8 if is_own => DataType::UFixedPoint16,
+            other => other,
+        };
+        (id, Tensor { tensor_type: tensor.tensor_type.updateable(), data_type, ..tensor.clone() })
     };
     Ok(replaced(graph, ids.into_iter().map(updatable).collect())?)
 }

@@ -106,6 +106,11 @@ struct Cli {
     #[arg(long, value_name = "DB", default_value_t = 26.0)]
     act_min_sqnr: f64,
 
+    /// The same with an adapter applied: an input that is below gets 16 bits in the adapter's section, and takes the time of
+    /// them while that adapter is applied. 0 leaves the base's bits.
+    #[arg(long, value_name = "DB", default_value_t = 26.0)]
+    adapter_act_min_sqnr: f64,
+
     /// Scales channels between norms and matrices, and between matrices, and sorts those of gated MLPs, so that one 8-bit
     /// grid holds the inputs of a matrix; what the model computes stays the same. Needs text. Default: on with
     /// --act_bitwidth 8 where there is text and no encodings file.
@@ -245,7 +250,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             true => format!("adapter {}", adapter.name),
             false => format!("group {} ({})", adapter.name, adapter.members.join(", ")),
         };
-        println!("{what}: encodings of {} tensors in {}", adapter.tensors, adapter.path.display());
+        let (all, wide, path) = (adapter.tensors, adapter.wide, adapter.path.display());
+        println!("{what}: encodings of {all} tensors, {wide} of them 16 bits, in {path}");
     }
     if let Some(list) = &done.adapter_list {
         println!("adapters scaled as the model is; their list: {}", list.display());
@@ -313,8 +319,9 @@ impl Work<'_> {
             })?;
         let mut reports = Vec::new();
         if let Some(placed) = &adapters {
-            let list = &placed.list;
-            reports = calibrate_adapters(&graph, &quantized, list, self.windows, options.activations, &mut tools)?;
+            let least = cli.adapter_act_min_sqnr;
+            let wanted = Activations { least_sqnr_db: (least > 0.0).then_some(least), ..options.activations };
+            reports = calibrate_adapters(&graph, &quantized, &placed.list, self.windows, wanted, &mut tools)?;
         }
         let adapter_list = adapters.filter(|placed| placed.are_scaled).map(|placed| placed.list);
         Ok(Done { quantized, smoothing, rounding, report, adapters: reports, adapter_list })

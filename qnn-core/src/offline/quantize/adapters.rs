@@ -36,6 +36,8 @@ pub struct AdapterReport {
     pub members: Vec<String>,
     /// Computed tensors that have encodings of its own.
     pub tensors: usize,
+    /// Those of 16 bits.
+    pub wide: usize,
     /// Its encodings file.
     pub path: PathBuf,
 }
@@ -44,6 +46,9 @@ pub struct AdapterReport {
 /// the computed tensors that `quantized`, its quantized version, declares as updatable to the adapter's encodings file. What
 /// else the file says stays. The adapters of a group get one set of encodings, for all that they hold together, in the file of
 /// the group.
+///
+/// A tensor of 8 bits gets 16 with an adapter where `wanted.least_sqnr_db` asks for them: such an adapter makes the products
+/// with it slower, and no other one.
 ///
 /// # Errors
 /// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks.
@@ -69,7 +74,7 @@ pub fn calibrate_adapters(
     let listed = listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
     let mut shared: Vec<(Vec<Observer>, AdapterReport)> = Vec::new();
     for (name, path) in listed.groups {
-        shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, path }));
+        shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, wide: 0, path }));
     }
     let mut reports = Vec::new();
     for adapter in listed.adapters {
@@ -84,17 +89,17 @@ pub fn calibrate_adapters(
             }
             None => {
                 let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
-                let (tensors, path) = (entries.len(), adapter.encodings);
+                let (tensors, wide, path) = (entries.len(), n_wide(&entries), adapter.encodings);
                 add_to_file(&path, entries)?;
-                reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, path });
+                reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, wide, path });
             }
         }
     }
     for (observers, group) in shared {
         let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
-        let tensors = entries.len();
+        let (tensors, wide) = (entries.len(), n_wide(&entries));
         add_to_file(&group.path, entries)?;
-        reports.push(AdapterReport { tensors, ..group });
+        reports.push(AdapterReport { tensors, wide, ..group });
     }
     Ok(reports)
 }
@@ -108,7 +113,11 @@ fn merge(seen: &mut Vec<Observer>, observers: Vec<Observer>) {
     seen.iter_mut().zip(&observers).for_each(|(seen, more)| seen.merge(more));
 }
 
-/// Encodings of `taps` by what was seen there, of the types and widths that `quantized` has: a section keeps them.
+fn n_wide(entries: &[FileEncoding]) -> usize {
+    entries.iter().filter(|entry| matches!(&entry.numbers, Numbers::Integer(integers) if integers.bits == 16)).count()
+}
+
+/// Encodings of `taps` by what was seen there, of the widths that `quantized` has or, where the type holds them, more.
 fn entries(
     quantized: &Graph,
     taps: &[TensorId],
@@ -121,7 +130,8 @@ fn entries(
         let Some(Encoding::ScaleOffset { bitwidth, .. }) = tensor.encoding else { continue };
         let signed = matches!(tensor.data_type, DataType::SFixedPoint8 | DataType::SFixedPoint16);
         let schema = if signed { Schema::Symmetric } else { Schema::Asymmetric };
-        let own = Activations { bits: bitwidth, schema, least_sqnr_db: None, ..wanted };
+        let least_sqnr_db = wanted.least_sqnr_db.filter(|_| tensor.data_type.bits() == 16);
+        let own = Activations { bits: bitwidth, schema, least_sqnr_db, ..wanted };
         entries.push(entry(&tensor.name, &encode(&tensor.name, observer, own)?.encoding));
     }
     Ok(entries)
