@@ -106,7 +106,7 @@ pub fn attention(
             scratch.reset(&tile);
             for range in tile.ranges() {
                 problem.compute_range(&tile, range, scratch);
-                scratch.merge_part(&tile);
+                scratch.merge_part(cx.kernels, &tile);
             }
             problem.store(&tile, scratch, &out);
         });
@@ -140,7 +140,7 @@ pub fn attention(
             // SAFETY: the first region is over; in this one each tile is one item.
             let slots = unsafe { partials.range((tile.slot * ranges + range * tile.rows) * slot, tile.rows * slot) };
             scratch.load_part(&tile, slots);
-            scratch.merge_part(&tile);
+            scratch.merge_part(cx.kernels, &tile);
         }
         problem.store(&tile, scratch, &out);
     });

@@ -11,7 +11,9 @@ use crate::arch::portable;
 use crate::arch::x86_64::{amx, avx_vnni, avx2, avx512_vnni};
 use crate::elementwise::{Activation, Unary};
 use crate::isa::{self, IsaError};
+use crate::matmul::Write;
 use crate::packed::BlockOffset;
+use crate::scratch::Disjoint;
 
 /// One instruction set's entry points. A value exists only for an instruction set that this CPU was seen to have.
 #[derive(Clone, Copy)]
@@ -44,6 +46,14 @@ pub struct Kernels {
     pub(crate) unary: unsafe fn(Unary, &mut [f32]),
     pub(crate) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(crate) rotate: RotateFn,
+    /// `values += factor · row` for each row of `values`, `[_, width]`, `width` a multiple of 16; `row` may be shorter.
+    pub(crate) add_row: unsafe fn(&mut [f32], usize, &[f32], f32),
+    /// Writes or adds the first columns of each row of `values`, `[_, width]`, `width` a multiple of 16, to its place.
+    pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
+    /// `acc = acc · factors[0] + part · factors[1]`.
+    pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
+    /// `out = x / divisor`.
+    pub(crate) divide: unsafe fn(&[f32], f32, &mut [f32]),
     /// Asks for bytes that will soon be read or written; does nothing where there is no such instruction.
     pub(crate) prefetch: fn(&[u8]),
 }
@@ -121,6 +131,16 @@ pub(crate) struct ValuesTile<'a> {
     pub(crate) p_stride: usize,
     /// `[positions, head_dim]` elements.
     pub(crate) values: &'a [u8],
+}
+
+/// Where the rows of a tile go: row `i` to the `columns` values of `out` at `first + i * stride`, which are the tile's own.
+#[derive(Clone, Copy)]
+pub(crate) struct RowsMut<'a> {
+    pub(crate) out: &'a Disjoint<'a, f32>,
+    pub(crate) first: usize,
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+    pub(crate) write: Write,
 }
 
 /// What [`Kernels::softmax`] found in the scores that it replaced by `exp(score - max)`.

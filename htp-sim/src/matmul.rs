@@ -9,9 +9,9 @@ use std::thread::LocalKey;
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
-use crate::kernels::MAX_TILE_ROWS;
+use crate::kernels::{MAX_TILE_ROWS, RowsMut};
 use crate::packed::{PANEL, PackedWeights};
-use crate::quantize::QuantizedRows;
+use crate::quantize::{self, ActBits, QuantizedRows, quantize_rows};
 use crate::scratch::Disjoint;
 
 mod tile;
@@ -125,7 +125,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
                 let tile = grid.tile(item / n_groups, group, target.half.weights);
                 with_buffer(&VALUES, tile.values(), |values| {
                     finish(cx, x, &target.half, &tile, values);
-                    target.store(&tile, values);
+                    target.store(cx, &tile, values);
                 });
                 return;
             }
@@ -133,6 +133,21 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         }
     });
     Ok(())
+}
+
+/// The sum of each row of integer weights, `[n]`: their product with a row of ones. What [`PackedWeights::with_row_sums`] wants.
+///
+/// # Errors
+/// [`ShapeError`] for float weights.
+pub fn sum_rows(cx: &Cx<'_>, weights: PackedWeights<'_>) -> Result<Vec<f32>, ShapeError> {
+    let (n, k) = (weights.layout().n(), weights.layout().k());
+    let mut ones = QuantizedRows::new(1, k, ActBits::Eight, weights.layout().format().block().unwrap_or(k))?;
+    ones.set_grid(quantize::Grid::new(1.0, 0, 1))?;
+    quantize_rows(cx, &vec![1.0; k], &mut ones)?;
+    let mut out = vec![0.0; n];
+    let part = Part { weights, bias: None, branch: None, write: Write::Store, out: &mut out };
+    linear(cx, Rows::Quantized(&ones), &mut [part])?;
+    Ok(out)
 }
 
 /// Computes `out = activation(gate) · up`, where gate and up are linear layers over the same `x`, in one parallel region.
@@ -164,7 +179,7 @@ pub fn gated_linear(
             finish(cx, x, &up, &tile, up_values);
             // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
             unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
-            target.store(&tile, gate_values);
+            target.store(cx, &tile, gate_values);
         });
     });
     Ok(())
@@ -226,17 +241,13 @@ struct Target<'a> {
 
 impl Target<'_> {
     /// Writes the tile's values to its place; columns from `n` on are padding.
-    fn store(&self, tile: &Tile, values: &[f32]) {
+    fn store(&self, cx: &Cx<'_>, tile: &Tile, values: &[f32]) {
         let column = tile.panel * PANEL;
         let columns = (tile.panels * PANEL).min(self.n - column);
-        for (i, values) in values.chunks_exact(tile.panels * PANEL).enumerate() {
-            // SAFETY: a tile is one item, and tiles do not overlap.
-            let out = unsafe { self.out.range((tile.row + i) * self.n + column, columns) };
-            match self.write {
-                Write::Store => out.copy_from_slice(&values[..columns]),
-                Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
-            }
-        }
+        let first = tile.row * self.n + column;
+        let to = RowsMut { out: &self.out, first, stride: self.n, columns, write: self.write };
+        // SAFETY: the table exists only on a CPU that has its instruction set. A tile is one item, and tiles do not overlap.
+        unsafe { (cx.kernels.store_rows)(values, tile.panels * PANEL, to) }
     }
 }
 

@@ -293,50 +293,6 @@ impl<'a> PackedWeights<'a> {
         self.row_sums
     }
 
-    /// The sum of each row of the floats that the weights stand for, `[n]`.
-    pub fn sum_rows(&self) -> Vec<f32> {
-        let PackedLayout { n, k, format, .. } = self.layout;
-        if format.is_float() {
-            let mut row = vec![0.0; k];
-            let sum = |n: usize| {
-                self.dequantize_row(n, &mut row);
-                row.iter().map(|w| f64::from(*w)).sum::<f64>() as f32
-            };
-            return (0..n).map(sum).collect();
-        }
-        let block = format.block().or(format.step_block()).unwrap_or(self.layout.k_padded());
-        let mut sums = vec![0.0_f64; n];
-        for panel in 0..self.layout.panels() {
-            for first in (0..k).step_by(block) {
-                let codes = self.sum_codes(panel, first, block);
-                for (row, codes) in (panel * PANEL..n).zip(codes) {
-                    let scale = f64::from(self.stored_scale(row, first)) * f64::from(self.step(row, first));
-                    sums[row] += match self.min_of_code_zero(row, first) {
-                        Zero::Offset(offset) => (i64::from(codes) + i64::from(offset) * block as i64) as f64 * scale,
-                        Zero::Min(min) => f64::from(codes) * scale + f64::from(min) * block as f64,
-                    };
-                }
-            }
-        }
-        sums.into_iter().map(|sum| sum as f32).collect()
-    }
-
-    /// The sum of inputs `first..first + len` of the codes of each output of a panel.
-    fn sum_codes(&self, panel: usize, first: usize, len: usize) -> [i32; PANEL] {
-        let row_bytes = self.layout.width(panel) * 4;
-        let is_4bit = self.layout.format.is_4bit();
-        let inputs_per_row = if is_4bit { 8 } else { 4 };
-        let codes = &self.codes[panel * self.layout.panel_code_bytes()..];
-        let mut bytes = [0_i32; PANEL * 4];
-        for row in codes[first / inputs_per_row * row_bytes..].chunks_exact(row_bytes).take(len / inputs_per_row) {
-            for (sum, byte) in bytes.iter_mut().zip(row) {
-                *sum +=
-                    if is_4bit { i32::from(byte & 15) + i32::from(byte >> 4) } else { i32::from(byte.cast_signed()) };
-            }
-        }
-        std::array::from_fn(|lane| bytes[lane * 4..][..4].iter().sum())
-    }
-
     /// The shape and format.
     pub fn layout(&self) -> PackedLayout {
         self.layout
@@ -349,11 +305,27 @@ impl<'a> PackedWeights<'a> {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.layout.n && out.len() == self.layout.k, "row {row}, {} values", out.len());
         let block = self.layout.format.block().unwrap_or(self.layout.k);
+        let is_8bit = matches!(self.layout.format, WeightFormat::Int8PerChannel | WeightFormat::Int8Block { .. });
         for (b, out) in out.chunks_mut(block).enumerate() {
             let (scale, min) = (self.stored_scale(row, b * block), self.min_of_code_zero(row, b * block));
+            if is_8bit && block.is_multiple_of(4) {
+                self.dequantize_fours(row, b * block, scale, out);
+                continue;
+            }
             for (i, out) in out.iter_mut().enumerate() {
                 *out = self.value(row, b * block + i, scale, min);
             }
+        }
+    }
+
+    /// The same for 8-bit codes of one scale from `k`, a multiple of 4, on: four lie together. Tables of embeddings are of these.
+    fn dequantize_fours(&self, row: usize, k: usize, scale: f32, out: &mut [f32]) {
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        let row_bytes = self.layout.width(panel) * 4;
+        let codes = &self.codes[panel * self.layout.panel_code_bytes() + k / 4 * row_bytes..];
+        for (out, codes) in out.chunks_mut(4).zip(codes.chunks_exact(row_bytes)) {
+            let codes = &codes[lane * 4..][..4];
+            out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code.cast_signed()) * scale);
         }
     }
 

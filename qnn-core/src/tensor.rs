@@ -92,7 +92,7 @@ impl Panels {
         &self.bytes
     }
 
-    /// A view that the kernels take, with the sums of rows if [`Panels::sum_rows`] was called.
+    /// A view that the kernels take, with the sums of rows if they were made.
     pub fn view(&self) -> PackedWeights<'_> {
         let view = self.layout.view(&self.bytes).expect("`new` checked that the bytes fit the layout");
         match self.row_sums.get() {
@@ -103,8 +103,15 @@ impl Panels {
 
     /// Makes the sums of rows that products with inputs on a shifted grid need, unless they are there: one pass over the
     /// weights, for all clones.
-    pub fn sum_rows(&self) {
-        self.row_sums.get_or_init(|| self.view().sum_rows());
+    ///
+    /// # Errors
+    /// `ShapeError` for float weights.
+    pub(crate) fn sum_rows(&self, cx: &htp_sim::Cx<'_>) -> Result<(), htp_sim::ShapeError> {
+        if self.row_sums.get().is_none() {
+            // Who comes second has made the same.
+            let _ = self.row_sums.set(htp_sim::sum_rows(cx, self.view())?);
+        }
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use super::tile::Tile;
 use super::{CacheFormat, CacheLayout, RANGE, TILE_ROWS};
 use crate::arch::portable::vector::exp;
-use crate::kernels::SoftmaxTotals;
+use crate::kernels::{Kernels, SoftmaxTotals};
 use crate::scratch::Aligned;
 
 /// One worker's buffers.
@@ -62,19 +62,23 @@ impl WorkerScratch {
     }
 
     /// Merges `totals` and `part` into `running` and `acc`.
-    pub(super) fn merge_part(&mut self, tile: &Tile) {
+    pub(super) fn merge_part(&mut self, kernels: &Kernels, tile: &Tile) {
         for row in 0..tile.rows {
             let (new, old) = (self.totals[row], self.running[row]);
             if new.sum == 0.0 {
                 continue;
             }
+            let (acc, part) = (&mut self.acc[row * self.stride..], &self.part[row * self.stride..][..self.stride]);
+            if old == EMPTY {
+                self.running[row] = new;
+                acc[..self.stride].copy_from_slice(part);
+                continue;
+            }
             let max = if old.max >= new.max { old.max } else { new.max };
             let (old_factor, new_factor) = (exp(old.max - max), exp(new.max - max));
             self.running[row] = SoftmaxTotals { max, sum: old.sum * old_factor + new.sum * new_factor };
-            let part = &self.part[row * self.stride..][..self.stride];
-            for (acc, part) in self.acc[row * self.stride..].iter_mut().zip(part) {
-                *acc = *acc * old_factor + part * new_factor;
-            }
+            // SAFETY: the table exists only on a CPU that has its instruction set.
+            unsafe { (kernels.merge)(&mut acc[..self.stride], part, [old_factor, new_factor]) }
         }
     }
 

@@ -185,9 +185,8 @@ impl Problem<'_> {
             // SAFETY: each pair of row and head belongs to one tile, and each tile is one item.
             let out = unsafe { out.range(self.at(tile, row), head_dim) };
             let sum = scratch.running[row].sum;
-            for (out, acc) in out.iter_mut().zip(&scratch.acc[row * stride..]) {
-                *out = acc / sum;
-            }
+            // SAFETY: the table exists only on a CPU that has its instruction set.
+            unsafe { (self.kernels.divide)(&scratch.acc[row * stride..][..head_dim], sum, out) }
         }
     }
 

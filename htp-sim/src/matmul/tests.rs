@@ -87,7 +87,7 @@ fn products_on_a_shifted_grid_mean_what_the_grid_says() {
         let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
         let blob = weights(&layout, 7);
         let w = layout.view(&blob).expect("length matches");
-        let sums = w.sum_rows();
+        let sums = sum_rows(&portable(&workers), w).expect("integer weights");
         for (act, low, high) in
             [(ActBits::Sixteen, 0, 65535), (ActBits::Sixteen, -60000, 5535), (ActBits::Eight, -10, 245)]
         {
@@ -121,7 +121,7 @@ fn few_steps_are_eight_bits_wherever_they_are_kept() {
     let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 32 }).expect("sizes are fine");
     let blob = weights(&layout, 7);
     let w = layout.view(&blob).expect("length matches");
-    let sums = w.sum_rows();
+    let sums = sum_rows(&portable(&workers), w).expect("integer weights");
     let w = w.with_row_sums(&sums).expect("one for each row");
     let x = Noise(13).floats(m * k);
     each_tier(&workers, |cx| {

@@ -32,12 +32,13 @@ pub(super) fn finish(cx: &Cx<'_>, x: Rows<'_>, half: &Gate<'_>, tile: &Tile, val
         Rows::Quantized(rows) => {
             compute_integers(cx, rows, half.weights, tile, values);
             if rows.shift() != 0.0 {
-                add_shift(rows.shift(), half.weights.row_sums(), tile, values);
+                // What code 0 of x stands for: `shift · Σ w` of each output.
+                add_row(cx, tile, values, half.weights.row_sums(), rows.shift());
             }
         }
     }
     if let Some(bias) = half.bias {
-        add_bias(bias, tile, values);
+        add_row(cx, tile, values, bias, 1.0);
     }
     if let Some(branch) = &half.branch {
         add_branch(cx, branch, tile, values);
@@ -51,19 +52,10 @@ struct FloatRows<'a> {
     stride: usize,
 }
 
-fn add_bias(bias: &[f32], tile: &Tile, values: &mut [f32]) {
-    let bias = &bias[tile.panel * PANEL..];
-    for row in values.chunks_exact_mut(tile.panels * PANEL) {
-        row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-    }
-}
-
-/// Adds what code 0 of x stands for: `shift · Σ w` of each output.
-fn add_shift(shift: f32, row_sums: &[f32], tile: &Tile, values: &mut [f32]) {
-    let sums = &row_sums[tile.panel * PANEL..];
-    for row in values.chunks_exact_mut(tile.panels * PANEL) {
-        row.iter_mut().zip(sums).for_each(|(value, sum)| *value += shift * sum);
-    }
+/// Adds `factor` times a row that has a value for each output of the weights.
+fn add_row(cx: &Cx<'_>, tile: &Tile, values: &mut [f32], row: &[f32], factor: f32) {
+    // SAFETY: the table exists only on a CPU that has its instruction set; `values` has whole rows of whole panels.
+    unsafe { (cx.kernels.add_row)(values, tile.panels * PANEL, &row[tile.panel * PANEL..], factor) }
 }
 
 fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32]) {
@@ -79,7 +71,8 @@ fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32])
         compute_floats(cx, FloatRows { x: t, stride: branch.t_stride }, branch.up, tile, products);
         for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
             if !is_zero(row) {
-                values.iter_mut().zip(products).for_each(|(value, product)| *value += product);
+                // SAFETY: the table exists only on a CPU that has its instruction set; `values` is one row of whole panels.
+                unsafe { (cx.kernels.add_row)(values, width, products, 1.0) }
             }
         }
     });

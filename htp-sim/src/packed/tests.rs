@@ -1,9 +1,11 @@
 use super::*;
-use crate::testing::{FLOAT_FORMATS, Noise, integer_formats, weights};
+use crate::matmul::sum_rows;
+use crate::testing::{FLOAT_FORMATS, Noise, integer_formats, portable, team, weights};
 
 /// Every code, scale and offset comes back from where the packer put it, and `dequantize_row` and `sum_rows` are their formula.
 #[test]
 fn packed_values_come_back() {
+    let workers = team(1);
     for (n, k) in [(1, 8), (16, 24), (17, 32), (35, 256), (5, 13), (24, 4)] {
         for (format, tight) in integer_formats(k).into_iter().flat_map(|f| [(f, false), (f, true)]) {
             let layout = if tight { PackedLayout::tight(n, k, format) } else { PackedLayout::new(n, k, format) };
@@ -33,7 +35,7 @@ fn packed_values_come_back() {
             };
             let blob = pack_quantized(&layout, &codes, &scales, offsets).expect("lengths match");
             let w = layout.view(&blob).expect("length matches");
-            let (mut floats, sums) = (vec![0.0; k], w.sum_rows());
+            let (mut floats, sums) = (vec![0.0; k], sum_rows(&portable(&workers), w).expect("integer weights"));
             for row in 0..n {
                 w.dequantize_row(row, &mut floats);
                 for (i, &float) in floats.iter().enumerate() {

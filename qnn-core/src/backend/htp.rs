@@ -11,9 +11,9 @@ use std::sync::{
 };
 use std::time::Instant;
 
-use htp_sim::{Cx, Grid, Kernels, QuantizedRows, Workers};
+use htp_sim::{Cx, Grid, Kernels, QuantizedRows, ShapeError, Workers};
 
-use crate::{adapter::Adapter, graph::Graph, tensor::Panels};
+use crate::{adapter::Adapter, graph::Graph};
 
 use super::{
     Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm, watch::Watch,
@@ -80,6 +80,13 @@ pub fn surviving_tensors(graph: &Graph) -> Result<Vec<bool>, PrepareError> {
 impl Backend for HtpBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
         let lowered = lower::lower(graph)?;
+        for weights in &lowered.summed {
+            let refused = |why: ShapeError| PrepareError::Tensor {
+                tensor: format!("sums of weights {:?}", weights.layout()),
+                why: why.to_string(),
+            };
+            weights.sum_rows(&self.cx()).map_err(refused)?;
+        }
         let plan = place::place(lowered);
         Ok(Box::new(Htp::new(self.clone(), plan)?))
     }
@@ -140,21 +147,24 @@ impl Htp {
     }
 
     /// Takes over what an adapter has of its own beside its values, when it is another than before.
-    fn adopt(&mut self, adapter: &Arc<Adapter>) {
+    fn adopt(&mut self, adapter: &Arc<Adapter>) -> Result<(), ExecuteError> {
         let nothing = self.plan.grid_slots.is_empty() && self.plan.summed_slots.is_empty();
         if nothing || self.adapter.as_ref().is_some_and(|known| Arc::ptr_eq(known, adapter)) {
-            return;
+            return Ok(());
+        }
+        for slot in &self.plan.summed_slots {
+            let panels = adapter.tensor(self.slots[*slot]).filter(|panels| !panels.layout().format().is_float());
+            let refused =
+                |why: ShapeError| ExecuteError::State { tensor: self.plan.slots[*slot].clone(), why: why.to_string() };
+            panels.map_or(Ok(()), |panels| panels.sum_rows(&self.backend.cx())).map_err(refused)?;
         }
         if !self.adapter.as_ref().is_some_and(|known| known.shares_encodings(adapter)) {
             for (grid, name) in self.grids.iter_mut().zip(&self.plan.grid_slots) {
                 *grid = adapter.grid(name);
             }
         }
-        for slot in &self.plan.summed_slots {
-            let panels = adapter.tensor(self.slots[*slot]).filter(|panels| !panels.layout().format().is_float());
-            panels.into_iter().for_each(Panels::sum_rows);
-        }
         self.adapter = Some(Arc::clone(adapter));
+        Ok(())
     }
 }
 
@@ -169,7 +179,7 @@ impl Htp {
         bindings.check_complete()?;
         if let Some(adapter) = bindings.adapter() {
             self.resolve(adapter.names())?;
-            self.adopt(adapter);
+            self.adopt(adapter)?;
         }
         let adapter = bindings.adapter().map(|adapter| &**adapter);
         let applied = Applied { adapter, slots: &self.slots, grids: &self.grids };

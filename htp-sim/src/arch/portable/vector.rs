@@ -2,7 +2,8 @@
 //! in sixteen lanes, so every tier gives the same bits.
 
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
+use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, WeightsMut};
+use crate::matmul::Write;
 
 /// Replaces scores by `exp(score - max)`; returns the maximum and the sum of the results.
 ///
@@ -151,6 +152,51 @@ pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[
     for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
     }
+}
+
+/// `values += factor · row` for each row.
+#[inline(always)]
+pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32) {
+    for values in values.chunks_exact_mut(width) {
+        in_lanes(values, row, |value, x| *value += factor * x);
+    }
+}
+
+/// Writes or adds rows of a tile to their places.
+#[inline(always)]
+pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
+    for (i, values) in values.chunks_exact(width).enumerate() {
+        // SAFETY: the ranges of a tile are its own.
+        let out = unsafe { to.out.range(to.first + i * to.stride, to.columns) };
+        match to.write {
+            Write::Store => in_lanes(out, values, |out, value| *out = value),
+            Write::Add => in_lanes(out, values, |out, value| *out += value),
+        }
+    }
+}
+
+/// `acc = acc · factors[0] + part · factors[1]`.
+#[inline(always)]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
+    in_lanes(acc, part, |acc, part| *acc = *acc * factors[0] + part * factors[1]);
+}
+
+/// `out = x / divisor`.
+#[inline(always)]
+pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
+    in_lanes(out, x, |out, x| *out = x / divisor);
+}
+
+/// Calls `f` for each pair, sixteen at a time: rows of a tile are too short for loops that the compiler cuts itself.
+#[inline(always)]
+fn in_lanes(to: &mut [f32], from: &[f32], f: impl Fn(&mut f32, f32)) {
+    let len = to.len().min(from.len());
+    let (to, rest) = to[..len].as_chunks_mut::<LANES>();
+    let (from, from_rest) = from[..len].as_chunks::<LANES>();
+    for (to, from) in to.iter_mut().zip(from) {
+        to.iter_mut().zip(from).for_each(|(to, from)| f(to, *from));
+    }
+    rest.iter_mut().zip(from_rest).for_each(|(to, from)| f(to, *from));
 }
 
 /// Quantizes `f(x, w)` of each pair.

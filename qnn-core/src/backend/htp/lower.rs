@@ -31,7 +31,9 @@ pub(super) struct Lowered {
     pub(super) slots: Vec<String>,
     /// Names of the computed tensors whose encodings an adapter may replace, by slot.
     pub(super) grid_slots: Vec<String>,
-    /// Slots of the updatable tensors that meet inputs on a static grid.
+    /// Weights that meet inputs on a static grid: the sums of their rows are needed.
+    pub(super) summed: Vec<Panels>,
+    /// Slots of the updatable tensors that do.
     pub(super) summed_slots: Vec<usize>,
     /// The computed tensors, in the order of the steps.
     pub(super) shown: Vec<Shown>,
@@ -97,6 +99,7 @@ impl<'g> Lowering<'g> {
             outputs: Vec::new(),
             slots: Vec::new(),
             grid_slots: Vec::new(),
+            summed: Vec::new(),
             summed_slots: Vec::new(),
             shown: Vec::new(),
         };

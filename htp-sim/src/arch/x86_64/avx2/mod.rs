@@ -28,5 +28,9 @@ pub(crate) const KERNELS: Kernels = Kernels {
     unary: vector::unary,
     gate: vector::gate,
     rotate: vector::rotate,
+    add_row: vector::add_row,
+    store_rows: vector::store_rows,
+    merge: vector::merge,
+    divide: vector::divide,
     prefetch: super::prefetch,
 };

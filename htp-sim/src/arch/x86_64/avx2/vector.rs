@@ -2,7 +2,7 @@
 
 use crate::arch::portable::vector;
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, SoftmaxTotals, WeightsMut};
+use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, WeightsMut};
 
 #[target_feature(enable = "avx2")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -47,4 +47,24 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
 #[target_feature(enable = "avx2")]
 pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     vector::rotate(first, second, cos, sin);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32) {
+    vector::add_row(values, width, row, factor);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
+    vector::store_rows(values, width, to);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
+    vector::merge(acc, part, factors);
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
+    vector::divide(x, divisor, out);
 }

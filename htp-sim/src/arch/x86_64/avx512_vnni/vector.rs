@@ -5,7 +5,8 @@ use std::f32::consts::LOG2_E;
 
 use crate::arch::portable::vector::{self, EXP, EXP_REST, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{SoftmaxTotals, WeightsMut};
+use crate::kernels::{RowsMut, SoftmaxTotals, WeightsMut};
+use crate::matmul::Write;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -54,6 +55,43 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     vector::rotate(first, second, cos, sin);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32) {
+    vector::add_row(values, width, row, factor);
+}
+
+/// The portable function, by hand: compiled from there, each row became a call of `memcpy`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
+    assert!(to.columns <= width);
+    for (i, values) in values.chunks_exact(width).enumerate() {
+        // SAFETY: the ranges of a tile are its own.
+        let out = unsafe { to.out.range(to.first + i * to.stride, to.columns) }.as_mut_ptr();
+        let values = values.as_ptr();
+        for at in (0..to.columns).step_by(LANES) {
+            let mask = mask(to.columns - at);
+            // SAFETY: `mask` names the columns from `at` on that exist, in both rows (asserted).
+            unsafe {
+                let mut value = _mm512_maskz_loadu_ps(mask, values.add(at));
+                if to.write == Write::Add {
+                    value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out.add(at)), value);
+                }
+                _mm512_mask_storeu_ps(out.add(at), mask, value);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
+    vector::merge(acc, part, factors);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
+    vector::divide(x, divisor, out);
 }
 
 /// The portable function, step for step: compiled from there, half of it came out in smaller registers.

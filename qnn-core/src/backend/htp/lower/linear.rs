@@ -34,7 +34,7 @@ impl Lowering<'_> {
         let group = self.group(first, x);
         let weights: Vec<Panels> = group.iter().map(|unit| self.weights(unit)).collect();
         let source = self.linear_source(x, &weights)?;
-        self.sum_rows(x, source, &weights)?;
+        self.need_sums(x, source, &weights)?;
         let names: Vec<&str> = group.iter().map(|unit| self.graph.nodes()[unit.base].name.as_str()).collect();
         let (names, rows) = (names.join(" + "), self.rows(&self.graph.nodes()[group[0].base]));
         let branches = self.down(x, source, &group)?;
@@ -87,7 +87,7 @@ impl Lowering<'_> {
         let units = [found.gate, found.up];
         let weights = [self.weights(&units[0]), self.weights(&units[1])];
         let source = self.linear_source(x, &weights)?;
-        self.sum_rows(x, source, &weights)?;
+        self.need_sums(x, source, &weights)?;
         let branches = self.down(x, source, &units)?;
         let out = self.output(product, 0);
         let mut halves = Vec::new();
@@ -131,10 +131,10 @@ impl Lowering<'_> {
         Ok(branches)
     }
 
-    /// Makes the sums of rows that products of `weights` with `x` may need.
-    fn sum_rows(&mut self, x: TensorId, source: Source, weights: &[Panels]) -> Result<(), PrepareError> {
+    /// Notes that products of `weights` with `x` may need the sums of rows.
+    fn need_sums(&mut self, x: TensorId, source: Source, weights: &[Panels]) -> Result<(), PrepareError> {
         if matches!(source, Source::Quantized(_)) && self.is_shifted(x)? {
-            weights.iter().for_each(Panels::sum_rows);
+            self.result.summed.extend_from_slice(weights);
         }
         Ok(())
     }
