@@ -22,6 +22,13 @@ impl<T: Copy + Default> Aligned<T> {
     }
 }
 
+impl<T> Default for Aligned<T> {
+    /// No elements, no memory.
+    fn default() -> Self {
+        Self { storage: Vec::new(), at: 0, len: 0 }
+    }
+}
+
 impl<T: Copy + Default> Clone for Aligned<T> {
     fn clone(&self) -> Self {
         let mut copy = Self::zeroed(self.len);

@@ -208,10 +208,11 @@ impl Bindings {
         &mut self.outputs
     }
 
-    /// Swaps the buffer of float output number `index` with `values`.
-    pub(crate) fn swap_output(&mut self, index: usize, values: &mut Vec<f32>) {
+    /// Sets the values of float output number `index`.
+    pub(crate) fn set_output(&mut self, index: usize, values: &[f32]) {
         if let Value::F32(own) = &mut self.outputs[index].value {
-            std::mem::swap(own, values);
+            own.clear();
+            own.extend_from_slice(values);
         }
     }
 

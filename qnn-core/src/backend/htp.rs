@@ -19,6 +19,7 @@ use super::{
     Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm, watch::Watch,
 };
 
+mod floats;
 mod lower;
 mod meter;
 mod pack;
@@ -28,6 +29,7 @@ mod step;
 
 pub use pack::{pack_constant, pack_update};
 
+use floats::Floats;
 use meter::{Cost, Meter};
 use place::Plan;
 use run::Applied;
@@ -114,13 +116,13 @@ struct Htp {
 
 /// Scratch memory of one executable, allocated when it is prepared.
 struct Memory {
-    floats: Vec<Vec<f32>>,
+    floats: Vec<Floats>,
     quantized: Vec<QuantizedRows>,
 }
 
 impl Htp {
     fn new(backend: HtpBackend, plan: Plan) -> Result<Htp, PrepareError> {
-        let floats = plan.float_capacity.iter().map(|n| Vec::with_capacity(*n)).collect();
+        let floats = plan.float_capacity.iter().map(|n| Floats::with_capacity(*n)).collect();
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
         let (slots, names, grids) = (Vec::new(), None, vec![None; plan.grid_slots.len()]);
         let memory = Memory { floats, quantized };
@@ -204,7 +206,7 @@ impl Htp {
             }
         }
         for (buffer, output) in &self.plan.outputs {
-            bindings.swap_output(*output, &mut self.memory.floats[*buffer]);
+            bindings.set_output(*output, &self.memory.floats[*buffer]);
         }
         if let (Some(meter), Some((begun, n_regions))) = (&mut self.meter, begun) {
             meter.add_execute(begun.elapsed(), self.backend.workers.n_regions() - n_regions);

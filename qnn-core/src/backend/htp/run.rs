@@ -9,7 +9,7 @@ use crate::{
 };
 
 use super::{
-    Memory,
+    Floats, Memory,
     place::attention_params,
     step::{
         Binary, BranchPart, CacheRef, DownPart, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary,
@@ -181,7 +181,7 @@ impl Run<'_> {
         let Work::RotaryTable { positions, inv_freq, scale, cos, sin } = &self.step.work else { return Ok(()) };
         let positions = self.integers(*positions);
         let mut table = std::mem::take(&mut memory.floats[*sin]);
-        table.resize(self.rows * inv_freq.len(), 0.0);
+        table.set_len(self.rows * inv_freq.len());
         let done = self.with_out(memory, *cos, inv_freq.len(), |_, cos| {
             htp_sim::rotary_table(positions, inv_freq, *scale, cos, &mut table)
         });
@@ -192,8 +192,8 @@ impl Run<'_> {
     fn load(&self, memory: &mut Memory, input: usize, out: usize) -> Result<(), ExecuteError> {
         let Value::F32(values) = &self.bindings.inputs()[input].value else { return Ok(()) };
         let out = &mut memory.floats[out];
-        out.clear();
-        out.extend_from_slice(values);
+        out.set_len(values.len());
+        out.copy_from_slice(values);
         Ok(())
     }
 
@@ -228,12 +228,12 @@ impl Run<'_> {
 
     /// `t = alpha · A x` of every branch that the adapter gives a value; the others' `t` becomes empty.
     fn down(&self, memory: &mut Memory, x: Source, parts: &[DownPart]) -> Result<(), ExecuteError> {
-        let mut outs: [Vec<f32>; MAX_PARTS] = Default::default();
+        let mut outs: [Floats; MAX_PARTS] = Default::default();
         for (part, t) in parts.iter().zip(&mut outs) {
             *t = std::mem::take(&mut memory.floats[part.t]);
-            t.clear();
+            t.set_len(0);
             if let Some(down) = self.active(part) {
-                t.resize(self.rows * down.layout().n(), 0.0);
+                t.set_len(self.rows * down.layout().n());
             }
         }
         let mut active = parts.iter().zip(&mut outs).filter_map(|(part, t)| {
@@ -278,10 +278,10 @@ impl Run<'_> {
     }
 
     fn linear(&self, memory: &mut Memory, x: Source, parts: &[LinearPart]) -> Result<(), ExecuteError> {
-        let mut outs: [Vec<f32>; MAX_PARTS] = Default::default();
+        let mut outs: [Floats; MAX_PARTS] = Default::default();
         for (part, out) in parts.iter().zip(&mut outs) {
             *out = std::mem::take(&mut memory.floats[part.out]);
-            out.resize(self.rows * part.weights.layout().n(), 0.0);
+            out.set_len(self.rows * part.weights.layout().n());
         }
         let lent: &Memory = memory;
         let mut views = parts.iter().zip(&mut outs).map(|(part, out)| Part {
@@ -349,7 +349,7 @@ impl Run<'_> {
         work: impl FnOnce(&mut Memory, &mut [f32]) -> Result<(), ShapeError>,
     ) -> Result<(), ExecuteError> {
         let mut buffer = std::mem::take(&mut memory.floats[out]);
-        buffer.resize(self.rows * width, 0.0);
+        buffer.set_len(self.rows * width);
         let done = work(memory, &mut buffer);
         memory.floats[out] = buffer;
         self.check(done)
