@@ -97,7 +97,7 @@ pub fn attention(
     let workers = Disjoint::new(&mut scratch.workers);
     let out = Disjoint::new(out);
     if !split {
-        cx.workers.for_each(n_items, |item, worker| {
+        let tiles = |item: usize, worker: usize| {
             // SAFETY: a worker runs one item at a time, and its scratch is its own.
             let scratch = unsafe { &mut workers.range(worker, 1)[0] };
             // Tile by tile, as linear layers share out their rows.
@@ -109,14 +109,15 @@ pub fn attention(
                 scratch.merge_part(cx.kernels, &tile);
             }
             problem.store(&tile, scratch, &out);
-        });
+        };
+        cx.workers.for_each_then(n_items, tiles, cx.kernels.leave);
         return Ok(());
     }
     let partials = Disjoint::new(&mut scratch.partials);
     // A worker goes through neighbouring ranges, so that what it asks for ahead of time is its own.
     let n_parts = n_items * ranges;
     let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
-    cx.workers.for_each(n_chunks, |chunk, worker| {
+    let parts = |chunk: usize, worker: usize| {
         // SAFETY: as above.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
         for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
@@ -130,7 +131,8 @@ pub fn attention(
                 scratch.save_part(&tile, unsafe { partials.range(at, tile.rows * slot) });
             }
         }
-    });
+    };
+    cx.workers.for_each_then(n_chunks, parts, cx.kernels.leave);
     cx.workers.for_each(n_items, |item, worker| {
         // SAFETY: as above.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };

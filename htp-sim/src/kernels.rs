@@ -54,6 +54,8 @@ pub struct Kernels {
     pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
     /// `out = x / divisor`.
     pub(crate) divide: unsafe fn(&[f32], f32, &mut [f32]),
+    /// To be called on a thread after the last tile of a region: what kernels keep from one tile to the next is given back.
+    pub(crate) leave: fn(),
     /// Asks for bytes that will soon be read or written; does nothing where there is no such instruction.
     pub(crate) prefetch: fn(&[u8]),
 }

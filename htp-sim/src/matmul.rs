@@ -118,7 +118,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         n_groups += grid.groups(&half);
         *target = Some(Target { half, write: part.write, n, out: Disjoint::new(part.out) });
     }
-    cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
+    let tiles = |item: usize, _: usize| {
         let mut group = item % n_groups;
         for target in targets.iter().flatten() {
             if group < grid.groups(&target.half) {
@@ -131,7 +131,8 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
             }
             group -= grid.groups(&target.half);
         }
-    });
+    };
+    cx.workers.for_each_then(grid.row_blocks() * n_groups, tiles, cx.kernels.leave);
     Ok(())
 }
 
@@ -171,7 +172,7 @@ pub fn gated_linear(
     let grid = Grid::plan(x.count(), gate.weights.layout().panels(), cx.workers.count());
     let n_groups = grid.groups(&gate);
     let target = Target { half: gate, write: Write::Store, n, out: Disjoint::new(out) };
-    cx.workers.for_each(grid.row_blocks() * n_groups, |item, _| {
+    let tiles = |item: usize, _: usize| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
         with_buffer(&VALUES, 2 * tile.values(), |values| {
             let (gate_values, up_values) = values.split_at_mut(tile.values());
@@ -181,7 +182,8 @@ pub fn gated_linear(
             unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
             target.store(cx, &tile, gate_values);
         });
-    });
+    };
+    cx.workers.for_each_then(grid.row_blocks() * n_groups, tiles, cx.kernels.leave);
     Ok(())
 }
 

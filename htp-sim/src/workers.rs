@@ -76,7 +76,13 @@ impl Workers {
     /// # Panics
     /// If there are more than 2^27 items. If `f` panics, the remaining items are dropped and the first panic is resumed here.
     pub fn for_each(&self, n_items: usize, f: impl Fn(usize, usize) + Sync) {
+        self.for_each_then(n_items, f, || ());
+    }
+
+    /// As [`for_each`](Self::for_each); each worker calls `leave` after its last item, also if that panics.
+    pub(crate) fn for_each_then(&self, n_items: usize, f: impl Fn(usize, usize) + Sync, leave: fn()) {
         if let Some(worker) = self.current_worker() {
+            let _leave = Leave(leave);
             (0..n_items).for_each(|item| f(item, worker));
             return;
         }
@@ -87,12 +93,12 @@ impl Workers {
         // A panic in a region is resumed after the guard's region has been closed, so a poisoned lock means no harm.
         let _serialised = self.region.lock().unwrap_or_else(PoisonError::into_inner);
         if n_items == 1 || self.threads.is_empty() {
-            let _identity = Identity::enter(&self.shared, 0);
+            let (_identity, _leave) = (Identity::enter(&self.shared, 0), Leave(leave));
             (0..n_items).for_each(|item| f(item, 0));
             return;
         }
         let run = |worker: usize| {
-            let _identity = Identity::enter(&self.shared, worker);
+            let (_identity, _leave) = (Identity::enter(&self.shared, worker), Leave(leave));
             self.shared.take_items(n_items, worker, |item| f(item, worker));
         };
         self.shared.open(&run);
@@ -334,6 +340,15 @@ impl Shared {
             thread::park();
         }
         self.asleep[worker].store(false, Ordering::SeqCst);
+    }
+}
+
+/// Calls its function in the end.
+struct Leave(fn());
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }
 

@@ -48,6 +48,29 @@ fn sleeping_team_wakes() {
     }
 }
 
+/// Each worker that took part leaves a region once, after its last item, and so does one whose item panics.
+#[test]
+fn workers_leave_regions() {
+    static LEFT: AtomicUsize = AtomicUsize::new(0);
+    let leave = || _ = LEFT.fetch_add(1, Ordering::SeqCst);
+    for count in [1, 2, 5] {
+        let workers = Workers::new(count).expect("threads can be started");
+        for (n_items, bad) in [(1, 7), (40, 77), (40, 20)] {
+            LEFT.store(0, Ordering::SeqCst);
+            let took_part: Vec<AtomicBool> = (0..count).map(|_| AtomicBool::new(false)).collect();
+            let item = |item: usize, worker: usize| {
+                took_part[worker].store(true, Ordering::SeqCst);
+                assert!(item != bad, "item {bad} is bad");
+            };
+            let done = catch_unwind(AssertUnwindSafe(|| workers.for_each_then(n_items, item, leave)));
+            assert_eq!(done.is_err(), bad < n_items);
+            let left = LEFT.load(Ordering::SeqCst);
+            let worked = took_part.iter().filter(|worker| worker.load(Ordering::SeqCst)).count();
+            assert!((worked..=count).contains(&left), "{left} left, {worked} of {count} worked");
+        }
+    }
+}
+
 /// A thread that is woken for a region that is over already says that it sleeps when it sleeps again, so that the next region
 /// wakes it.
 #[test]

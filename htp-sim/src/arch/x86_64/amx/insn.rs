@@ -1,12 +1,13 @@
 //! The instructions of the tile unit, which stable Rust has no intrinsics for.
 
 use std::arch::asm;
+use std::cell::Cell;
 
 /// A tile unit: eight registers of up to 16 rows of 64 bytes.
 ///
 /// The values stay in the registers from one call to the next. They belong to the thread; the compiler never uses them.
 pub(super) trait TileUnit: Default {
-    /// Sets the shape of every register and clears them (`ldtilecfg`).
+    /// Sets the shape of every register (`ldtilecfg`), unless the last call on this thread has. What they hold is then not defined.
     ///
     /// # Safety
     /// The CPU has the unit, and the system permits its use. This holds for all functions here.
@@ -37,15 +38,16 @@ pub(super) trait TileUnit: Default {
     /// As [`configure`](Self::configure), which has given `T` a shape, and every row of it can be written.
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
 
-    /// Gives the registers back (`tilerelease`): the system need not save them any more.
+    /// Gives this thread's registers back (`tilerelease`), if it has any: the system need not save them any more, and other code
+    /// may shape them.
     ///
     /// # Safety
     /// As [`configure`](Self::configure).
-    unsafe fn release(&mut self);
+    unsafe fn release();
 }
 
 /// Rows of each register, and bytes in its rows: the 64 bytes that `ldtilecfg` reads.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 pub(super) struct Shapes {
     palette: u8,
@@ -73,6 +75,12 @@ const _: () = assert!(size_of::<Shapes>() == 64);
 #[derive(Debug, Default)]
 pub(super) struct Hardware;
 
+thread_local! {
+    /// The shapes that this thread's registers have. From `configure` to `release` nothing runs here but the tiles of one
+    /// parallel region, so nobody else changes them.
+    static SHAPES: Cell<Option<Shapes>> = const { Cell::new(None) };
+}
+
 /// `$do!("tmm0")` or another register, as the number says.
 macro_rules! with_register {
     ($number:expr, $do:ident) => {
@@ -93,6 +101,11 @@ macro_rules! with_register {
 impl TileUnit for Hardware {
     #[inline]
     unsafe fn configure(&mut self, shapes: &Shapes) {
+        // Shaping them for each tile of a product anew cost a prompt a tenth of its time.
+        if SHAPES.get().as_ref() == Some(shapes) {
+            return;
+        }
+        SHAPES.set(Some(*shapes));
         // SAFETY: the caller's promise. `shapes` is a reference to the 64 bytes that are read; without `readonly` or
         // `nomem` the compiler takes the block to read all memory.
         unsafe { asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(shapes), options(nostack, preserves_flags)) }
@@ -158,8 +171,10 @@ impl TileUnit for Hardware {
     }
 
     #[inline]
-    unsafe fn release(&mut self) {
-        // SAFETY: the caller's promise.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
+    unsafe fn release() {
+        if SHAPES.take().is_some() {
+            // SAFETY: the caller's promise.
+            unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
+        }
     }
 }

@@ -28,8 +28,14 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w4e: matmul::q_w4e::<U>,
         matmul_q_w8b: matmul::q_w8b::<U>,
         matmul_q_w4b: matmul::q_w4b::<U>,
+        leave: leave::<U>,
         ..avx512_vnni::KERNELS
     }
+}
+
+fn leave<U: TileUnit>() {
+    // SAFETY: a table with this unit exists only where it may be used.
+    unsafe { U::release() }
 }
 
 /// The table, if this CPU has the unit, the system permits its use, and it computes what the plain kernel does.
@@ -74,6 +80,7 @@ unsafe fn agrees_with_portable() -> bool {
     let (mut found, mut expected) = ([0.0; ROWS * 16], [0.0; ROWS * 16]);
     // SAFETY: the caller's promise; the arrays above have the lengths that the tile states.
     unsafe { (KERNELS.matmul_q_w8c)(&tile, &mut found) };
+    (KERNELS.leave)();
     // SAFETY: as above; plain Rust needs no instruction set.
     unsafe { (crate::arch::portable::KERNELS.matmul_q_w8c)(&tile, &mut expected) };
     found == expected

@@ -32,5 +32,6 @@ pub(crate) const KERNELS: Kernels = Kernels {
     store_rows: vector::store_rows,
     merge: vector::merge,
     divide: vector::divide,
+    leave: || (),
     prefetch: super::prefetch,
 };

@@ -66,8 +66,6 @@ fn panels<U: TileUnit, const CODES: u8, const OFFSET: u8, const PLANES: usize>(
             }
         }
     }
-    // SAFETY: as above.
-    unsafe { unit.release() };
 }
 
 /// Some blocks of up to 16 rows and a panel.

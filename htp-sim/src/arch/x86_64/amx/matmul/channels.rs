@@ -63,8 +63,6 @@ impl<'a, U: TileUnit, const PLANES: usize> Product<'a, U, PLANES> {
             // SAFETY: the sums of `done` were stored.
             unsafe { finish.some::<PLANES>(&self.sums, usize::MAX, out) };
         }
-        // SAFETY: a table with this unit exists only where it may be used.
-        unsafe { self.unit.release() };
     }
 
     /// All rows by a piece of `W` panels.
