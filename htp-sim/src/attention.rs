@@ -89,13 +89,11 @@ pub fn attention(
     let problem = Problem { kernels: cx.kernels, cache: *cache, past, m, q, params: *params };
     let kv_heads = cache.layout.kv_heads();
     let n_items = kv_heads * problem.tiles();
-    let ranges = (past + m).div_ceil(RANGE);
-    let slot = cache.layout.value_head_dim() + 2;
+    let (ranges, slot) = ((past + m).div_ceil(RANGE), cache.layout.value_head_dim() + 2);
     let few = n_items < TILES_PER_WORKER * cx.workers.count();
     let split = few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len();
 
-    let workers = Disjoint::new(&mut scratch.workers);
-    let out = Disjoint::new(out);
+    let (workers, out) = (Disjoint::new(&mut scratch.workers), Disjoint::new(out));
     if !split {
         let tiles = |item: usize, worker: usize| {
             // SAFETY: a worker runs one item at a time, and its scratch is its own.
