@@ -4,6 +4,8 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
 
+mod one_row;
+
 use std::arch::x86_64::*;
 
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
@@ -32,6 +34,12 @@ pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if one_row::fits(tile) {
+        return match tile.lo.is_empty() {
+            true => one_row::product::<1>(tile, out),
+            false => one_row::product::<2>(tile, out),
+        };
+    }
     integer::<true, STEPS>(tile, out);
 }
 
