@@ -287,7 +287,8 @@ fn read_graphs(binary: &Binary) -> Result<Vec<Graph>, BinaryFault> {
     check_count(at.len()).map_err(|why| why.at(sections[0].at_bytes))?;
     let mut graphs = Vec::with_capacity(at.len());
     for i in at {
-        let graph = read_graph(binary, i, &mut used).map_err(|why| why.at(sections[i].at_bytes))?;
+        let mut graph = read_graph(binary, i, &mut used).map_err(|why| why.at(sections[i].at_bytes))?;
+        graphs.iter().for_each(|other| graph.share_weights(other));
         graphs.push(graph);
     }
     match used.iter().position(|used| !used) {

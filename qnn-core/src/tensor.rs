@@ -82,6 +82,11 @@ impl Panels {
         &self.layout
     }
 
+    /// True if the other is a view of the same bytes.
+    pub(crate) fn is_same(&self, other: &Panels) -> bool {
+        self.layout == other.layout && std::ptr::eq::<[u8]>(&*self.bytes, &*other.bytes)
+    }
+
     /// The format in words: `int4 block 32, symmetric`.
     pub fn format_name(&self) -> String {
         format_name(self.layout.format())
