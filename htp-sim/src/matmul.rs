@@ -14,8 +14,10 @@ use crate::packed::{PANEL, PackedWeights};
 use crate::quantize::{self, ActBits, QuantizedRows, quantize_rows};
 use crate::scratch::Disjoint;
 
+mod branch;
 mod tile;
 
+use branch::{FirstHalves, SecondHalf};
 use tile::{Tile, finish};
 
 /// The left operand: `m` rows of `k` values.
@@ -48,7 +50,7 @@ pub struct Part<'a> {
     pub weights: PackedWeights<'a>,
     /// `[n]`.
     pub bias: Option<&'a [f32]>,
-    /// An adapter's second half.
+    /// An adapter's branch.
     pub branch: Option<Branch<'a>>,
     /// Whether `out` is overwritten or added to.
     pub write: Write,
@@ -56,35 +58,36 @@ pub struct Part<'a> {
     pub out: &'a mut [f32],
 }
 
-/// The second half of an adapter: `out += t · upᵀ`, added while the output tile is hot.
+/// An adapter's branch of a weight: `out += (alpha · (x · downᵀ)) · upᵀ`, added while the output tile is hot.
 ///
-/// `t` is the first half's result with the strength already in it. Where a row of `t` is all zeros nothing is added, so
-/// strength 0 gives the base bit for bit.
-#[derive(Debug, Clone, Copy)]
+/// Where a row of the first half is all zeros nothing is added, so strength 0 gives the base bit for bit.
+#[derive(Debug)]
 pub struct Branch<'a> {
-    /// `[m, t_stride]`; several branches may share it.
-    pub t: &'a [f32],
-    /// Values from one row of `t` to the next.
-    pub t_stride: usize,
-    /// Where this branch's `r` columns start.
-    pub t_at: usize,
+    /// As many rows as the layer's: the same, or the floats that they were made of.
+    pub x: Rows<'a>,
+    /// `[r, k]`.
+    pub down: PackedWeights<'a>,
+    /// Strengths of the `r` columns, over again where there are fewer.
+    pub alpha: &'a [f32],
     /// `[n, r]`.
     pub up: PackedWeights<'a>,
+    /// Room for the first half, `[m, r]`.
+    pub t: &'a mut [f32],
 }
 
 /// One half of a [`GateUp`].
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Gate<'a> {
     /// `[n, k]`.
     pub weights: PackedWeights<'a>,
     /// `[n]`.
     pub bias: Option<&'a [f32]>,
-    /// An adapter's second half.
+    /// An adapter's branch.
     pub branch: Option<Branch<'a>>,
 }
 
 /// The two weights of a gated layer; their shapes are the same, their formats may differ.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct GateUp<'a> {
     /// Goes through the activation.
     pub gate: Gate<'a>,
@@ -104,35 +107,36 @@ pub struct GateUp<'a> {
 pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), ShapeError> {
     expect_at_most("parts of a linear", parts.len(), MAX_PARTS)?;
     for part in &*parts {
-        let half = Gate { weights: part.weights, bias: part.bias, branch: part.branch };
-        check(x, &half, part.out.len())?;
+        check(x, part.weights, part.bias, part.out.len())?;
+        check_branch(x, part.weights, part.branch.as_ref())?;
     }
     let m = x.count();
     let n_panels = parts.iter().map(|part| part.weights.layout().panels()).sum();
     let grid = Grid::plan(m, n_panels, cx.workers.count());
+    let mut firsts = FirstHalves::new();
     let mut targets = [const { None }; MAX_PARTS];
     let mut n_groups = 0;
     for (target, part) in targets.iter_mut().zip(parts) {
-        let n = part.weights.layout().n();
-        let half = Gate { weights: part.weights, bias: part.bias, branch: part.branch };
-        n_groups += grid.groups(&half);
-        *target = Some(Target { half, write: part.write, n, out: Disjoint::new(part.out) });
+        let Part { weights, bias, ref mut branch, write, ref mut out } = *part;
+        let half = Half { weights, bias, branch: branch.as_mut().map(|branch| firsts.add(cx, branch)) };
+        n_groups += grid.groups(weights);
+        *target = Some((half, Target { write, n: weights.layout().n(), out: Disjoint::new(out) }));
     }
-    let tiles = |item: usize, _: usize| {
+    let tiles = |item: usize| {
         let mut group = item % n_groups;
-        for target in targets.iter().flatten() {
-            if group < grid.groups(&target.half) {
-                let tile = grid.tile(item / n_groups, group, target.half.weights);
+        for (half, target) in targets.iter().flatten() {
+            if group < grid.groups(half.weights) {
+                let tile = grid.tile(item / n_groups, group, half.weights);
                 with_buffer(&VALUES, tile.values(), |values| {
-                    finish(cx, x, &target.half, &tile, values);
+                    finish(cx, x, half, &firsts, &tile, values);
                     target.store(cx, &tile, values);
                 });
                 return;
             }
-            group -= grid.groups(&target.half);
+            group -= grid.groups(half.weights);
         }
     };
-    cx.workers.for_each_then(grid.row_blocks() * n_groups, tiles, cx.kernels.leave);
+    firsts.then_each(cx, grid.row_blocks() * n_groups, tiles);
     Ok(())
 }
 
@@ -164,26 +168,33 @@ pub fn gated_linear(
     activation: Activation,
     out: &mut [f32],
 ) -> Result<(), ShapeError> {
-    let GateUp { gate, up } = halves;
-    check(x, &gate, out.len())?;
-    check(x, &up, out.len())?;
+    let GateUp { mut gate, mut up } = halves;
+    for half in [&gate, &up] {
+        check(x, half.weights, half.bias, out.len())?;
+        check_branch(x, half.weights, half.branch.as_ref())?;
+    }
     let n = gate.weights.layout().n();
     expect_len("outputs of up", up.weights.layout().n(), n)?;
     let grid = Grid::plan(x.count(), gate.weights.layout().panels(), cx.workers.count());
-    let n_groups = grid.groups(&gate);
-    let target = Target { half: gate, write: Write::Store, n, out: Disjoint::new(out) };
-    let tiles = |item: usize, _: usize| {
+    let n_groups = grid.groups(gate.weights);
+    let mut firsts = FirstHalves::new();
+    let [gate, up] = [&mut gate, &mut up].map(|half| {
+        let branch = half.branch.as_mut().map(|branch| firsts.add(cx, branch));
+        Half { weights: half.weights, bias: half.bias, branch }
+    });
+    let target = Target { write: Write::Store, n, out: Disjoint::new(out) };
+    let tiles = |item: usize| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
         with_buffer(&VALUES, 2 * tile.values(), |values| {
             let (gate_values, up_values) = values.split_at_mut(tile.values());
-            finish(cx, x, &gate, &tile, gate_values);
-            finish(cx, x, &up, &tile, up_values);
+            finish(cx, x, &gate, &firsts, &tile, gate_values);
+            finish(cx, x, &up, &firsts, &tile, up_values);
             // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
             unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
             target.store(cx, &tile, gate_values);
         });
     };
-    cx.workers.for_each_then(grid.row_blocks() * n_groups, tiles, cx.kernels.leave);
+    firsts.then_each(cx, grid.row_blocks() * n_groups, tiles);
     Ok(())
 }
 
@@ -198,8 +209,13 @@ impl Rows<'_> {
 }
 
 /// Checks one weight against `x` and the length of its output.
-fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError> {
-    let layout = half.weights.layout();
+fn check(
+    x: Rows<'_>,
+    weights: PackedWeights<'_>,
+    bias: Option<&[f32]>,
+    out_len: usize,
+) -> Result<(), ShapeError> {
+    let layout = weights.layout();
     let m = x.count();
     expect_len("length of out", out_len, size("length of out", &[m, layout.n()])?)?;
     match x {
@@ -215,27 +231,36 @@ fn check(x: Rows<'_>, half: &Gate<'_>, out_len: usize) -> Result<(), ShapeError>
                 return Err(ShapeError::new("block of sums in x", rows.sum_block(), Needed::Exactly(block)));
             }
             if rows.shift() != 0.0 {
-                expect_len("sums of rows of weights", half.weights.row_sums().len(), layout.n())?;
+                expect_len("sums of rows of weights", weights.row_sums().len(), layout.n())?;
             }
         }
     }
-    if let Some(bias) = half.bias {
-        expect_len("length of bias", bias.len(), layout.n())?;
-    }
-    half.branch.map_or(Ok(()), |branch| check_branch(&branch, m, layout.n()))
+    bias.map_or(Ok(()), |bias| expect_len("length of bias", bias.len(), layout.n()))
 }
 
-fn check_branch(branch: &Branch<'_>, m: usize, n: usize) -> Result<(), ShapeError> {
-    let up = branch.up.layout();
-    expect_len("outputs of a branch", up.n(), n)?;
-    expect_len("length of a branch's t", branch.t.len(), size("length of t", &[m, branch.t_stride])?)?;
-    let end = branch.t_at.saturating_add(up.k());
-    expect_at_most("end of a branch's columns in t", end, branch.t_stride)
+/// Checks the branch of a weight that meets `x`.
+fn check_branch(x: Rows<'_>, weights: PackedWeights<'_>, branch: Option<&Branch<'_>>) -> Result<(), ShapeError> {
+    let Some(branch) = branch else { return Ok(()) };
+    expect_len("rows of x of a branch", branch.x.count(), x.count())?;
+    check(branch.x, branch.down, None, branch.t.len())?;
+    expect_len("inputs of a branch's second half", branch.up.layout().k(), branch.down.layout().n())?;
+    expect_len("outputs of a branch", branch.up.layout().n(), weights.layout().n())?;
+    if branch.alpha.is_empty() {
+        return Err(ShapeError::new("strengths of a branch", 0, Needed::AtLeast(1)));
+    }
+    Ok(())
+}
+
+/// A weight with what is added to its product, as tiles see it.
+#[derive(Clone, Copy)]
+struct Half<'a> {
+    weights: PackedWeights<'a>,
+    bias: Option<&'a [f32]>,
+    branch: Option<SecondHalf<'a>>,
 }
 
 /// An output shared by the workers.
 struct Target<'a> {
-    half: Gate<'a>,
     write: Write,
     n: usize,
     out: Disjoint<'a, f32>,
@@ -295,9 +320,9 @@ impl Grid {
         self.m.div_ceil(self.tile_rows)
     }
 
-    fn groups(&self, half: &Gate<'_>) -> usize {
-        let panels = half.weights.layout().panels();
-        let wide = wide_panels(half.weights);
+    fn groups(&self, weights: PackedWeights<'_>) -> usize {
+        let panels = weights.layout().panels();
+        let wide = wide_panels(weights);
         wide.div_ceil(self.tile_panels) + (panels - wide)
     }
 

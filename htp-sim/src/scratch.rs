@@ -77,12 +77,22 @@ impl<'a, T> Disjoint<'a, T> {
         // (the caller's promise).
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
+
+    /// The `len` elements from `at`, for reading.
+    ///
+    /// # Safety
+    /// Nobody writes these elements any more; who did, did before in the order of memory.
+    pub(crate) unsafe fn finished(&self, at: usize, len: usize) -> &[T] {
+        assert!(at <= self.len && len <= self.len - at, "range {at}+{len} of {}", self.len);
+        // SAFETY: the range is inside the slice (asserted), which is borrowed for 'a; nobody writes it (the caller's promise).
+        unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
+    }
 }
 
 // SAFETY: a `Disjoint` is a `&mut [T]` that is shared out; whoever gets a part may be on another thread if `T` may.
 unsafe impl<T: Send> Send for Disjoint<'_, T> {}
-// SAFETY: sharing it only allows `range`, whose caller promises that the parts do not overlap.
-unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+// SAFETY: sharing it only allows `range` and `finished`, whose callers promise that nobody reads what another writes.
+unsafe impl<T: Send + Sync> Sync for Disjoint<'_, T> {}
 
 #[cfg(test)]
 mod tests {

@@ -35,6 +35,8 @@ fn main() {
     let int4 = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
     let layout = PackedLayout::new(k, k, int4).expect("sizes are fine");
     let blob = pack_quantized(&layout, &vec![5; k * k], &vec![0.1; 2 * k], Offsets::None).expect("lengths match");
+    let down = PackedLayout::new(8, k, WeightFormat::F16).expect("sizes are fine");
+    let down_blob = pack_float(&down, &vec![0.5; k * 8]).expect("lengths match");
     let up = PackedLayout::new(k, 8, WeightFormat::F16).expect("sizes are fine");
     let up_blob = pack_float(&up, &vec![0.5; k * 8]).expect("lengths match");
     for kernels in Kernels::available() {
@@ -45,7 +47,7 @@ fn main() {
             let mut value = vec![0; cache_layout.value_bytes()];
             let mut scratch = AttentionScratch::new(workers.count(), cache_layout, heads).expect("fits");
             let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, 32).expect("sizes are fine");
-            let (x, weight, t) = (vec![0.5; m * k], vec![1.0; k], vec![0.1; m * 8]);
+            let (x, weight, mut t) = (vec![0.5; m * k], vec![1.0; k], vec![0.0; m * 8]);
             let (mut q, mut out) = (vec![0.0; m * k], vec![0.0; m * k]);
             let half = head_dim / 2;
             let (positions, inv_freq) = (vec![3; m], vec![0.1; half]);
@@ -53,8 +55,10 @@ fn main() {
             let params = AttentionParams { heads, scale: 0.25, window: None, softcap: None };
             let mut step = || -> Result<(), ShapeError> {
                 let weights = layout.view(&blob)?;
-                let branch = Some(Branch { t: &t, t_stride: 8, t_at: 0, up: up.view(&up_blob)? });
+                let (down, up) = (down.view(&down_blob)?, up.view(&up_blob)?);
+                let rows_of_x = Rows::F32 { x: &x, m };
                 rms_norm_quantize(&cx, &x, &weight, 1e-5, &mut rows)?;
+                let branch = Some(Branch { x: rows_of_x, down, alpha: &[0.5], up, t: &mut t });
                 let part = Part { weights, bias: None, branch, write: Write::Store, out: &mut q };
                 linear(&cx, Rows::Quantized(&rows), &mut [part])?;
                 rotary_table(&positions, &inv_freq, 1.0, &mut cos, &mut sin)?;
@@ -62,8 +66,10 @@ fn main() {
                 let mut cache = CacheMut { layout: cache_layout, key: &mut key, value: &mut value };
                 append(&cx, &mut cache, 400, &x[..m * 32], &x[..m * 32])?;
                 attention(&cx, &cache.as_ref(), 400, &q, &params, &mut scratch, &mut out)?;
+                let branch = Some(Branch { x: rows_of_x, down, alpha: &[0.5], up, t: &mut t });
                 let gate = Gate { weights, bias: None, branch };
-                gated_linear(&cx, Rows::Quantized(&rows), GateUp { gate, up: gate }, Activation::Silu, &mut q)?;
+                let up = Gate { weights, bias: None, branch: None };
+                gated_linear(&cx, Rows::Quantized(&rows), GateUp { gate, up }, Activation::Silu, &mut q)?;
                 elementwise::gelu_erf(&cx, &q, &mut out)?;
                 elementwise::softmax_rows(&cx, &mut out, k)?;
                 rms_norm(&cx, &x, &weight, 1e-5, &mut out)?;

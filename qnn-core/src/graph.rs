@@ -275,6 +275,17 @@ impl Graph {
         Ok(())
     }
 
+    /// Gives node number `node` a copy of the constant that it reads as input number `input`, called `name`, for itself.
+    ///
+    /// # Errors
+    /// As [`Graph::add_tensor`]. Nothing has changed then.
+    pub(crate) fn untie(&mut self, node: usize, input: usize, name: &str) -> Result<TensorId, GraphError> {
+        let shared = self.tensor(self.nodes[node].inputs[input]);
+        let own = self.add_tensor(Tensor { name: name.to_owned(), ..shared.clone() })?;
+        self.nodes[node].inputs[input] = own;
+        Ok(own)
+    }
+
     /// Lets weights that lie in the same bytes as those of `other` share what a backend makes of them.
     pub(crate) fn share_weights(&mut self, other: &Graph) {
         for tensor in &mut self.tensors {

@@ -329,7 +329,7 @@ fn support_tensor(quantized: &qnn_core::offline::quantize_weights::Quantized, n:
 
 fn options(scheme: Scheme, method: Method) -> RoundingOptions {
     let embedding = Scheme::Block { bits: Bits::Eight, block_size: 32 };
-    RoundingOptions { scheme, embedding, fit_blocks: false, method, equalize: true, wide_share: 0.0 }
+    RoundingOptions { scheme, embedding, head: None, fit_blocks: false, method, equalize: true, wide_share: 0.0 }
 }
 
 // Guards: a whole model is rounded, is near what it was, and the report names each weight once; block steps survive a DLC
@@ -380,6 +380,28 @@ fn models_are_rounded_layer_by_layer() {
         n_steps += 1;
     }
     assert!(n_steps > 5);
+}
+
+// Guards: a head that is rounded like the layers gets a weight of its own, with their error feedback, and the embedding keeps
+// its eight bits.
+#[test]
+fn a_head_of_four_bits_leaves_the_embedding() {
+    let backend = HtpBackend::new(2).expect("two threads");
+    let graph = off_grid(false);
+    let windows = windows();
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let want = logits(&graph, None);
+    let round = |method| {
+        let options = RoundingOptions { head: Some(SCHEME), ..options(SCHEME, method) };
+        round_weights(&graph, &options, &windows, &backend, &mut |_| {}).expect("it can be rounded")
+    };
+    let (rounded, report) = round(Method::Feedback { damping: 0.01 });
+    let bits = |name: &str| report.weights.iter().find(|weight| weight.name == name).map(|weight| weight.bits);
+    assert_eq!((bits("lm_head.weight"), bits("model.embed_tokens.weight"), report.weights.len()), (Some(4), Some(8), 16));
+    let fed_back = distance(&logits(&rounded, None), &want);
+    let nearest = distance(&logits(&round(Method::Nearest).0, None), &want);
+    assert!(fed_back < 0.05 && fed_back < nearest, "{fed_back}, nearest {nearest}");
+    assert_eq!(report.weights.iter().filter(|weight| weight.bits == 8).count(), 1);
 }
 
 // Guards: what cannot be done is refused, with the names and numbers.

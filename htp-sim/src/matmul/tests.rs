@@ -330,40 +330,47 @@ fn long_rows_agree() {
 #[test]
 fn epilogue_adds_bias_branch_and_residual() {
     let workers = team(3);
-    let (m, k, r) = (5, 64, 8);
+    let (m, k, r) = (5, 64, 20);
     let mut noise = Noise(6);
     let x = noise.floats(m * k);
-    let t = noise.floats(m * 3 * r);
-    let formats = [WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric }, WeightFormat::Int8PerChannel];
+    let block = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
     let columns = [70, 33];
-    let layouts = [0, 1].map(|i| PackedLayout::new(columns[i], k, formats[i]).expect("sizes are fine"));
-    let ups = [0, 1].map(|i| {
-        PackedLayout::new(columns[i], r, [WeightFormat::F16, WeightFormat::Int8PerChannel][i]).expect("sizes are fine")
-    });
-    let blobs = [0, 1].map(|i| weights(&layouts[i], 23));
+    let layout = |n: usize, k: usize, format: WeightFormat| PackedLayout::new(n, k, format).expect("sizes are fine");
+    let layouts = [layout(columns[0], k, block), layout(columns[1], k, WeightFormat::Int8PerChannel)];
+    let downs = [layout(r, k, WeightFormat::Int8PerChannel), layout(r, k, WeightFormat::F32)];
+    let ups = [layout(columns[0], r, WeightFormat::F16), layout(columns[1], r, WeightFormat::Int8PerChannel)];
+    let (blobs, down_blobs) = ([0, 1].map(|i| weights(&layouts[i], 23)), [0, 1].map(|i| weights(&downs[i], 27)));
     let up_blobs = [0, 1].map(|i| weights(&ups[i], 29));
     let w = [0, 1].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
+    let down = [0, 1].map(|i| downs[i].view(&down_blobs[i]).expect("length matches"));
     let up = [0, 1].map(|i| ups[i].view(&up_blobs[i]).expect("length matches"));
+    let alphas = [noise.floats(r), vec![0.5]];
     let biases = columns.map(|n| noise.floats(n));
     let before = columns.map(|n| noise.floats(m * n));
     each_tier(&workers, |cx| {
         let rows = quantized(cx, &x, &layouts[0], ActBits::Sixteen);
         let base = [0, 1].map(|i| product(cx, Rows::Quantized(&rows), w[i]));
+        let branch_x = [Rows::Quantized(&rows), Rows::F32 { x: &x, m }];
         let mut outs = before.clone();
+        let mut firsts = [vec![0.0; m * r], vec![0.0; m * r]];
         let mut parts: Vec<Part<'_>> = outs
             .iter_mut()
+            .zip(&mut firsts)
             .enumerate()
-            .map(|(i, out)| Part {
+            .map(|(i, (out, t))| Part {
                 weights: w[i],
                 bias: Some(&biases[i]),
-                branch: Some(Branch { t: &t, t_stride: 3 * r, t_at: r * (i + 1), up: up[i] }),
+                branch: Some(Branch { x: branch_x[i], down: down[i], alpha: &alphas[i], up: up[i], t }),
                 write: [Write::Add, Write::Store][i],
                 out,
             })
             .collect();
         linear(cx, Rows::Quantized(&rows), &mut parts).expect("lengths match");
         for i in [0, 1] {
-            let branch = oracle(|row, j| f64::from(t[row * 3 * r + r * (i + 1) + j]), m, up[i]);
+            let mut t = product(cx, branch_x[i], down[i]);
+            t.iter_mut().zip(alphas[i].iter().cycle()).for_each(|(t, alpha)| *t *= alpha);
+            assert_eq!(bits(&firsts[i]), bits(&t), "{}", cx.kernels.name);
+            let branch = oracle(|row, j| f64::from(t[row * r + j]), m, up[i]);
             let expected: Vec<(f64, f64)> = (0..m * columns[i])
                 .map(|at| {
                     let old = if i == 0 { before[i][at] } else { 0.0 };
@@ -377,33 +384,79 @@ fn epilogue_adds_bias_branch_and_residual() {
     });
 }
 
-/// A branch whose t is zero leaves the base bit for bit, signs of zeros included.
+/// A branch whose first half is zero leaves the base bit for bit, signs of zeros included.
 #[test]
 fn zero_branch_is_the_base() {
     let workers = team(2);
     let (n, k, r) = (20, 32, 4);
     let layout = PackedLayout::new(n, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
     let blob = weights(&layout, 31);
-    let up = PackedLayout::new(n, r, WeightFormat::F32).expect("sizes are fine");
-    let up_blob = weights(&up, 37);
+    let [down, up] = [(r, k), (n, r)].map(|(n, k)| PackedLayout::new(n, k, WeightFormat::F32).expect("sizes are fine"));
+    let (down_blob, up_blob) = (weights(&down, 33), weights(&up, 37));
     let mut x = Noise(7).floats(3 * k);
     x[..k].fill(-0.0);
     // Row 1 has a live branch, so the tile as a whole cannot be skipped.
-    let mut t = vec![0.0; 3 * r];
-    t[r..2 * r].fill(1.0);
-    t[0] = -0.0;
+    let mut branch_x = vec![0.0; 3 * k];
+    branch_x[k..2 * k].fill(1.0);
+    branch_x[0] = -0.0;
     each_tier(&workers, |cx| {
         let w = layout.view(&blob).expect("length matches");
         let rows = quantized(cx, &x, &layout, ActBits::Sixteen);
         let base = product(cx, Rows::Quantized(&rows), w);
-        let mut out = vec![0.0; 3 * n];
-        let branch = Branch { t: &t, t_stride: r, t_at: 0, up: up.view(&up_blob).expect("length matches") };
+        let (mut out, mut t) = (vec![0.0; 3 * n], vec![0.0; 3 * r]);
+        let branch = Branch {
+            x: Rows::F32 { x: &branch_x, m: 3 },
+            down: down.view(&down_blob).expect("length matches"),
+            alpha: &[1.0],
+            up: up.view(&up_blob).expect("length matches"),
+            t: &mut t,
+        };
         linear(cx, Rows::Quantized(&rows), &mut [Part { branch: Some(branch), ..part(w, &mut out) }])
             .expect("lengths match");
         assert_eq!(bits(&out[..n]), bits(&base[..n]));
         assert_ne!(bits(&out[n..2 * n]), bits(&base[n..2 * n]));
         assert_eq!(bits(&out[2 * n..]), bits(&base[2 * n..]));
     });
+}
+
+/// Second halves wait for the first ones: with more workers than cores, one row or many, the bits are those of one worker.
+#[test]
+fn branches_do_not_depend_on_workers() {
+    let (n, k, r) = (320, 64, 8);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 32 }).expect("sizes are fine");
+    let down = PackedLayout::new(r, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
+    let up = PackedLayout::new(n, r, WeightFormat::Int8PerChannel).expect("sizes are fine");
+    let (blob, down_blob, up_blob) = (weights(&layout, 61), weights(&down, 67), weights(&up, 71));
+    let x = Noise(11).floats(130 * k);
+    let [one, many] = [1, 4].map(team);
+    for m in [1, 130] {
+        let run = |workers: &Workers| {
+            let cx = Cx { kernels: crate::Kernels::best(), workers };
+            let rows = quantized(&cx, &x[..m * k], &layout, ActBits::Sixteen);
+            let (mut outs, mut firsts) = (vec![vec![0.0; m * n]; 3], vec![vec![f32::NAN; m * r]; 3]);
+            let mut parts: Vec<Part<'_>> = outs
+                .iter_mut()
+                .zip(&mut firsts)
+                .map(|(out, t)| {
+                    let branch = Branch {
+                        x: Rows::Quantized(&rows),
+                        down: down.view(&down_blob).expect("length matches"),
+                        alpha: &[2.0],
+                        up: up.view(&up_blob).expect("length matches"),
+                        t,
+                    };
+                    Part { branch: Some(branch), ..part(layout.view(&blob).expect("length matches"), out) }
+                })
+                .collect();
+            linear(&cx, Rows::Quantized(&rows), &mut parts).expect("lengths match");
+            drop(parts);
+            bits(&outs.concat())
+        };
+        let expected = run(&one);
+        for _ in 0..if m == 1 { 200 } else { 10 } {
+            assert!(run(&many) == expected, "{m} rows");
+        }
+    }
 }
 
 /// The fused gate gives the bits of its three steps.
@@ -488,7 +541,20 @@ fn wrong_shapes_are_refused() {
     let mut outs = vec![vec![0.0; 32]; MAX_PARTS + 1];
     let mut parts: Vec<Part<'_>> = outs.iter_mut().map(|out| part(w, out)).collect();
     assert!(linear(&cx, Rows::Quantized(&rows), &mut parts).is_err());
-    let mut out = vec![0.0; 32];
-    let branch = Branch { t: &x[..8], t_stride: 4, t_at: 1, up: w };
-    assert!(linear(&cx, Rows::Quantized(&rows), &mut [Part { branch: Some(branch), ..part(w, &mut out) }]).is_err());
+    let check = |x: Rows<'_>, up: PackedWeights<'_>, alpha: &[f32], len: usize, message: &str| {
+        let (mut out, mut t) = (vec![7.0; 32], vec![7.0; len]);
+        let branch = Branch { x, down: w, alpha, up, t: &mut t };
+        let part = Part { branch: Some(branch), ..part(w, &mut out) };
+        let error = linear(&cx, Rows::Quantized(&rows), &mut [part]).expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(out.iter().chain(&t).all(|&y| y == 7.0));
+    };
+    let up = PackedLayout::new(16, 16, WeightFormat::F32).expect("sizes are fine");
+    let up_blob = weights(&up, 53);
+    let up = up.view(&up_blob).expect("length matches");
+    let x = Rows::Quantized(&rows);
+    check(x, w, &[1.0], 32, "inputs of a branch's second half: found 32, need 16");
+    check(x, up, &[1.0], 31, "length of out: found 31, need 32");
+    check(x, up, &[], 32, "strengths of a branch: found 0, need at least 1");
+    check(Rows::F32 { x: &[0.0; 32], m: 1 }, up, &[1.0], 32, "rows of x of a branch: found 1, need 2");
 }

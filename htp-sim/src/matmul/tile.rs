@@ -1,6 +1,7 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::{Branch, Gate, PANEL, PRODUCTS, Rows, with_buffer};
+use super::branch::{FirstHalves, SecondHalf};
+use super::{Half, PANEL, PRODUCTS, Rows, with_buffer};
 use crate::Cx;
 use crate::kernels::{FloatFn, FloatTile, IntegerTile, MAX_TILE_ROWS};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
@@ -23,7 +24,20 @@ impl Tile {
 }
 
 /// Computes the tile with its bias and branch. `values` is `[rows, 16 · panels]`.
-pub(super) fn finish(cx: &Cx<'_>, x: Rows<'_>, half: &Gate<'_>, tile: &Tile, values: &mut [f32]) {
+pub(super) fn finish(
+    cx: &Cx<'_>,
+    x: Rows<'_>,
+    half: &Half<'_>,
+    firsts: &FirstHalves<'_>,
+    tile: &Tile,
+    values: &mut [f32],
+) {
+    if let Some(branch) = &half.branch {
+        // The few bytes that the tile needs of it come meanwhile.
+        let bytes = branch.up.codes_from(tile.panel);
+        let len = tile.panels * branch.up.layout().panel_code_bytes();
+        (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
+    }
     match x {
         Rows::F32 { x, .. } => {
             let k = half.weights.layout().k();
@@ -41,7 +55,7 @@ pub(super) fn finish(cx: &Cx<'_>, x: Rows<'_>, half: &Gate<'_>, tile: &Tile, val
         add_row(cx, tile, values, bias, 1.0);
     }
     if let Some(branch) = &half.branch {
-        add_branch(cx, branch, tile, values);
+        add_branch(cx, branch, firsts, tile, values);
     }
 }
 
@@ -58,17 +72,22 @@ fn add_row(cx: &Cx<'_>, tile: &Tile, values: &mut [f32], row: &[f32], factor: f3
     unsafe { (cx.kernels.add_row)(values, tile.panels * PANEL, &row[tile.panel * PANEL..], factor) }
 }
 
-fn add_branch(cx: &Cx<'_>, branch: &Branch<'_>, tile: &Tile, values: &mut [f32]) {
+fn add_branch(
+    cx: &Cx<'_>,
+    branch: &SecondHalf<'_>,
+    firsts: &FirstHalves<'_>,
+    tile: &Tile,
+    values: &mut [f32],
+) {
     let rank = branch.up.layout().k();
-    let t = &branch.t[tile.row * branch.t_stride + branch.t_at..];
-    let row_of = |row: usize| &t[row * branch.t_stride..][..rank];
-    let is_zero = |row: usize| row_of(row).iter().all(|&t| t == 0.0);
+    let t = firsts.rows(branch, tile.row, tile.rows);
+    let is_zero = |row: usize| t[row * rank..][..rank].iter().all(|&t| t == 0.0);
     if (0..tile.rows).all(is_zero) {
         return;
     }
     let width = tile.panels * PANEL;
     with_buffer(&PRODUCTS, values.len(), |products| {
-        compute_floats(cx, FloatRows { x: t, stride: branch.t_stride }, branch.up, tile, products);
+        compute_floats(cx, FloatRows { x: t, stride: rank }, branch.up, tile, products);
         for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
             if !is_zero(row) {
                 // SAFETY: the table exists only on a CPU that has its instruction set; `values` is one row of whole panels.

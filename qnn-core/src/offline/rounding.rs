@@ -6,7 +6,8 @@
 //! for each layer: run it over the calibration windows ─► second moments of what its matrices read
 //!                 round its matrices with them
 //!                 run it again, rounded ─► what the next layer reads
-//! embedding and head: 8 bits
+//! head: as the embedding, or as a layer
+//! embedding: 8 bits
 //! ```
 //!
 //! Each layer is calibrated on what the rounded layers before it give, so it makes good some of their error, too. In memory
@@ -32,7 +33,7 @@ use crate::{
 
 mod layers;
 
-use layers::{Layer, layers};
+use layers::{Layer, head, layers};
 
 /// How codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,8 +54,10 @@ pub enum Method {
 pub struct RoundingOptions {
     /// The matrices of the layers.
     pub scheme: Scheme,
-    /// Embedding and head.
+    /// The embedding, and the head unless that has a scheme of its own.
     pub embedding: Scheme,
+    /// The head, rounded as the layers are. One that shares the embedding's weight gets a copy of it.
+    pub head: Option<Scheme>,
     /// Where a block size does not divide the rows, takes the largest smaller one that does ([`Scheme::fitting`]).
     pub fit_blocks: bool,
     /// How codes are chosen.
@@ -162,14 +165,24 @@ pub fn round_weights(
     let mut wide = HashSet::new();
     if options.wide_share > 0.0 {
         let measured = Pass { options: *options, windows, backend, wide: HashSet::new(), keep: false };
-        let losses = measured.run(&mut work.clone(), &layers, &mut |layer, of| {
+        let (losses, _) = measured.run(&mut work.clone(), &layers, &mut |layer, of| {
             progress(RoundingStep::Measure { layer, of });
         })?;
         wide = most_sensitive(&losses, options.wide_share);
     }
     let pass = Pass { options: *options, windows, backend, wide, keep: true };
-    report.weights = pass.run(&mut work, &layers, &mut |layer, of| progress(RoundingStep::Layer { layer, of }))?;
+    let (weights, hidden) =
+        pass.run(&mut work, &layers, &mut |layer, of| progress(RoundingStep::Layer { layer, of }))?;
+    report.weights = weights;
     progress(RoundingStep::Embedding);
+    if let Some(scheme) = options.head
+        && let Some(head) = head(&mut work, &layers)?
+    {
+        let moments = pass.moments(&work, &head, hidden.as_deref())?;
+        for weight in &head.weights {
+            report.weights.push(pass.round(&mut work, weight.id, scheme, moments.get(&weight.input))?);
+        }
+    }
     for id in embeddings(&work) {
         report.weights.push(pass.round(&mut work, id, options.embedding, None)?);
     }
@@ -199,6 +212,9 @@ pub fn set_dynamic_activations(graph: &mut Graph, activations: DataType, cache: 
     graph.states().into_iter().try_for_each(|id| graph.set_encoding(id, cache, None))
 }
 
+/// What a layer gives, of each window.
+type Hidden = Vec<Vec<f32>>;
+
 /// One walk over the layers.
 struct Pass<'a> {
     options: RoundingOptions,
@@ -211,13 +227,14 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// Rounds `layers`; also returns what the last of them gives for each window, where there is calibration.
     fn run(
         &self,
         graph: &mut Graph,
         layers: &[Layer],
         progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Vec<WeightReport>, RoundingError> {
-        let mut hidden: Option<Vec<Vec<f32>>> = None;
+    ) -> Result<(Vec<WeightReport>, Option<Hidden>), RoundingError> {
+        let mut hidden: Option<Hidden> = None;
         let mut reports = Vec::new();
         for (number, layer) in layers.iter().enumerate() {
             progress(number, layers.len());
@@ -232,7 +249,7 @@ impl Pass<'_> {
                 hidden = Some(self.outputs(graph, layer, end, hidden.as_deref())?);
             }
         }
-        Ok(reports)
+        Ok((reports, hidden))
     }
 
     fn calibrates(&self) -> bool {

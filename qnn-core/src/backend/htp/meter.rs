@@ -83,17 +83,15 @@ impl Cost {
         match &step.work {
             Work::Linear { parts, .. } => parts.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
             Work::Gated { gate, up, .. } => [gate, up].into_iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
-            Work::Down { parts, .. } => {
-                parts.iter().filter_map(|p| adapter.panels(p.down)).map(|a| panels(a, rows)).sum()
-            }
             Work::Attention { cache, .. } => Cost::attention(cache, rows, bindings, state),
             _ => Cost::default(),
         }
     }
 
     fn linear(part: &LinearPart, rows: u64, adapter: &Applied<'_>) -> Cost {
-        let up = part.branch.as_ref().and_then(|branch| adapter.panels(branch.up));
-        std::iter::once(&part.weights).chain(up).map(|weights| panels(weights, rows)).sum()
+        let branch = part.branch.as_ref().map(|branch| [branch.down, branch.up].map(|slot| adapter.panels(slot)));
+        let halves = branch.into_iter().flatten().flatten();
+        std::iter::once(&part.weights).chain(halves).map(|weights| panels(weights, rows)).sum()
     }
 
     /// Every row meets the positions before it and its own; the window of a sliding attention is not taken off.

@@ -12,7 +12,7 @@ use super::{
     Floats, Memory,
     place::attention_params,
     step::{
-        Binary, BranchPart, CacheRef, DownPart, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary,
+        Binary, BranchPart, CacheRef, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary,
         Work,
     },
 };
@@ -32,7 +32,6 @@ pub(super) fn run(
         Work::Lookup { table, indices, out } => run.lookup(memory, table, *indices, *out),
         Work::Select { x, width, indices, out } => run.select(memory, (*x, *out), *width, *indices),
         Work::Linear { x, parts } => run.linear(memory, *x, parts),
-        Work::Down { x, parts } => run.down(memory, *x, parts),
         Work::Gated { .. } => run.gated(memory),
         Work::Attention { q, k, v, out, cache } => run.attention(memory, state, [*q, *k, *v, *out], cache),
         _ => run.elementwise(memory),
@@ -226,38 +225,69 @@ impl Run<'_> {
         })
     }
 
-    /// `t = alpha · A x` of every branch that the adapter gives a value; the others' `t` becomes empty.
-    fn down(&self, memory: &mut Memory, x: Source, parts: &[DownPart]) -> Result<(), ExecuteError> {
+    fn linear(&self, memory: &mut Memory, x: Source, parts: &[LinearPart]) -> Result<(), ExecuteError> {
         let mut outs: [Floats; MAX_PARTS] = Default::default();
-        for (part, t) in parts.iter().zip(&mut outs) {
-            *t = std::mem::take(&mut memory.floats[part.t]);
-            t.set_len(0);
-            if let Some(down) = self.active(part) {
-                t.set_len(self.rows * down.layout().n());
-            }
+        let mut firsts: [Floats; MAX_PARTS] = Default::default();
+        for ((part, out), first) in parts.iter().zip(&mut outs).zip(&mut firsts) {
+            *out = std::mem::take(&mut memory.floats[part.out]);
+            out.set_len(self.rows * part.weights.layout().n());
+            *first = self.take_first(memory, part);
         }
-        let mut active = parts.iter().zip(&mut outs).filter_map(|(part, t)| {
-            let weights = self.active(part)?.view();
-            Some(Part { weights, bias: None, branch: None, write: Write::Store, out: t })
+        let lent: &Memory = memory;
+        let mut views = parts.iter().zip(&mut outs).zip(&mut firsts).map(|((part, out), t)| Part {
+            weights: part.weights.view(),
+            bias: part.bias.as_deref(),
+            branch: self.branch(lent, part, t),
+            write: if part.add { Write::Add } else { Write::Store },
+            out,
         });
-        let done = call_linear(self.cx, source(memory, x, self.rows), &mut active);
-        drop(active);
-        for (part, t) in parts.iter().zip(&mut outs) {
-            let alpha = self.alpha(part.alpha);
-            let rank = t.len() / self.rows.max(1);
-            for row in t.chunks_exact_mut(rank.max(1)) {
-                row.iter_mut().zip(alpha.iter().cycle()).for_each(|(t, alpha)| *t *= alpha);
-            }
-            memory.floats[part.t] = std::mem::take(t);
+        let done = call_linear(self.cx, source(lent, x, self.rows), &mut views);
+        drop(views);
+        for ((part, out), first) in parts.iter().zip(&mut outs).zip(&mut firsts) {
+            memory.floats[part.out] = std::mem::take(out);
+            give_first(memory, part, std::mem::take(first));
         }
         self.check(done)
     }
 
-    /// A of a branch, if the adapter has both halves and a strength that is not 0.
-    fn active(&self, part: &DownPart) -> Option<&Panels> {
-        let (down, _) = (self.adapter.panels(part.down)?, self.adapter.panels(part.up)?);
-        let columns = self.alpha(part.alpha).iter().take(down.layout().n());
-        columns.into_iter().any(|alpha| *alpha != 0.0).then_some(down)
+    fn gated(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
+        let Work::Gated { x, gate, up, activation, out } = &self.step.work else { return Ok(()) };
+        let [mut of_gate, mut of_up] = [gate, up].map(|half| self.take_first(memory, half));
+        let done = self.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
+            let [gate, up] = [(gate, &mut of_gate), (up, &mut of_up)].map(|(half, t)| Gate {
+                weights: half.weights.view(),
+                bias: half.bias.as_deref(),
+                branch: self.branch(memory, half, t),
+            });
+            let x = source(memory, *x, self.rows);
+            htp_sim::gated_linear(self.cx, x, GateUp { gate, up }, *activation, out)
+        });
+        give_first(memory, gate, of_gate);
+        give_first(memory, up, of_up);
+        done
+    }
+
+    /// The room for the first half of `part`'s branch; empty if it has none that counts.
+    fn take_first(&self, memory: &mut Memory, part: &LinearPart) -> Floats {
+        let Some(branch) = &part.branch else { return Floats::default() };
+        let mut t = std::mem::take(&mut memory.floats[branch.t]);
+        t.set_len(self.active(branch).map_or(0, |(down, _)| self.rows * down.layout().n()));
+        t
+    }
+
+    /// The branch of `part`, whose first half `t` has room for.
+    fn branch<'a>(&'a self, memory: &'a Memory, part: &LinearPart, t: &'a mut [f32]) -> Option<Branch<'a>> {
+        let branch = part.branch.as_ref()?;
+        let (down, up) = self.active(branch)?;
+        let (x, alpha) = (source(memory, branch.x, self.rows), self.alpha(branch.alpha));
+        Some(Branch { x, down: down.view(), alpha, up: up.view(), t })
+    }
+
+    /// A and B of a branch, if the adapter has both and a strength that is not 0.
+    fn active(&self, branch: &BranchPart) -> Option<(&Panels, &Panels)> {
+        let (down, up) = (self.adapter.panels(branch.down)?, self.adapter.panels(branch.up)?);
+        let columns = self.alpha(branch.alpha).iter().take(down.layout().n());
+        columns.into_iter().any(|alpha| *alpha != 0.0).then_some((down, up))
     }
 
     fn alpha(&self, input: usize) -> &[f32] {
@@ -265,51 +295,6 @@ impl Run<'_> {
             Value::F32(values) => values,
             Value::I32(_) => &[],
         }
-    }
-
-    /// The branch of a part, if its first half was computed.
-    fn branch<'a>(&'a self, memory: &'a Memory, branch: Option<&BranchPart>) -> Option<Branch<'a>> {
-        let branch = branch?;
-        let t = &memory.floats[branch.t][..];
-        if t.is_empty() {
-            return None;
-        }
-        Some(Branch { t, t_stride: t.len() / self.rows, t_at: 0, up: self.adapter.panels(branch.up)?.view() })
-    }
-
-    fn linear(&self, memory: &mut Memory, x: Source, parts: &[LinearPart]) -> Result<(), ExecuteError> {
-        let mut outs: [Floats; MAX_PARTS] = Default::default();
-        for (part, out) in parts.iter().zip(&mut outs) {
-            *out = std::mem::take(&mut memory.floats[part.out]);
-            out.set_len(self.rows * part.weights.layout().n());
-        }
-        let lent: &Memory = memory;
-        let mut views = parts.iter().zip(&mut outs).map(|(part, out)| Part {
-            weights: part.weights.view(),
-            bias: part.bias.as_deref(),
-            branch: self.branch(lent, part.branch.as_ref()),
-            write: if part.add { Write::Add } else { Write::Store },
-            out,
-        });
-        let done = call_linear(self.cx, source(lent, x, self.rows), &mut views);
-        drop(views);
-        for (part, out) in parts.iter().zip(&mut outs) {
-            memory.floats[part.out] = std::mem::take(out);
-        }
-        self.check(done)
-    }
-
-    fn half<'a>(&'a self, memory: &'a Memory, part: &'a LinearPart) -> Gate<'a> {
-        let branch = self.branch(memory, part.branch.as_ref());
-        Gate { weights: part.weights.view(), bias: part.bias.as_deref(), branch }
-    }
-
-    fn gated(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
-        let Work::Gated { x, gate, up, activation, out } = &self.step.work else { return Ok(()) };
-        self.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
-            let halves = GateUp { gate: self.half(memory, gate), up: self.half(memory, up) };
-            htp_sim::gated_linear(self.cx, source(memory, *x, self.rows), halves, *activation, out)
-        })
     }
 
     fn attention(
@@ -378,6 +363,13 @@ fn source(memory: &Memory, x: Source, rows: usize) -> Rows<'_> {
     match x {
         Source::Float(x) => Rows::F32 { x: &memory.floats[x], m: rows },
         Source::Quantized(x) => Rows::Quantized(&memory.quantized[x]),
+    }
+}
+
+/// Puts back what [`Run::take_first`] took.
+fn give_first(memory: &mut Memory, part: &LinearPart, t: Floats) {
+    if let Some(branch) = &part.branch {
+        memory.floats[branch.t] = t;
     }
 }
 

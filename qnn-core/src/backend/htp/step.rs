@@ -55,8 +55,6 @@ pub(super) enum Work {
     Snap { x: Float, grid: GridRef },
     /// Quantized rows back to floats, for a consumer that takes no codes.
     Dequantize { x: Quantized, out: Float },
-    /// `t = alpha · A x` for adapter branches that share their input. Without an adapter every `t` stays empty.
-    Down { x: Source, parts: Vec<DownPart> },
     /// Weights that share their input, in one parallel region.
     Linear { x: Source, parts: Vec<LinearPart> },
     /// `activation(gate · x) · (up · x)`.
@@ -110,25 +108,18 @@ pub(super) struct LinearPart {
     pub(super) add: bool,
 }
 
-/// The first half of one adapter branch.
+/// An adapter's branch of a weight: `out += B · (alpha · A x)`.
 #[derive(Debug)]
-pub(super) struct DownPart {
+pub(super) struct BranchPart {
+    /// What A reads: the weight's input, or the floats that it was made of.
+    pub(super) x: Source,
     /// Slot of A.
     pub(super) down: usize,
     /// Slot of B.
     pub(super) up: usize,
     /// Graph input that holds the strengths.
     pub(super) alpha: usize,
-    /// Result: `[rows, rank]`.
-    pub(super) t: Float,
-}
-
-/// The second half: `out += t · Bᵀ`.
-#[derive(Debug)]
-pub(super) struct BranchPart {
-    /// Slot of B.
-    pub(super) up: usize,
-    /// The first half's result.
+    /// Room for the first half, `[rows, rank]`.
     pub(super) t: Float,
 }
 
@@ -194,7 +185,6 @@ impl Work {
             Work::Quantize { .. } => "quantize",
             Work::Snap { .. } => "snap",
             Work::Dequantize { .. } => "dequantize",
-            Work::Down { .. } => "branch",
             Work::Linear { .. } => "linear",
             Work::Gated { .. } => "gated linear",
             Work::RotaryTable { .. } => "rotary table",
@@ -219,17 +209,16 @@ impl Work {
                     visit(out);
                 }
             }
-            Work::Down { x, parts } => {
-                x.float(visit);
-                parts.iter_mut().for_each(|part| visit(&mut part.t));
-            }
             Work::Linear { x, parts } => {
                 x.float(visit);
-                parts.iter_mut().for_each(|part| part.floats(visit));
+                for part in parts {
+                    visit(&mut part.out);
+                    part.branch.iter_mut().for_each(|branch| branch.floats(visit));
+                }
             }
             Work::Gated { x, gate, up, out, .. } => {
                 x.float(visit);
-                [gate, up].into_iter().filter_map(|half| half.branch.as_mut()).for_each(|b| visit(&mut b.t));
+                [gate, up].into_iter().filter_map(|half| half.branch.as_mut()).for_each(|branch| branch.floats(visit));
                 visit(out);
             }
             Work::RotaryTable { cos, sin, .. } => {
@@ -247,27 +236,37 @@ impl Work {
         match self {
             Work::RmsNorm { out: NormOut::Quantized(q, _), .. }
             | Work::Quantize { out: q, .. }
-            | Work::Dequantize { x: q, .. }
-            | Work::Down { x: Source::Quantized(q), .. }
-            | Work::Linear { x: Source::Quantized(q), .. }
-            | Work::Gated { x: Source::Quantized(q), .. } => visit(q),
+            | Work::Dequantize { x: q, .. } => visit(q),
+            Work::Linear { x, parts } => {
+                x.quantized(visit);
+                parts.iter_mut().filter_map(|part| part.branch.as_mut()).for_each(|branch| branch.x.quantized(visit));
+            }
+            Work::Gated { x, gate, up, .. } => {
+                x.quantized(visit);
+                let branches = [gate, up].into_iter().filter_map(|half| half.branch.as_mut());
+                branches.for_each(|branch| branch.x.quantized(visit));
+            }
             _ => {}
         }
     }
 }
 
-impl LinearPart {
+impl BranchPart {
     fn floats(&mut self, visit: &mut dyn FnMut(&mut Float)) {
-        visit(&mut self.out);
-        if let Some(branch) = &mut self.branch {
-            visit(&mut branch.t);
-        }
+        self.x.float(visit);
+        visit(&mut self.t);
     }
 }
 
 impl Source {
     fn float(&mut self, visit: &mut dyn FnMut(&mut Float)) {
         if let Source::Float(x) = self {
+            visit(x);
+        }
+    }
+
+    fn quantized(&mut self, visit: &mut dyn FnMut(&mut Quantized)) {
+        if let Source::Quantized(x) = self {
             visit(x);
         }
     }

@@ -69,7 +69,8 @@ struct Cli {
     #[arg(long, value_name = "N", default_value_t = 16)]
     calibration_windows: usize,
 
-    /// Bits of a float weight of the DLC: 4 and 8 become integers, 16 leaves it as it is. With 4, embedding and head get 8.
+    /// Bits of a float weight of the DLC: 4 and 8 become integers, 16 leaves it as it is. With 4, embedding
+    /// and head get 8, the head unless --head_bitwidth says 4.
     #[arg(long, value_name = "BITS", default_value = "8")]
     weights_bitwidth: WeightBits,
 

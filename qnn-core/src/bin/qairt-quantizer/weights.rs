@@ -33,9 +33,22 @@ pub(crate) struct WeightArgs {
     #[arg(long)]
     use_block_steps: bool,
 
+    /// Bits of the head with --weights_bitwidth 4: 4 rounds it as the layers are, with a weight of its own where it shares the
+    /// embedding's, which stays at 8. A decode step then reads half as much of the head.
+    #[arg(long, value_name = "BITS", default_value = "8")]
+    head_bitwidth: HeadBits,
+
     /// Part of the layers' weights, from 0 to 1, that gets 8 bits: the matrices that lose most at 4.
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     wide_share: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum HeadBits {
+    #[value(name = "4")]
+    Four,
+    #[value(name = "8")]
+    Eight,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -61,7 +74,8 @@ impl WeightArgs {
         let WeightType::Int { bits, grouping } = situation.weights else {
             if self.is_used() {
                 bail!(
-                    "--weight_rounding, --equalize_channels, --use_block_steps, --wide_share need --weights_bitwidth 4 or 8"
+                    "--weight_rounding, --equalize_channels, --use_block_steps, --head_bitwidth 4, --wide_share need \
+                     --weights_bitwidth 4 or 8"
                 );
             }
             return Ok(None);
@@ -80,17 +94,25 @@ impl WeightArgs {
         if equalize && situation.is_smoothed {
             bail!("channels are scaled once: --equalize_channels is for the weights, --smooth_inputs for their inputs");
         }
-        if !four && (self.use_block_steps || self.wide_share > 0.0) {
-            bail!("--use_block_steps and --wide_share need --weights_bitwidth 4");
+        let head_is_narrow = self.head_bitwidth == HeadBits::Four;
+        if !four && (self.use_block_steps || self.wide_share > 0.0 || head_is_narrow) {
+            bail!("--use_block_steps, --head_bitwidth 4 and --wide_share need --weights_bitwidth 4");
         }
         if self.use_block_steps && grouping == Grouping::PerChannel {
             bail!("--use_block_steps has blocks; leave out --use_per_channel_quantization");
         }
-        if method == RoundingName::Nearest && !equalize && !self.use_block_steps && self.wide_share == 0.0 {
+        if method == RoundingName::Nearest
+            && !equalize
+            && !self.use_block_steps
+            && !head_is_narrow
+            && self.wide_share == 0.0
+        {
             return Ok(None);
         }
+        let scheme = self.scheme(bits, grouping);
         Ok(Some(RoundingOptions {
-            scheme: self.scheme(bits, grouping),
+            scheme,
+            head: head_is_narrow.then_some(scheme),
             embedding: match grouping {
                 Grouping::PerChannel => Scheme::PerChannel { bits: Bits::Eight },
                 Grouping::Block(block_size) => Scheme::Block { bits: Bits::Eight, block_size },
@@ -138,6 +160,7 @@ impl WeightArgs {
         self.weight_rounding.is_some_and(|method| method != RoundingName::Nearest)
             || self.equalize_channels == Some(true)
             || self.use_block_steps
+            || self.head_bitwidth == HeadBits::Four
             || self.wide_share > 0.0
     }
 }

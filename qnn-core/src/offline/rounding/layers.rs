@@ -2,7 +2,7 @@
 
 use super::is_roundable;
 use crate::{
-    graph::Graph,
+    graph::{Graph, GraphError},
     offline::generate::{LAYER_OUTPUTS, between},
     op::OpKind,
     tensor::TensorId,
@@ -64,6 +64,22 @@ fn is_layer_weight(graph: &Graph, weight: LayerWeight) -> bool {
         && readers == 1
         && tensor.name != HEAD
         && graph.tensor(weight.input).tensor_type == TensorType::Native
+}
+
+/// The head as a layer of its own that reads what the last of `layers` gives. A weight that it shares with the embedding
+/// becomes its own. `None` if the graph has no head of floats.
+pub(super) fn head(graph: &mut Graph, layers: &[Layer]) -> Result<Option<Layer>, GraphError> {
+    let tables: Vec<TensorId> =
+        graph.nodes().iter().filter(|node| node.op == OpKind::Gather).map(|node| node.inputs[0]).collect();
+    let is_head = |id: TensorId| is_roundable(graph, id) && (tables.contains(&id) || graph.tensor(id).name == HEAD);
+    let found = graph.nodes().iter().position(|node| node.op == OpKind::FullyConnected && is_head(node.inputs[1]));
+    let Some(at) = found else { return Ok(None) };
+    let (input, mut id) = (graph.nodes()[at].inputs[0], graph.nodes()[at].inputs[1]);
+    if tables.contains(&id) {
+        id = graph.untie(at, 1, HEAD)?;
+    }
+    let begin = layers.last().and_then(|layer| layer.end);
+    Ok(Some(Layer { begin, end: None, weights: vec![LayerWeight { id, input }] }))
 }
 
 /// Name of an untied head's weight.

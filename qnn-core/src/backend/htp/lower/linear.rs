@@ -8,7 +8,7 @@ use crate::{
 };
 
 use super::{
-    super::step::{BranchPart, DownPart, LinearPart, MAX_PARTS, Source, Work},
+    super::step::{BranchPart, LinearPart, MAX_PARTS, Source, Work},
     Lowering,
     fuse::{self, BranchNodes, Gated, Unit},
 };
@@ -37,7 +37,7 @@ impl Lowering<'_> {
         self.need_sums(x, source, &weights)?;
         let names: Vec<&str> = group.iter().map(|unit| self.graph.nodes()[unit.base].name.as_str()).collect();
         let (names, rows) = (names.join(" + "), self.rows(&self.graph.nodes()[group[0].base]));
-        let branches = self.down(x, source, &group)?;
+        let branches = self.branches(x, source, &group)?;
         let (mut parts, mut sums) = (Vec::new(), Vec::new());
         for ((unit, weights), branch) in group.iter().zip(weights).zip(branches) {
             unit.nodes().for_each(|at| self.done[at] = true);
@@ -88,7 +88,7 @@ impl Lowering<'_> {
         let weights = [self.weights(&units[0]), self.weights(&units[1])];
         let source = self.linear_source(x, &weights)?;
         self.need_sums(x, source, &weights)?;
-        let branches = self.down(x, source, &units)?;
+        let branches = self.branches(x, source, &units)?;
         let out = self.output(product, 0);
         let mut halves = Vec::new();
         for ((unit, weights), branch) in units.iter().zip(weights).zip(branches) {
@@ -100,10 +100,14 @@ impl Lowering<'_> {
         self.requantize(product.outputs[0])
     }
 
-    /// The step that computes the low-rank products `alpha · A x` of all branches of `units`; the branch of each.
-    fn down(&mut self, x: TensorId, source: Source, units: &[Unit]) -> Result<Vec<Option<BranchPart>>, PrepareError> {
-        let mut source = source;
-        let (mut parts, mut branches) = (Vec::new(), Vec::new());
+    /// The adapter branch of each of `units`, which read `x` from `source`.
+    fn branches(
+        &mut self,
+        x: TensorId,
+        mut source: Source,
+        units: &[Unit],
+    ) -> Result<Vec<Option<BranchPart>>, PrepareError> {
+        let mut branches = Vec::new();
         for unit in units {
             let Some(BranchNodes { down, up, alpha, .. }) = &unit.branch else {
                 branches.push(None);
@@ -121,12 +125,7 @@ impl Lowering<'_> {
             if matches!(source, Source::Quantized(_)) && self.is_shifted(x)? {
                 self.result.summed_slots.push(down);
             }
-            parts.push(DownPart { down, up, alpha, t });
-            branches.push(Some(BranchPart { up, t }));
-        }
-        if !parts.is_empty() {
-            let node = &self.graph.nodes()[units[0].base];
-            self.push(&format!("{}.lora", node.name), self.rows(node), Work::Down { x: source, parts });
+            branches.push(Some(BranchPart { x: source, down, up, alpha, t }));
         }
         Ok(branches)
     }

@@ -1,0 +1,167 @@
+//! Adapters' branches in the region of their layer.
+//!
+//! The first halves are small products. They are the first items of the region, and who has a tile of the layer waits for them
+//! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do.
+//!
+//! Nobody waits for ever: the calling worker takes the items in ascending order, so that it has left no first half behind when
+//! it comes to a tile, and a first half waits for nothing.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{hint, thread};
+
+use super::tile::{Tile, finish};
+use super::{Branch, Grid, Half, MAX_PARTS, PANEL, Rows, Target, VALUES, Write, with_buffer};
+use crate::Cx;
+use crate::packed::PackedWeights;
+use crate::scratch::Disjoint;
+
+/// The first halves of all branches of a layer.
+pub(super) struct FirstHalves<'a> {
+    halves: [Option<FirstHalf<'a>>; MAX_PARTS],
+    n_items: usize,
+    n_done: AtomicUsize,
+}
+
+/// `t = alpha · (x · downᵀ)`.
+struct FirstHalf<'a> {
+    x: Rows<'a>,
+    down: PackedWeights<'a>,
+    alpha: &'a [f32],
+    t: Target<'a>,
+    grid: Grid,
+    n_items: usize,
+}
+
+/// What a tile of the layer gets from a branch.
+#[derive(Clone, Copy)]
+pub(super) struct SecondHalf<'a> {
+    pub(super) up: PackedWeights<'a>,
+    /// Number of the first half.
+    first: usize,
+}
+
+impl<'a> FirstHalves<'a> {
+    pub(super) fn new() -> Self {
+        Self { halves: [const { None }; MAX_PARTS], n_items: 0, n_done: AtomicUsize::new(0) }
+    }
+
+    /// Takes over a branch; a layer has at most [`MAX_PARTS`].
+    pub(super) fn add(&mut self, cx: &Cx<'_>, branch: &'a mut Branch<'_>) -> SecondHalf<'a> {
+        let Branch { x, down, alpha, up, ref mut t } = *branch;
+        let first = self.halves.iter().position(Option::is_none).expect("as many branches as weights, at most");
+        let grid = Grid::plan(x.count(), down.layout().panels(), cx.workers.count());
+        let n_items = grid.row_blocks() * grid.groups(down);
+        let t = Target { write: Write::Store, n: down.layout().n(), out: Disjoint::new(t) };
+        self.halves[first] = Some(FirstHalf { x, down, alpha, t, grid, n_items });
+        self.n_items += n_items;
+        SecondHalf { up, first }
+    }
+
+    /// Computes all first halves, and calls `tile` for each of `n_tiles`, in one parallel region.
+    pub(super) fn then_each(&self, cx: &Cx<'_>, n_tiles: usize, tile: impl Fn(usize) + Sync) {
+        let items = |item: usize, _: usize| {
+            let _nobody_waits = OnPanic(&self.n_done);
+            match item.checked_sub(self.n_items) {
+                Some(item) => tile(item),
+                None => {
+                    self.compute(cx, item);
+                    self.n_done.fetch_add(1, Ordering::Release);
+                }
+            }
+        };
+        cx.workers.for_each_then(self.n_items + n_tiles, items, cx.kernels.leave);
+    }
+
+    fn compute(&self, cx: &Cx<'_>, mut item: usize) {
+        for half in self.halves.iter().flatten() {
+            if item < half.n_items {
+                return half.compute(cx, item, self);
+            }
+            item -= half.n_items;
+        }
+    }
+
+    /// Rows `rows` from `row` on of a first half, `[rows, r]`; waits until all first halves are done.
+    pub(super) fn rows(&self, second: &SecondHalf<'_>, row: usize, rows: usize) -> &[f32] {
+        let mut spins = 0;
+        while self.n_done.load(Ordering::Acquire) < self.n_items {
+            if spins < SPINS {
+                spins += 1;
+                hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+        let t = &self.halves[second.first].as_ref().expect("`add` gave this number").t;
+        // SAFETY: all first halves are done, so nobody writes t any more in this region.
+        unsafe { t.out.finished(row * t.n, rows * t.n) }
+    }
+}
+
+impl FirstHalf<'_> {
+    fn compute(&self, cx: &Cx<'_>, item: usize, firsts: &FirstHalves<'_>) {
+        let n_groups = self.grid.groups(self.down);
+        let tile = self.grid.tile(item / n_groups, item % n_groups, self.down);
+        let half = Half { weights: self.down, bias: None, branch: None };
+        with_buffer(&VALUES, tile.values(), |values| {
+            finish(cx, self.x, &half, firsts, &tile, values);
+            self.scale(&tile, values);
+            self.t.store(cx, &tile, values);
+        });
+    }
+
+    fn scale(&self, tile: &Tile, values: &mut [f32]) {
+        let first = tile.panel * PANEL % self.alpha.len();
+        for row in values.chunks_exact_mut(tile.panels * PANEL) {
+            row.iter_mut().zip(self.alpha.iter().cycle().skip(first)).for_each(|(t, alpha)| *t *= alpha);
+        }
+    }
+}
+
+/// Lets everybody go on when the item that it is made for panics: what they compute is dropped with the region.
+struct OnPanic<'a>(&'a AtomicUsize);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(usize::MAX / 2, Ordering::Release);
+        }
+    }
+}
+
+/// Pauses before a waiting worker gives its core away.
+const SPINS: u32 = 2000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packed::{PackedLayout, WeightFormat};
+    use crate::testing::{portable, weights};
+    use crate::workers::Workers;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// A worker that panics leaves nobody waiting for a first half, whether it had one or a tile.
+    #[test]
+    fn a_panic_ends_the_wait() {
+        let workers = Workers::new(3).expect("threads can be started");
+        let cx = portable(&workers);
+        let layout = PackedLayout::new(16, 16, WeightFormat::F32).expect("sizes are fine");
+        let blob = weights(&layout, 3);
+        let w = layout.view(&blob).expect("length matches");
+        for (rows, name) in [(2, "a tile"), (3, "a first half")] {
+            // Too little room for three rows: the first half panics as it is written.
+            let (x, mut t) = (vec![1.0; 16 * rows], [0.0; 32]);
+            let x = Rows::F32 { x: &x, m: rows };
+            let mut branch = Branch { x, down: w, alpha: &[1.0], up: w, t: &mut t };
+            let mut firsts = FirstHalves::new();
+            let second = firsts.add(&cx, &mut branch);
+            let run = || {
+                firsts.then_each(&cx, 64, |tile| {
+                    assert!(rows != 2 || tile != 40, "as the test wants it");
+                    firsts.rows(&second, 0, 1);
+                });
+            };
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err(), "{name}");
+        }
+    }
+}
