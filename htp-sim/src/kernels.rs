@@ -72,9 +72,9 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
 ///
 /// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
-/// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each a rounded product and a rounded sum, and
-/// the result is `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps
-/// too, and the code is then `(u - 8) · step`.
+/// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
+/// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps too, and the
+/// code is then `(u - 8) · step`.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].

@@ -209,12 +209,7 @@ impl Rows<'_> {
 }
 
 /// Checks one weight against `x` and the length of its output.
-fn check(
-    x: Rows<'_>,
-    weights: PackedWeights<'_>,
-    bias: Option<&[f32]>,
-    out_len: usize,
-) -> Result<(), ShapeError> {
+fn check(x: Rows<'_>, weights: PackedWeights<'_>, bias: Option<&[f32]>, out_len: usize) -> Result<(), ShapeError> {
     let layout = weights.layout();
     let m = x.count();
     expect_len("length of out", out_len, size("length of out", &[m, layout.n()])?)?;

@@ -397,7 +397,10 @@ fn a_head_of_four_bits_leaves_the_embedding() {
     };
     let (rounded, report) = round(Method::Feedback { damping: 0.01 });
     let bits = |name: &str| report.weights.iter().find(|weight| weight.name == name).map(|weight| weight.bits);
-    assert_eq!((bits("lm_head.weight"), bits("model.embed_tokens.weight"), report.weights.len()), (Some(4), Some(8), 16));
+    assert_eq!(
+        (bits("lm_head.weight"), bits("model.embed_tokens.weight"), report.weights.len()),
+        (Some(4), Some(8), 16)
+    );
     let fed_back = distance(&logits(&rounded, None), &want);
     let nearest = distance(&logits(&round(Method::Nearest).0, None), &want);
     assert!(fed_back < 0.05 && fed_back < nearest, "{fed_back}, nearest {nearest}");

@@ -72,13 +72,7 @@ fn add_row(cx: &Cx<'_>, tile: &Tile, values: &mut [f32], row: &[f32], factor: f3
     unsafe { (cx.kernels.add_row)(values, tile.panels * PANEL, &row[tile.panel * PANEL..], factor) }
 }
 
-fn add_branch(
-    cx: &Cx<'_>,
-    branch: &SecondHalf<'_>,
-    firsts: &FirstHalves<'_>,
-    tile: &Tile,
-    values: &mut [f32],
-) {
+fn add_branch(cx: &Cx<'_>, branch: &SecondHalf<'_>, firsts: &FirstHalves<'_>, tile: &Tile, values: &mut [f32]) {
     let rank = branch.up.layout().k();
     let t = firsts.rows(branch, tile.row, tile.rows);
     let is_zero = |row: usize| t[row * rank..][..rank].iter().all(|&t| t == 0.0);

@@ -220,9 +220,9 @@ fn drain<B: CodeBits>(tile: &IntegerTile<'_>, at: usize, sum: i32, dots: &[i32; 
             BlockOffset::Min => 0,
         };
         let dot = dots[lane].wrapping_add(offset.wrapping_mul(sum));
-        *acc += scale * dot as f32;
+        *acc = scale.mul_add(dot as f32, *acc);
         if tile.offset == BlockOffset::Min {
-            *acc += f16_at(tile.offsets, at + lane) * sum as f32;
+            *acc = f16_at(tile.offsets, at + lane).mul_add(sum as f32, *acc);
         }
     }
 }

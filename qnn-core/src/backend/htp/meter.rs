@@ -82,7 +82,7 @@ impl Cost {
         let rows = bindings.rows_of(step.rows) as u64;
         match &step.work {
             Work::Linear { parts, .. } => parts.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
-            Work::Gated { gate, up, .. } => [gate, up].into_iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
+            Work::Gated { halves, .. } => halves.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
             Work::Attention { cache, .. } => Cost::attention(cache, rows, bindings, state),
             _ => Cost::default(),
         }

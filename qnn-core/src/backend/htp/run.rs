@@ -11,10 +11,7 @@ use crate::{
 use super::{
     Floats, Memory,
     place::attention_params,
-    step::{
-        Binary, BranchPart, CacheRef, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary,
-        Work,
-    },
+    step::{Binary, BranchPart, CacheRef, GridRef, LinearPart, MAX_PARTS, NormOut, Shown, Source, Step, Unary, Work},
 };
 
 /// Runs `step`. Steps of no rows are skipped.
@@ -251,7 +248,8 @@ impl Run<'_> {
     }
 
     fn gated(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
-        let Work::Gated { x, gate, up, activation, out } = &self.step.work else { return Ok(()) };
+        let Work::Gated { x, halves, activation, out } = &self.step.work else { return Ok(()) };
+        let [gate, up] = &**halves;
         let [mut of_gate, mut of_up] = [gate, up].map(|half| self.take_first(memory, half));
         let done = self.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
             let [gate, up] = [(gate, &mut of_gate), (up, &mut of_up)].map(|(half, t)| Gate {

@@ -57,8 +57,8 @@ pub(super) enum Work {
     Dequantize { x: Quantized, out: Float },
     /// Weights that share their input, in one parallel region.
     Linear { x: Source, parts: Vec<LinearPart> },
-    /// `activation(gate · x) · (up · x)`.
-    Gated { x: Source, gate: LinearPart, up: LinearPart, activation: Activation, out: Float },
+    /// `activation(gate · x) · (up · x)`, gate first.
+    Gated { x: Source, halves: Box<[LinearPart; 2]>, activation: Activation, out: Float },
     /// Cosines and sines of the positions in graph input `positions`.
     RotaryTable { positions: usize, inv_freq: Vec<f32>, scale: f32, cos: Float, sin: Float },
     /// Rotation of every head, in place.
@@ -216,9 +216,9 @@ impl Work {
                     part.branch.iter_mut().for_each(|branch| branch.floats(visit));
                 }
             }
-            Work::Gated { x, gate, up, out, .. } => {
+            Work::Gated { x, halves, out, .. } => {
                 x.float(visit);
-                [gate, up].into_iter().filter_map(|half| half.branch.as_mut()).for_each(|branch| branch.floats(visit));
+                halves.iter_mut().filter_map(|half| half.branch.as_mut()).for_each(|branch| branch.floats(visit));
                 visit(out);
             }
             Work::RotaryTable { cos, sin, .. } => {
@@ -241,10 +241,9 @@ impl Work {
                 x.quantized(visit);
                 parts.iter_mut().filter_map(|part| part.branch.as_mut()).for_each(|branch| branch.x.quantized(visit));
             }
-            Work::Gated { x, gate, up, .. } => {
+            Work::Gated { x, halves, .. } => {
                 x.quantized(visit);
-                let branches = [gate, up].into_iter().filter_map(|half| half.branch.as_mut());
-                branches.for_each(|branch| branch.x.quantized(visit));
+                halves.iter_mut().filter_map(|half| half.branch.as_mut()).for_each(|branch| branch.x.quantized(visit));
             }
             _ => {}
         }

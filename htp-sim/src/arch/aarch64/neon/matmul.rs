@@ -368,9 +368,9 @@ fn drain<const CODES: u8>(
         _ => vdupq_n_s32(0),
     };
     let dot = vmlaq_s32(dot, offset, vdupq_n_s32(sum));
-    let acc = vaddq_f32(acc, vmulq_f32(load_f16(&tile.scales[at * 2..]), vcvtq_f32_s32(dot)));
+    let acc = vfmaq_f32(acc, load_f16(&tile.scales[at * 2..]), vcvtq_f32_s32(dot));
     if tile.offset == BlockOffset::Min {
-        return vaddq_f32(acc, vmulq_n_f32(load_f16(&tile.offsets[at * 2..]), sum as f32));
+        return vfmaq_n_f32(acc, load_f16(&tile.offsets[at * 2..]), sum as f32);
     }
     acc
 }

@@ -309,10 +309,10 @@ fn offset_floats<D: Dot, const FOUR_BIT: bool, const OFFSET: u8, const PLANES: u
             if OFFSET == INTEGER {
                 dot = _mm256_add_epi32(dot, _mm256_mullo_epi32(load_i8(&tile.offsets[lanes_at..]), sum));
             }
-            acc[row] = _mm256_add_ps(acc[row], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dot)));
+            acc[row] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), acc[row]);
             if OFFSET == MIN {
                 let min = load_f16(&tile.offsets[lanes_at * 2..]);
-                acc[row] = _mm256_add_ps(acc[row], _mm256_mul_ps(min, _mm256_cvtepi32_ps(sum)));
+                acc[row] = _mm256_fmadd_ps(min, _mm256_cvtepi32_ps(sum), acc[row]);
             }
         }
     }

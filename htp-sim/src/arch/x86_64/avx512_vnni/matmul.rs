@@ -166,7 +166,8 @@ fn channel_finish<const PLANES: usize, const ROWS: usize>(
         let scale = _mm512_mul_ps(scales, _mm512_set1_ps(tile.x_scales[at.row + row]));
         let mut dot = _mm512_cvtepi32_ps(dots[row][0]);
         if PLANES == 2 {
-            dot = _mm512_add_ps(_mm512_mul_ps(dot, _mm512_set1_ps(256.0)), _mm512_cvtepi32_ps(dots[row][PLANES - 1]));
+            // The product is exact, so that one rounding makes no difference.
+            dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(dots[row][PLANES - 1]));
         }
         *value = _mm512_mul_ps(dot, scale);
     }
@@ -275,10 +276,10 @@ fn offset_floats<const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, co
                 let offset = load_i8(&tile.offsets[first + block * PANEL..]);
                 dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(offset, sum));
             }
-            acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)));
+            acc[row] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), acc[row]);
             if OFFSET == MIN {
                 let min = load_f16(&tile.offsets[(first + block * PANEL) * 2..]);
-                acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(min, _mm512_cvtepi32_ps(sum)));
+                acc[row] = _mm512_fmadd_ps(min, _mm512_cvtepi32_ps(sum), acc[row]);
             }
         }
     }

@@ -94,8 +94,8 @@ impl Lowering<'_> {
         for ((unit, weights), branch) in units.iter().zip(weights).zip(branches) {
             halves.push(LinearPart { weights, bias: self.bias(unit)?, branch, out, add: false });
         }
-        let (up, gate) = (halves.pop().expect("two units"), halves.pop().expect("two units"));
-        let work = Work::Gated { x: source, gate, up, activation: found.activation, out };
+        let halves = halves.try_into().expect("two units");
+        let work = Work::Gated { x: source, halves, activation: found.activation, out };
         self.push(&name, self.rows(product), work);
         self.requantize(product.outputs[0])
     }

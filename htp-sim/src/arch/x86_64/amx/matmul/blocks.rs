@@ -186,10 +186,10 @@ impl Product<'_> {
                 if OFFSET == INTEGER {
                     dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(offset, _mm512_set1_epi32(sum)));
                 }
-                acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)));
+                acc[row] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), acc[row]);
                 if OFFSET == MIN {
                     let sum = _mm512_set1_ps(f32::from_bits(sum.cast_unsigned()));
-                    acc[row] = _mm512_add_ps(acc[row], _mm512_mul_ps(min, sum));
+                    acc[row] = _mm512_fmadd_ps(min, sum, acc[row]);
                 }
             })*};
         }

@@ -280,8 +280,8 @@ impl Finish<'_> {
                 unsafe {
                     let mut dot = _mm512_cvtepi32_ps(load_sums(&*hi));
                     if PLANES == 2 {
-                        dot = _mm512_mul_ps(dot, _mm512_set1_ps(256.0));
-                        dot = _mm512_add_ps(dot, _mm512_cvtepi32_ps(load_sums(&*lo)));
+                        // The product is exact, so that one rounding makes no difference.
+                        dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(load_sums(&*lo)));
                     }
                     let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale));
                     _mm512_storeu_ps(to, _mm512_mul_ps(dot, scale));
