@@ -17,7 +17,8 @@ use qnn_core::{
 #[command(rename_all = "snake_case")]
 pub(crate) struct WeightArgs {
     /// How codes are chosen. gptq: later inputs of a matrix make good the error of earlier ones, layer by layer; needs text.
-    /// mse: block scales with the least squared error. Default: gptq for 4-bit weights where there is text, else nearest.
+    /// mse: block scales with the least squared error. Default: gptq where there is text and weights have 4 bits or their
+    /// inputs are smoothed, else nearest.
     /// Nearest that is asked for leaves channels as they are, unless --equalize_channels says otherwise.
     #[arg(long, value_name = "METHOD")]
     weight_rounding: Option<RoundingName>,
@@ -87,7 +88,9 @@ impl WeightArgs {
             return Ok(None);
         }
         let four = bits == Bits::Four;
-        let default = if four && has_text { RoundingName::Gptq } else { RoundingName::Nearest };
+        // Smoothing makes channels unequal, and rounding them harder.
+        let is_worth_it = has_text && (four || situation.is_smoothed);
+        let default = if is_worth_it { RoundingName::Gptq } else { RoundingName::Nearest };
         let method = self.weight_rounding.unwrap_or(default);
         let better = method != RoundingName::Nearest || (has_text && self.weight_rounding.is_none());
         let equalize = self.equalize_channels.unwrap_or(better && situation.can_scale && !situation.is_smoothed);
