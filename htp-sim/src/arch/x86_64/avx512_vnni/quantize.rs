@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::vector::high_plane;
 use crate::arch::portable::vector::{self, ROUND};
 use crate::kernels::{QuantizedRowMut, RowValues};
 
@@ -61,7 +62,7 @@ impl Codes {
     fn write<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
         let (low, high) = (_mm512_set1_ps(self.low), _mm512_set1_ps(self.high));
         let (round, center) = (_mm512_set1_ps(ROUND), _mm512_set1_epi32(self.center));
-        let (mut hi_totals, mut lo_totals) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        let (mut total, mut hi_totals) = (0_i32, _mm512_setzero_si512());
         assert!(out.hi.len() == row.x.len() && (EIGHT || out.lo.len() == row.x.len()));
         for (block, sum) in out.sums.iter_mut().enumerate() {
             let mut sums = _mm512_setzero_si512();
@@ -72,19 +73,20 @@ impl Codes {
                 let code = _mm512_sub_epi32(_mm512_sub_epi32(rounded, _mm512_castps_si512(round)), center);
                 sums = _mm512_add_epi32(sums, code);
                 if EIGHT {
-                    hi_totals = _mm512_add_epi32(hi_totals, code);
                     store(&mut out.hi[at..], code);
                     continue;
                 }
-                let lo = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(code));
-                let hi = _mm512_srai_epi32::<8>(_mm512_sub_epi32(code, lo));
-                (hi_totals, lo_totals) = (_mm512_add_epi32(hi_totals, hi), _mm512_add_epi32(lo_totals, lo));
+                let hi = high_plane(code);
+                hi_totals = _mm512_add_epi32(hi_totals, hi);
                 store(&mut out.hi[at..], hi);
-                store(&mut out.lo[at..], lo);
+                store(&mut out.lo[at..], code);
             }
             *sum = _mm512_reduce_add_epi32(sums);
+            // All of them may not fit; what is made of them below does.
+            total = total.wrapping_add(*sum);
         }
-        *out.plane_sums = [_mm512_reduce_add_epi32(hi_totals), _mm512_reduce_add_epi32(lo_totals)];
+        let hi = if EIGHT { total } else { _mm512_reduce_add_epi32(hi_totals) };
+        *out.plane_sums = [hi, if EIGHT { 0 } else { total.wrapping_sub(hi.wrapping_mul(256)) }];
     }
 }
 

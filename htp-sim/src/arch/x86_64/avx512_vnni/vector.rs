@@ -140,27 +140,34 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
         return totals;
     };
     let round = _mm512_set1_ps(ROUND);
-    let (mut hi_sums, mut lo_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+    let (mut sums, mut hi_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
     let mut quantize = |at: usize, mask: u16| {
         // SAFETY: as above; what is masked out reads as 0 and gets the code 0.
         let weight = unsafe { _mm512_maskz_loadu_ps(mask, scores.add(at)) };
         let rounded = _mm512_add_ps(_mm512_mul_ps(weight, _mm512_set1_ps(factor)), round);
         let code = _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(round));
-        let lo = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(code));
-        let hi = _mm512_srai_epi32::<8>(_mm512_sub_epi32(code, lo));
-        (hi_sums, lo_sums) = (_mm512_add_epi32(hi_sums, hi), _mm512_add_epi32(lo_sums, lo));
+        let hi = high_plane(code);
+        (sums, hi_sums) = (_mm512_add_epi32(sums, code), _mm512_add_epi32(hi_sums, hi));
         // SAFETY: both planes are as long as the scores (checked above).
         unsafe {
             _mm512_mask_cvtepi32_storeu_epi8(out.hi.as_mut_ptr().add(at), mask, hi);
-            _mm512_mask_cvtepi32_storeu_epi8(out.lo.as_mut_ptr().add(at), mask, lo);
+            _mm512_mask_cvtepi32_storeu_epi8(out.lo.as_mut_ptr().add(at), mask, code);
         }
     };
     (0..whole).step_by(LANES).for_each(|at| quantize(at, u16::MAX));
     if rest > 0 {
         quantize(whole, mask(rest));
     }
-    *out.plane_sums = [_mm512_reduce_add_epi32(hi_sums), _mm512_reduce_add_epi32(lo_sums)];
+    let hi = _mm512_reduce_add_epi32(hi_sums);
+    *out.plane_sums = [hi, _mm512_reduce_add_epi32(sums) - 256 * hi];
     totals
+}
+
+/// `hi` of `code = 256 · hi + lo`, where `lo` is the code's lowest byte with its sign: what a store of bytes keeps of it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn high_plane(code: __m512i) -> __m512i {
+    _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128)))
 }
 
 /// As in `portable`.
@@ -171,7 +178,8 @@ fn exp(x: __m512) -> __m512 {
     let clamped = _mm512_min_ps(_mm512_set1_ps(88.8), _mm512_max_ps(_mm512_set1_ps(-87.5), x));
     let round = _mm512_set1_ps(ROUND);
     let n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(LOG2_E)), round), round);
-    let r = _mm512_sub_ps(clamped, _mm512_mul_ps(n, _mm512_set1_ps(LN2_HIGH)));
+    // The product is exact, so that one rounding makes no difference.
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), clamped);
     let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
     let mut p = _mm512_set1_ps(EXP_REST[0]);
     for c in &EXP_REST[1..] {
@@ -192,7 +200,8 @@ fn exp_nonpositive(x: __m512) -> __m512 {
     let x = _mm512_max_ps(_mm512_set1_ps(-87.0), x);
     let shifted = _mm512_add_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)), _mm512_set1_ps(ROUND));
     let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
-    let r = _mm512_sub_ps(x, _mm512_mul_ps(n, _mm512_set1_ps(LN2_HIGH)));
+    // As in `exp`.
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), x);
     let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
     let mut p = _mm512_set1_ps(EXP[0]);
     for c in &EXP[1..] {
