@@ -417,6 +417,15 @@ fn impossible_roundings_are_refused() {
     };
     let feedback = Method::Feedback { damping: 0.01 };
     assert!(matches!(why(&graph, options(SCHEME, feedback)), RoundingError::NoCalibration));
+    let (whole, _) =
+        round_weights(&graph, &options(SCHEME, Method::Nearest), &[], &backend, &mut |_| {}).expect("it can");
+    let mut headless = graph.clone();
+    let (from, to) = [&whole, &graph].map(|graph| graph.find("model.embed_tokens.weight").expect("it has one")).into();
+    let table = whole.tensor(from).clone();
+    let data = table.data.expect("a constant");
+    headless.replace_constant(to, table.data_type, table.encoding, data).expect("the same shape");
+    let head = RoundingOptions { head: Some(SCHEME), ..options(SCHEME, Method::Nearest) };
+    assert!(matches!(why(&headless, head), RoundingError::NoHead { .. }));
     let share = RoundingOptions { wide_share: 1.5, ..options(SCHEME, Method::Mse) };
     assert!(why(&graph, share).to_string().contains("1.5"));
     let block = why(&graph, options(Scheme::AsymmetricBlock4 { block_size: 24 }, Method::Nearest)).to_string();

@@ -33,7 +33,7 @@ use crate::{
 
 mod layers;
 
-use layers::{Layer, head, layers};
+use layers::{Layer, head, head_node, layers};
 
 /// How codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -124,6 +124,8 @@ pub enum RoundingError {
     Share { have: f64 },
     #[error("graph {graph} has no matrices of floats to round")]
     NothingToRound { graph: String },
+    #[error("graph {graph} has no head of floats to round")]
+    NoHead { graph: String },
     #[error(transparent)]
     Scales(#[from] ScalesError),
     #[error(transparent)]
@@ -157,6 +159,9 @@ pub fn round_weights(
     let layers = layers(&work);
     if layers.iter().all(|layer| layer.weights.is_empty()) {
         return Err(RoundingError::NothingToRound { graph: graph.name().to_owned() });
+    }
+    if options.head.is_some() && head_node(&work).is_none() {
+        return Err(RoundingError::NoHead { graph: graph.name().to_owned() });
     }
     if options.equalize {
         progress(RoundingStep::Equalize);

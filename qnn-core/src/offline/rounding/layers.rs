@@ -69,17 +69,24 @@ fn is_layer_weight(graph: &Graph, weight: LayerWeight) -> bool {
 /// The head as a layer of its own that reads what the last of `layers` gives. A weight that it shares with the embedding
 /// becomes its own. `None` if the graph has no head of floats.
 pub(super) fn head(graph: &mut Graph, layers: &[Layer]) -> Result<Option<Layer>, GraphError> {
-    let tables: Vec<TensorId> =
-        graph.nodes().iter().filter(|node| node.op == OpKind::Gather).map(|node| node.inputs[0]).collect();
-    let is_head = |id: TensorId| is_roundable(graph, id) && (tables.contains(&id) || graph.tensor(id).name == HEAD);
-    let found = graph.nodes().iter().position(|node| node.op == OpKind::FullyConnected && is_head(node.inputs[1]));
-    let Some(at) = found else { return Ok(None) };
+    let Some(at) = head_node(graph) else { return Ok(None) };
     let (input, mut id) = (graph.nodes()[at].inputs[0], graph.nodes()[at].inputs[1]);
-    if tables.contains(&id) {
+    if is_table(graph, id) {
         id = graph.untie(at, 1, HEAD)?;
     }
     let begin = layers.last().and_then(|layer| layer.end);
     Ok(Some(Layer { begin, end: None, weights: vec![LayerWeight { id, input }] }))
+}
+
+/// Number of the node that multiplies with the head, if that is of floats.
+pub(super) fn head_node(graph: &Graph) -> Option<usize> {
+    let is_head = |id: TensorId| is_roundable(graph, id) && (is_table(graph, id) || graph.tensor(id).name == HEAD);
+    graph.nodes().iter().position(|node| node.op == OpKind::FullyConnected && is_head(node.inputs[1]))
+}
+
+/// True for what rows are looked up in: an embedding.
+fn is_table(graph: &Graph, id: TensorId) -> bool {
+    graph.nodes().iter().any(|node| node.op == OpKind::Gather && node.inputs[0] == id)
 }
 
 /// Name of an untied head's weight.

@@ -1,8 +1,8 @@
 //! One row of x by weights with a step per block: what a decode step is made of.
 //!
 //! With several rows the codes are multiplied by their steps once for all of them. With one it is cheaper to multiply the sums
-//! of each block: seven vector instructions for 128 codes instead of eleven, and the high nibbles stay where they are,
-//! sixteen times too large until the block ends.
+//! of each block: six vector instructions for 128 codes instead of eleven, and four more for each block and plane. High nibbles
+//! stay where they are, sixteen times too large until the block ends.
 
 use std::arch::x86_64::*;
 
