@@ -18,7 +18,7 @@ mod branch;
 mod tile;
 
 use branch::{FirstHalves, SecondHalf};
-use tile::{Tile, finish};
+use tile::{Tile, compute, compute_gated_straight, compute_straight, prefetch_branch, with_branch};
 
 /// The left operand: `m` rows of `k` values.
 #[derive(Debug, Clone, Copy)]
@@ -127,11 +127,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         for (half, target) in targets.iter().flatten() {
             if group < grid.groups(half.weights) {
                 let tile = grid.tile(item / n_groups, group, half.weights);
-                with_buffer(&VALUES, tile.values(), |values| {
-                    finish(cx, x, half, &firsts, &tile, values);
-                    target.store(cx, &tile, values);
-                });
-                return;
+                return target.fill(cx, x, half, &firsts, &tile);
             }
             group -= grid.groups(half.weights);
         }
@@ -185,13 +181,24 @@ pub fn gated_linear(
     let target = Target { write: Write::Store, n, out: Disjoint::new(out) };
     let tiles = |item: usize| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
+        if compute_gated_straight(cx, x, [&gate, &up], activation, &tile, &target.rows(&tile)) {
+            return;
+        }
         with_buffer(&VALUES, 2 * tile.values(), |values| {
             let (gate_values, up_values) = values.split_at_mut(tile.values());
-            finish(cx, x, &gate, &firsts, &tile, gate_values);
-            finish(cx, x, &up, &firsts, &tile, up_values);
+            for (half, values) in [(&gate, &mut *gate_values), (&up, &mut *up_values)] {
+                prefetch_branch(cx, half, &tile);
+                compute(cx, x, half, &tile, values);
+                let width = tile.panels * PANEL;
+                with_branch(cx, half, &firsts, &tile, |row, rows, products| {
+                    let values = &mut values[row * width..][..rows * width];
+                    // SAFETY: the table exists only on a CPU that has its instruction set; both are one row, however long.
+                    unsafe { (cx.kernels.add_row)(values, rows * width, products, 1.0) }
+                });
+            }
             // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
             unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
-            target.store(cx, &tile, gate_values);
+            target.store(cx, &tile, Write::Store, gate_values);
         });
     };
     firsts.then_each(cx, grid.row_blocks() * n_groups, tiles);
@@ -262,14 +269,31 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Writes the tile's values to its place; columns from `n` on are padding.
-    fn store(&self, cx: &Cx<'_>, tile: &Tile, values: &[f32]) {
+    /// Computes a tile of a linear layer and writes or adds it to its place. What a branch adds is added there, too.
+    fn fill(&self, cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile) {
+        prefetch_branch(cx, half, tile);
+        if !compute_straight(cx, x, half, tile, &self.rows(tile)) {
+            with_buffer(&VALUES, tile.values(), |values| {
+                compute(cx, x, half, tile, values);
+                self.store(cx, tile, self.write, values);
+            });
+        }
+        with_branch(cx, half, firsts, tile, |row, rows, products| {
+            self.store(cx, &Tile { row: tile.row + row, rows, ..*tile }, Write::Add, products);
+        });
+    }
+
+    /// Writes or adds the tile's values to its place; columns from `n` on are padding.
+    fn store(&self, cx: &Cx<'_>, tile: &Tile, write: Write, values: &[f32]) {
+        // SAFETY: the table exists only on a CPU that has its instruction set. A tile is one item, and tiles do not overlap.
+        unsafe { (cx.kernels.store_rows)(values, tile.panels * PANEL, RowsMut { write, ..self.rows(tile) }) }
+    }
+
+    /// A tile's place.
+    fn rows(&self, tile: &Tile) -> RowsMut<'_> {
         let column = tile.panel * PANEL;
         let columns = (tile.panels * PANEL).min(self.n - column);
-        let first = tile.row * self.n + column;
-        let to = RowsMut { out: &self.out, first, stride: self.n, columns, write: self.write };
-        // SAFETY: the table exists only on a CPU that has its instruction set. A tile is one item, and tiles do not overlap.
-        unsafe { (cx.kernels.store_rows)(values, tile.panels * PANEL, to) }
+        RowsMut { out: &self.out, first: tile.row * self.n + column, stride: self.n, columns, write: self.write }
     }
 }
 

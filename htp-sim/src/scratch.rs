@@ -78,6 +78,14 @@ impl<'a, T> Disjoint<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 
+    /// The address of `rows` times `len` elements from `at` on, `stride` apart. Whoever writes there promises what the caller of
+    /// [`range`](Self::range) does.
+    pub(crate) fn rows(&self, at: usize, rows: usize, stride: usize, len: usize) -> *mut T {
+        let end = rows.saturating_sub(1).saturating_mul(stride).saturating_add(at).saturating_add(len);
+        assert!(end <= self.len, "{rows} rows of {len} from {at}, {stride} apart, of {}", self.len);
+        self.start.wrapping_add(at)
+    }
+
     /// The `len` elements from `at`, for reading.
     ///
     /// # Safety

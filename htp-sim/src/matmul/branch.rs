@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{hint, thread};
 
-use super::tile::{Tile, finish};
+use super::tile::{Tile, compute};
 use super::{Branch, Grid, Half, MAX_PARTS, PANEL, Rows, Target, VALUES, Write, with_buffer};
 use crate::Cx;
 use crate::packed::PackedWeights;
@@ -75,7 +75,7 @@ impl<'a> FirstHalves<'a> {
     fn compute(&self, cx: &Cx<'_>, mut item: usize) {
         for half in self.halves.iter().flatten() {
             if item < half.n_items {
-                return half.compute(cx, item, self);
+                return half.compute(cx, item);
             }
             item -= half.n_items;
         }
@@ -99,14 +99,14 @@ impl<'a> FirstHalves<'a> {
 }
 
 impl FirstHalf<'_> {
-    fn compute(&self, cx: &Cx<'_>, item: usize, firsts: &FirstHalves<'_>) {
+    fn compute(&self, cx: &Cx<'_>, item: usize) {
         let n_groups = self.grid.groups(self.down);
         let tile = self.grid.tile(item / n_groups, item % n_groups, self.down);
         let half = Half { weights: self.down, bias: None, branch: None };
         with_buffer(&VALUES, tile.values(), |values| {
-            finish(cx, self.x, &half, firsts, &tile, values);
+            compute(cx, self.x, &half, &tile, values);
             self.scale(&tile, values);
-            self.t.store(cx, &tile, values);
+            self.t.store(cx, &tile, Write::Store, values);
         });
     }
 

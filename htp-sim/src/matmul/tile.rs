@@ -1,9 +1,10 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::branch::{FirstHalves, SecondHalf};
+use super::branch::FirstHalves;
 use super::{Half, PANEL, PRODUCTS, Rows, with_buffer};
 use crate::Cx;
-use crate::kernels::{FloatFn, FloatTile, IntegerTile, MAX_TILE_ROWS};
+use crate::elementwise::Activation;
+use crate::kernels::{FloatFn, FloatTile, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight};
 use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
 
@@ -23,28 +24,18 @@ impl Tile {
     }
 }
 
-/// Computes the tile with its bias and branch. `values` is `[rows, 16 · panels]`.
-pub(super) fn finish(
-    cx: &Cx<'_>,
-    x: Rows<'_>,
-    half: &Half<'_>,
-    firsts: &FirstHalves<'_>,
-    tile: &Tile,
-    values: &mut [f32],
-) {
-    if let Some(branch) = &half.branch {
-        // The few bytes that the tile needs of it come meanwhile.
-        let bytes = branch.up.codes_from(tile.panel);
-        let len = tile.panels * branch.up.layout().panel_code_bytes();
-        (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
-    }
+/// Computes the tile with its bias. `values` is `[rows, 16 · panels]`.
+pub(super) fn compute(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, values: &mut [f32]) {
     match x {
         Rows::F32 { x, .. } => {
             let k = half.weights.layout().k();
             compute_floats(cx, FloatRows { x: &x[tile.row * k..], stride: k }, half.weights, tile, values);
         }
         Rows::Quantized(rows) => {
-            compute_integers(cx, rows, half.weights, tile, values);
+            let kernel = integer_kernel(cx, half.weights);
+            // SAFETY: the table exists only on a CPU that has its instruction set. `check` matched k and the blocks of x and the
+            // weights, the grid bounded rows and panels, and `values` has the tile's length.
+            unsafe { kernel(&integer_tile(rows, half.weights, tile), values) }
             if rows.shift() != 0.0 {
                 // What code 0 of x stands for: `shift · Σ w` of each output.
                 add_row(cx, tile, values, half.weights.row_sums(), rows.shift());
@@ -54,9 +45,66 @@ pub(super) fn finish(
     if let Some(bias) = half.bias {
         add_row(cx, tile, values, bias, 1.0);
     }
-    if let Some(branch) = &half.branch {
-        add_branch(cx, branch, firsts, tile, values);
+}
+
+/// Computes the tile without its branch straight into the output, if this tier has kernels for that and nothing but the product
+/// goes there. Says whether it did.
+pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, to: &RowsMut<'_>) -> bool {
+    let Some((kernels, tile)) = straight(cx, x, half, tile, to) else { return false };
+    let kernel = match half.weights.layout().format() {
+        WeightFormat::Int8PerChannel => kernels.q_w8c,
+        WeightFormat::Int4PerChannel => kernels.q_w4c,
+        WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
+        _ => return false,
+    };
+    // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
+    unsafe { kernel(&tile, to) }
+    true
+}
+
+/// The same for a gated tile.
+pub(super) fn compute_gated_straight(
+    cx: &Cx<'_>,
+    x: Rows<'_>,
+    [gate, up]: [&Half<'_>; 2],
+    activation: Activation,
+    tile: &Tile,
+    to: &RowsMut<'_>,
+) -> bool {
+    let (format, other) = (gate.weights.layout().format(), up.weights.layout().format());
+    if activation != Activation::Silu || format != other || gate.branch.is_some() || up.branch.is_some() {
+        return false;
     }
+    let (Some((kernels, gate)), Some((_, up))) = (straight(cx, x, gate, tile, to), straight(cx, x, up, tile, to)) else {
+        return false;
+    };
+    let kernel = match format {
+        WeightFormat::Int8PerChannel => kernels.silu_w8c,
+        WeightFormat::Int4PerChannel => kernels.silu_w4c,
+        WeightFormat::Int4Expansion { .. } => kernels.silu_w4e,
+        _ => return false,
+    };
+    // SAFETY: as above; `gated_linear` checked that the two have one shape.
+    unsafe { kernel([&gate, &up], to) }
+    true
+}
+
+/// The kernels, and the tile as they see it, if it can go straight to its place.
+fn straight<'a>(
+    cx: &Cx<'_>,
+    x: Rows<'a>,
+    half: &Half<'a>,
+    tile: &Tile,
+    to: &RowsMut<'_>,
+) -> Option<(Straight, IntegerTile<'a>)> {
+    let kernels = cx.kernels.straight?;
+    let Rows::Quantized(rows) = x else { return None };
+    if rows.shift() != 0.0 || half.bias.is_some() || to.columns != tile.panels * PANEL {
+        return None;
+    }
+    let tile = integer_tile(rows, half.weights, tile);
+    // SAFETY: the table exists only on a CPU that has its instruction set.
+    unsafe { (kernels.fits)(&tile) }.then_some((kernels, tile))
 }
 
 /// Rows of floats, starting at a tile's first row.
@@ -72,37 +120,63 @@ fn add_row(cx: &Cx<'_>, tile: &Tile, values: &mut [f32], row: &[f32], factor: f3
     unsafe { (cx.kernels.add_row)(values, tile.panels * PANEL, &row[tile.panel * PANEL..], factor) }
 }
 
-fn add_branch(cx: &Cx<'_>, branch: &SecondHalf<'_>, firsts: &FirstHalves<'_>, tile: &Tile, values: &mut [f32]) {
+/// Asks for the few bytes that the tile needs of a branch.
+pub(super) fn prefetch_branch(cx: &Cx<'_>, half: &Half<'_>, tile: &Tile) {
+    if let Some(branch) = &half.branch {
+        let bytes = branch.up.codes_from(tile.panel);
+        let len = tile.panels * branch.up.layout().panel_code_bytes();
+        (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
+    }
+}
+
+/// Calls `add` with what a branch adds to some rows of the tile, and their number and that of the first: `[rows, 16 · panels]`.
+/// Rows whose first half is all zeros are left out.
+pub(super) fn with_branch(
+    cx: &Cx<'_>,
+    half: &Half<'_>,
+    firsts: &FirstHalves<'_>,
+    tile: &Tile,
+    mut add: impl FnMut(usize, usize, &[f32]),
+) {
+    let Some(branch) = &half.branch else { return };
     let rank = branch.up.layout().k();
     let t = firsts.rows(branch, tile.row, tile.rows);
-    let is_zero = |row: usize| t[row * rank..][..rank].iter().all(|&t| t == 0.0);
-    if (0..tile.rows).all(is_zero) {
+    let is_zero = |row: &[f32]| row.iter().all(|&t| t == 0.0);
+    let n_zeros = t.chunks_exact(rank).filter(|row| is_zero(row)).count();
+    if n_zeros == tile.rows {
         return;
     }
-    let width = tile.panels * PANEL;
-    with_buffer(&PRODUCTS, values.len(), |products| {
+    with_buffer(&PRODUCTS, tile.values(), |products| {
         compute_floats(cx, FloatRows { x: t, stride: rank }, branch.up, tile, products);
-        for (row, (values, products)) in values.chunks_exact_mut(width).zip(products.chunks_exact(width)).enumerate() {
-            if !is_zero(row) {
-                // SAFETY: the table exists only on a CPU that has its instruction set; `values` is one row of whole panels.
-                unsafe { (cx.kernels.add_row)(values, width, products, 1.0) }
+        if n_zeros == 0 {
+            return add(0, tile.rows, products);
+        }
+        let width = tile.panels * PANEL;
+        for (row, (t, products)) in t.chunks_exact(rank).zip(products.chunks_exact(width)).enumerate() {
+            if !is_zero(t) {
+                add(row, 1, products);
             }
         }
     });
 }
 
-fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
-    let layout = weights.layout();
-    let from = x.from(tile.row, layout.format().block().unwrap_or(layout.k()));
-    let (kernel, k, offset) = match layout.format() {
-        WeightFormat::Int8PerChannel => (cx.kernels.matmul_q_w8c, layout.k_padded(), BlockOffset::Symmetric),
-        WeightFormat::Int4PerChannel => (cx.kernels.matmul_q_w4c, layout.k_padded(), BlockOffset::Symmetric),
-        WeightFormat::Int4Expansion { .. } => (cx.kernels.matmul_q_w4e, layout.k(), BlockOffset::Symmetric),
-        WeightFormat::Int8Block { .. } => (cx.kernels.matmul_q_w8b, layout.k(), BlockOffset::Symmetric),
-        WeightFormat::Int4Block { offset, .. } => (cx.kernels.matmul_q_w4b, layout.k(), offset),
+fn integer_kernel(cx: &Cx<'_>, weights: PackedWeights<'_>) -> IntegerFn {
+    match weights.layout().format() {
+        WeightFormat::Int8PerChannel => cx.kernels.matmul_q_w8c,
+        WeightFormat::Int4PerChannel => cx.kernels.matmul_q_w4c,
+        WeightFormat::Int4Expansion { .. } => cx.kernels.matmul_q_w4e,
+        WeightFormat::Int8Block { .. } => cx.kernels.matmul_q_w8b,
+        WeightFormat::Int4Block { .. } => cx.kernels.matmul_q_w4b,
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => unreachable!("`check` refused float weights"),
-    };
-    let tile = IntegerTile {
+    }
+}
+
+fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Tile) -> IntegerTile<'a> {
+    let layout = weights.layout();
+    let format = layout.format();
+    let k = if format.block().is_some() { layout.k() } else { layout.k_padded() };
+    let from = x.from(tile.row, format.block().unwrap_or(layout.k()));
+    IntegerTile {
         rows: tile.rows,
         panels: tile.panels,
         k,
@@ -117,12 +191,12 @@ fn compute_integers(cx: &Cx<'_>, x: &QuantizedRows, weights: PackedWeights<'_>, 
         width: layout.width(tile.panel),
         scales: weights.scales_from(tile.panel),
         offsets: weights.offsets_from(tile.panel),
-        block: layout.format().block().or(layout.format().step_block()).unwrap_or(k),
-        offset,
-    };
-    // SAFETY: the table exists only on a CPU that has its instruction set. `check` matched k and the blocks of x and the
-    // weights, the grid bounded rows and panels, and `values` has the tile's length.
-    unsafe { kernel(&tile, values) }
+        block: format.block().or(format.step_block()).unwrap_or(k),
+        offset: match format {
+            WeightFormat::Int4Block { offset, .. } => offset,
+            _ => BlockOffset::Symmetric,
+        },
+    }
 }
 
 fn compute_floats(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {

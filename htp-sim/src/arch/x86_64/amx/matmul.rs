@@ -16,31 +16,43 @@ use std::arch::x86_64::*;
 
 use super::insn::{Shapes, TileUnit};
 use crate::arch::x86_64::avx512_vnni;
-use crate::kernels::IntegerTile;
+use crate::kernels::{IntegerTile, RowsMut};
+use crate::matmul::Write;
 use crate::packed::PANEL;
+use crate::scratch::Disjoint;
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w8c<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits(tile, tile.k) {
-        return avx512_vnni::matmul::q_w8c(tile, out);
-    }
-    channels::product::<U, EIGHT_BIT>(tile, out);
+macro_rules! channels {
+    ($codes:ident, $into_buffer:ident, $straight:ident, $silu:ident) => {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        pub(crate) fn $into_buffer<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+            if !fits_channels(tile) {
+                return avx512_vnni::matmul::$into_buffer(tile, out);
+            }
+            let columns = tile.panels * PANEL;
+            let to = RowsMut { out: &Disjoint::new(out), first: 0, stride: columns, columns, write: Write::Store };
+            channels::product::<U, $codes, false>([tile; 2], &to);
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        pub(crate) fn $straight<U: TileUnit>(tile: &IntegerTile<'_>, to: &RowsMut<'_>) {
+            channels::product::<U, $codes, false>([tile; 2], to);
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        pub(crate) fn $silu<U: TileUnit>(tiles: [&IntegerTile<'_>; 2], to: &RowsMut<'_>) {
+            channels::product::<U, $codes, true>(tiles, to);
+        }
+    };
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w4c<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits(tile, tile.k) {
-        return avx512_vnni::matmul::q_w4c(tile, out);
-    }
-    channels::product::<U, FOUR_BIT>(tile, out);
-}
+channels!(EIGHT_BIT, q_w8c, q_w8c_straight, silu_w8c);
+channels!(FOUR_BIT, q_w4c, q_w4c_straight, silu_w4c);
+channels!(FOUR_BIT_STEPS, q_w4e, q_w4e_straight, silu_w4e);
 
+/// Whether tiles are worth it for weights with a scale per output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w4e<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits(tile, tile.k) {
-        return avx512_vnni::matmul::q_w4e(tile, out);
-    }
-    channels::product::<U, FOUR_BIT_STEPS>(tile, out);
+pub(crate) fn fits_channels(tile: &IntegerTile<'_>) -> bool {
+    fits(tile, tile.k)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]

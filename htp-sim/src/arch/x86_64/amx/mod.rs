@@ -11,7 +11,7 @@ mod emulated;
 
 use super::avx512_vnni;
 use crate::isa;
-use crate::kernels::{IntegerTile, Kernels};
+use crate::kernels::{IntegerTile, Kernels, Straight};
 use insn::{Hardware, TileUnit};
 
 const KERNELS: Kernels = table::<Hardware>("amx");
@@ -28,6 +28,15 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w4e: matmul::q_w4e::<U>,
         matmul_q_w8b: matmul::q_w8b::<U>,
         matmul_q_w4b: matmul::q_w4b::<U>,
+        straight: Some(Straight {
+            fits: matmul::fits_channels,
+            q_w8c: matmul::q_w8c_straight::<U>,
+            q_w4c: matmul::q_w4c_straight::<U>,
+            q_w4e: matmul::q_w4e_straight::<U>,
+            silu_w8c: matmul::silu_w8c::<U>,
+            silu_w4c: matmul::silu_w4c::<U>,
+            silu_w4e: matmul::silu_w4e::<U>,
+        }),
         leave: leave::<U>,
         ..avx512_vnni::KERNELS
     }

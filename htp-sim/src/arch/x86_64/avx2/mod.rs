@@ -32,6 +32,7 @@ pub(crate) const KERNELS: Kernels = Kernels {
     store_rows: vector::store_rows,
     merge: vector::merge,
     divide: vector::divide,
+    straight: None,
     leave: || (),
     prefetch: super::prefetch,
 };

@@ -3,7 +3,7 @@
 mod attention;
 pub(super) mod matmul;
 mod quantize;
-mod vector;
+pub(crate) mod vector;
 
 use crate::kernels::Kernels;
 
@@ -33,6 +33,7 @@ pub(crate) const KERNELS: Kernels = Kernels {
     store_rows: vector::store_rows,
     merge: vector::merge,
     divide: vector::divide,
+    straight: None,
     leave: || (),
     prefetch: super::prefetch,
 };

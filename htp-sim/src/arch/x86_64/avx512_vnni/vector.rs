@@ -45,10 +45,8 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
         let mask = mask(len - at);
         // SAFETY: `mask` names the values from `at` on that exist.
         let (x, up) = unsafe { (_mm512_maskz_loadu_ps(mask, gate.add(at)), _mm512_maskz_loadu_ps(mask, up.add(at))) };
-        let one = _mm512_set1_ps(1.0);
-        let silu = _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_xor_ps(x, _mm512_set1_ps(-0.0)))));
         // SAFETY: as above.
-        unsafe { _mm512_mask_storeu_ps(gate.add(at), mask, _mm512_mul_ps(silu, up)) };
+        unsafe { _mm512_mask_storeu_ps(gate.add(at), mask, _mm512_mul_ps(silu(x), up)) };
     }
 }
 
@@ -168,6 +166,14 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
 #[target_feature(enable = "avx512f")]
 pub(super) fn high_plane(code: __m512i) -> __m512i {
     _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128)))
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn silu(x: __m512) -> __m512 {
+    let minus_x = _mm512_xor_ps(x, _mm512_set1_ps(-0.0));
+    _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0), exp(minus_x)))
 }
 
 /// As in `portable`.

@@ -45,7 +45,7 @@ fn panels<U: TileUnit, const CODES: u8, const OFFSET: u8, const PLANES: usize>(
         for from in (0..tile_blocks).step_by(piece) {
             let blocks = from..tile_blocks.min(from + piece);
             let inputs = blocks.start * tile.block..blocks.end * tile.block;
-            let weights = unpacked.fill::<CODES>(tile, (panel, n_panels), inputs);
+            let weights = unpacked.fill::<CODES>(&[(tile, panel), (tile, panel + 1)], n_panels, inputs);
             let mut configured = 0;
             for row in (0..tile.rows).step_by(ROWS) {
                 let height = ROWS.min(tile.rows - row);

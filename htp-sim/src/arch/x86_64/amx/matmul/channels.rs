@@ -8,68 +8,71 @@ use super::unpack::{PIECE, Unpacked};
 use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
-use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
+use crate::arch::x86_64::avx512_vnni::vector::silu;
+use crate::kernels::{IntegerTile, MAX_TILE_ROWS, RowsMut};
+use crate::matmul::Write;
 use crate::packed::PANEL;
 
+/// Writes the products of x with both panels of each pair of a tile to their places or, if `GATED`, `silu(gate) · up` of two tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn product<U: TileUnit, const CODES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    match tile.lo.is_empty() {
-        true => Product::<U, 1>::new(tile).run::<CODES>(out),
-        false => Product::<U, 2>::new(tile).run::<CODES>(out),
+pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
+    tiles: [&IntegerTile<'_>; PANELS],
+    to: &RowsMut<'_>,
+) {
+    match tiles[0].lo.is_empty() {
+        true => Product::<U, 1, GATED>::new(tiles, to).run::<CODES>(),
+        false => Product::<U, 2, GATED>::new(tiles, to).run::<CODES>(),
     }
 }
 
 /// The product of a tile of the output, with what goes on from one pair of panels to the next.
-struct Product<'a, U, const PLANES: usize> {
+struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     unit: U,
-    tile: &'a IntegerTile<'a>,
+    /// Of the first panel of a pair and of the second: one and the same, or gate and up. Their x and shapes are the same.
+    tiles: [&'a IntegerTile<'a>; PANELS],
+    to: &'a RowsMut<'a>,
     /// Groups of four inputs in a tile of the unit.
     fours: usize,
     /// Rows that the registers are shaped for.
     height: usize,
     sums: Sums,
-    /// Rows whose sums are stored and not yet floats.
-    done: Option<Finish<'a>>,
 }
 
-impl<'a, U: TileUnit, const PLANES: usize> Product<'a, U, PLANES> {
+impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLANES, GATED> {
     #[inline]
-    fn new(tile: &'a IntegerTile<'a>) -> Self {
-        let fours = tile_fours(tile.k);
-        Self { unit: U::default(), tile, fours, height: 0, sums: Sums::uninit(), done: None }
+    fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
+        let fours = tile_fours(tiles[0].k);
+        Self { unit: U::default(), tiles, to, fours, height: 0, sums: Sums::uninit() }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn run<const CODES: u8>(&mut self, out: &mut [f32]) {
+    fn run<const CODES: u8>(&mut self) {
         let mut unpacked = Unpacked::uninit();
-        let tile = self.tile;
+        let [first, second] = self.tiles;
         // Pieces of one length, whole tiles and whole rows of 4-bit codes.
         let whole = self.fours * 4 * (1 + self.fours % 2);
-        let piece = tile.k.div_ceil(tile.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
-        for panel in (0..tile.panels).step_by(PANELS) {
-            let n_panels = PANELS.min(tile.panels - panel);
-            for from in (0..tile.k).step_by(piece) {
-                let inputs = from..tile.k.min(from + piece);
-                let weights = unpacked.fill::<CODES>(tile, (panel, n_panels), inputs.clone());
-                let piece = Piece { panel, inputs, weights };
+        let piece = first.k.div_ceil(first.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
+        for panel in (0..first.panels).step_by(if GATED { 1 } else { PANELS }) {
+            let (next, n_panels) = if GATED { (panel, 2) } else { (panel + 1, PANELS.min(first.panels - panel)) };
+            for from in (0..first.k).step_by(piece) {
+                let inputs = from..first.k.min(from + piece);
+                let pair = [(first, panel), (second, next)];
+                let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
+                let piece = Piece { pair, inputs, weights };
                 match n_panels {
-                    1 => self.rows::<1>(&piece, out),
-                    _ => self.rows::<2>(&piece, out),
+                    1 => self.rows::<1>(&piece),
+                    _ => self.rows::<2>(&piece),
                 }
             }
-        }
-        if let Some(mut finish) = self.done.take() {
-            // SAFETY: the sums of `done` were stored.
-            unsafe { finish.some::<PLANES>(&self.sums, usize::MAX, out) };
         }
     }
 
     /// All rows by a piece of `W` panels.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn rows<const W: usize>(&mut self, piece: &Piece<'_>, out: &mut [f32]) {
-        let tile = self.tile;
+    fn rows<const W: usize>(&mut self, piece: &Piece<'a, '_>) {
+        let tile = self.tiles[0];
         let mut row = 0;
         while row < tile.rows {
             let height = ROWS.min(tile.rows - row);
@@ -86,38 +89,26 @@ impl<'a, U: TileUnit, const PLANES: usize> Product<'a, U, PLANES> {
             let slot = if is_first && is_last { 0 } else { row / ROWS * PLANES };
             let group =
                 Group { tile, weights: piece.weights, from: piece.inputs.start, row, height, fours: self.fours };
-            // The unit multiplies these rows while the vector registers make floats of those before, all of them.
-            let mut before = self.done.take();
-            let steps = piece.weights[0].len() / self.fours;
-            // Their sums are still on their way when the first steps begin.
-            let wait = usize::from(steps > 2) * 2;
-            let per_step = before.as_ref().map_or(0, |finish| finish.count().div_ceil(steps - wait));
-            let mut step = 0;
-            let mut meanwhile = |sums: &Sums| {
-                step += 1;
-                if step <= wait {
-                    return;
-                }
-                if let Some(finish) = &mut before {
-                    // SAFETY: the sums of `done` were stored.
-                    unsafe { finish.some::<PLANES>(sums, per_step, out) };
-                }
-            };
             // SAFETY: configured for the height and the inputs; the first piece stores the sums that the others load.
             unsafe {
                 if two_heights || PLANES == 2 {
-                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums, slot, &mut meanwhile);
+                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums, slot);
                 } else {
-                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums, slot, &mut meanwhile);
+                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums, slot);
                 }
             }
             if is_last {
-                self.done = Some(Finish { tile, panel: piece.panel, n_panels: W, row, rows, slot, at: 0 });
+                let finish = Finish::<PLANES, GATED> { pair: piece.pair, to: self.to, row, rows, slot };
+                // SAFETY: the last piece stored the sums of these rows.
+                unsafe { finish.run::<W>(&self.sums) }
             }
             if tile.rows > ROWS {
                 // The next panels' codes come to the second cache meanwhile.
-                let ahead = |row: usize| tile.panel_bytes * W * (tile.rows + row) / tile.rows;
-                ask_for(&tile.codes[piece.panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
+                let step = if GATED { 1 } else { PANELS };
+                for (tile, panel) in piece.pair.iter().take(W) {
+                    let ahead = |row: usize| tile.panel_bytes * (step * tile.rows + row) / tile.rows;
+                    ask_for(&tile.codes[panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
+                }
             }
             row += rows;
         }
@@ -125,11 +116,12 @@ impl<'a, U: TileUnit, const PLANES: usize> Product<'a, U, PLANES> {
 }
 
 /// Some inputs of one or two panels.
-struct Piece<'a> {
-    panel: usize,
+struct Piece<'a, 'w> {
+    /// The panels, each with the tile that it is of.
+    pair: [(&'a IntegerTile<'a>, usize); PANELS],
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
-    weights: [&'a [[u8; 64]]; PANELS],
+    weights: [&'w [[u8; 64]]; PANELS],
 }
 
 /// Some rows by some panels, for a piece of k.
@@ -146,7 +138,7 @@ struct Group<'a> {
 
 impl Group<'_> {
     /// Adds to the sums at `slot`, or in the first piece stores there, the products of `X` tiles of x (two planes, or the rows and
-    /// the next 16) and `W` panels. Calls `meanwhile` once for each tile of inputs.
+    /// the next 16) and `W` panels.
     ///
     /// # Safety
     /// The unit is configured for the height and the width of the tiles. But for the first piece, the sums were stored before.
@@ -156,7 +148,6 @@ impl Group<'_> {
         unit: &mut U,
         sums: &mut Sums,
         slot: usize,
-        meanwhile: &mut impl FnMut(&Sums),
     ) {
         let tile = self.tile;
         let inputs = self.weights[0].len() * 4;
@@ -217,7 +208,6 @@ impl Group<'_> {
                 if X == 2 && W == 2 {
                     unit.dot::<3, 5, 7>()
                 }
-                meanwhile(sums);
                 four += self.fours;
             }
             unit.store::<0>(places[0], 64);
@@ -234,62 +224,92 @@ impl Group<'_> {
     }
 }
 
-/// Rows whose sums become floats, some at a time, with the same operations as on the other tiers.
-struct Finish<'a> {
-    tile: &'a IntegerTile<'a>,
-    panel: usize,
-    n_panels: usize,
+/// Rows whose sums become floats, with the same operations as on the other tiers.
+struct Finish<'a, const PLANES: usize, const GATED: bool> {
+    pair: [(&'a IntegerTile<'a>, usize); PANELS],
+    to: &'a RowsMut<'a>,
     row: usize,
     /// At most 16 of two planes, 32 of one.
     rows: usize,
     slot: usize,
-    /// How many pairs of panel and row are done, panel by panel.
-    at: usize,
 }
 
-impl Finish<'_> {
-    /// Pairs of panel and row.
-    fn count(&self) -> usize {
-        self.n_panels * self.rows
-    }
-
-    /// The next `n` pairs of panel and row.
+impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
+    /// All rows of `W` panels.
     ///
     /// # Safety
-    /// The sums of all planes and panels were stored.
+    /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn some<const PLANES: usize>(&mut self, sums: &Sums, n: usize, out: &mut [f32]) {
-        let tile = self.tile;
-        let mut left = n.min(self.count() - self.at);
-        while left > 0 {
-            let (w, first) = (self.at / self.rows, self.at % self.rows);
+    unsafe fn run<const W: usize>(&self, sums: &Sums) {
+        let outputs = if GATED { 1 } else { W };
+        let scales = self.pair.map(|(tile, panel)| load_f32(&tile.scales[panel.min(tile.panels - 1) * PANEL * 4..]));
+        let x_scales = &self.pair[0].0.x_scales[self.row..][..self.rows];
+        for (i, x_scales) in x_scales.chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
-            let second = usize::from(PLANES == 1 && first >= ROWS);
-            let end = if PLANES == 1 && first < ROWS { ROWS.min(self.rows) } else { self.rows };
-            let n = left.min(end - first);
-            let scales = load_f32(&tile.scales[(self.panel + w) * PANEL * 4..]);
-            let x_scales = &tile.x_scales[self.row + first..][..n];
-            let to = ((self.row + first) * tile.panels + self.panel + w) * PANEL;
-            let mut to = out[to..to + (n - 1) * tile.panels * PANEL + PANEL].as_mut_ptr();
-            let from = |place: usize| sums.0[place][w].as_ptr().cast::<[i32; PANEL]>().wrapping_add(first % ROWS);
-            let (mut hi, mut lo) = (from(self.slot + second), from(self.slot + second + PLANES - 1));
+            let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
+            let (row, column) = (self.row + i * ROWS, self.pair[0].1 * PANEL);
+            let mut to = self.to.place(row, x_scales.len(), column, outputs * PANEL);
             for x_scale in x_scales {
-                // SAFETY: the caller's promise: `n` rows from `first` on are in the sums. The slice of out above reaches to the last
-                // of them.
+                // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
-                    let mut dot = _mm512_cvtepi32_ps(load_sums(&*hi));
-                    if PLANES == 2 {
-                        // The product is exact, so that one rounding makes no difference.
-                        dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(load_sums(&*lo)));
+                    let value = sums[0].next(scales[0], *x_scale);
+                    if GATED {
+                        self.write(_mm512_mul_ps(silu(value), sums[1].next(scales[1], *x_scale)), to);
+                    } else {
+                        self.write(value, to);
+                        if W == 2 {
+                            self.write(sums[1].next(scales[1], *x_scale), to.add(PANEL));
+                        }
                     }
-                    let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale));
-                    _mm512_storeu_ps(to, _mm512_mul_ps(dot, scale));
                 }
-                (hi, lo, to) = (hi.wrapping_add(1), lo.wrapping_add(1), to.wrapping_add(tile.panels * PANEL));
+                to = to.wrapping_add(self.to.stride);
             }
-            (self.at, left) = (self.at + n, left - n);
         }
+    }
+
+    /// # Safety
+    /// `to` has room for 16 values, which are this tile's own.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn write(&self, mut value: __m512, to: *mut f32) {
+        // SAFETY: the caller's promise; unaligned.
+        unsafe {
+            if self.to.write == Write::Add {
+                value = _mm512_add_ps(_mm512_loadu_ps(to), value);
+            }
+            _mm512_storeu_ps(to, value);
+        }
+    }
+}
+
+/// Sums of a panel, row after row.
+struct RowSums<const PLANES: usize> {
+    hi: *const [i32; PANEL],
+    lo: *const [i32; PANEL],
+}
+
+impl<const PLANES: usize> RowSums<PLANES> {
+    /// Those at `slot`, panel `w`.
+    #[inline(always)]
+    fn new(sums: &Sums, slot: usize, w: usize) -> Self {
+        let place = |slot: usize| sums.0[slot][w].as_ptr().cast::<[i32; PANEL]>();
+        Self { hi: place(slot), lo: place(slot + PLANES - 1) }
+    }
+
+    /// The floats of the next row.
+    ///
+    /// # Safety
+    /// The row's sums were stored.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn next(&mut self, scales: __m512, x_scale: f32) -> __m512 {
+        // SAFETY: the caller's promise.
+        let [hi, lo] = [self.hi, self.lo].map(|sums| _mm512_cvtepi32_ps(load_sums(unsafe { &*sums })));
+        // The product is exact, so that one rounding makes no difference.
+        let dot = if PLANES == 2 { _mm512_fmadd_ps(hi, _mm512_set1_ps(256.0), lo) } else { hi };
+        (self.hi, self.lo) = (self.hi.wrapping_add(1), self.lo.wrapping_add(1));
+        _mm512_mul_ps(dot, _mm512_mul_ps(scales, _mm512_set1_ps(x_scale)))
     }
 }
 

@@ -19,25 +19,25 @@ impl Unpacked {
         Self([const { [const { MaybeUninit::uninit() }; PIECE / 4] }; PANELS])
     }
 
-    /// Inputs `inputs`, at most [`PIECE`], of the `n` panels from `first` on. 8-bit codes are read where they lie, 4-bit codes
-    /// are unpacked here. Panels beyond `n` are the last one.
+    /// Inputs `inputs`, at most [`PIECE`], of the first `n` panels of a pair. 8-bit codes are read where they lie, 4-bit codes are
+    /// unpacked here. Panels beyond `n` are the last one.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn fill<'a, const CODES: u8>(
         &'a mut self,
-        tile: &IntegerTile<'a>,
-        (first, n): (usize, usize),
+        pair: &[(&IntegerTile<'a>, usize); PANELS],
+        n: usize,
         inputs: Range<usize>,
     ) -> [&'a [[u8; 64]]; PANELS] {
         let fours = inputs.len() / 4;
         if CODES == EIGHT_BIT {
             return std::array::from_fn(|i| {
-                let panel = first + i.min(n - 1);
+                let (tile, panel) = pair[i.min(n - 1)];
                 &tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0[inputs.start / 4..][..fours]
             });
         }
         let mut filled: [&[[u8; 64]]; PANELS] = [&[]; PANELS];
-        for (i, to) in self.0.iter_mut().enumerate().take(n) {
-            filled[i] = unpack::<CODES>(tile, first + i, inputs.start, &mut to[..fours]);
+        for (i, (to, (tile, panel))) in self.0.iter_mut().zip(pair).enumerate().take(n) {
+            filled[i] = unpack::<CODES>(tile, *panel, inputs.start, &mut to[..fours]);
         }
         (n..PANELS).for_each(|i| filled[i] = filled[n - 1]);
         filled
@@ -61,10 +61,12 @@ fn unpack<'a, const CODES: u8>(
     };
     let (low_mask, mut step) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
     assert!(to.len() <= codes.len() * 2 && to.len().is_multiple_of(2));
-    for (i, (pair, codes)) in to.as_chunks_mut::<2>().0.iter_mut().zip(codes).enumerate() {
-        let k = from + i * 8;
-        if CODES == FOUR_BIT_STEPS && (i == 0 || k.is_multiple_of(tile.block)) {
-            let steps = load_i8(&tile.offsets[(panel * blocks + k / tile.block) * PANEL..]);
+    let (mut k, mut next_block) = (from, from);
+    for (pair, codes) in to.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+        if CODES == FOUR_BIT_STEPS && k == next_block {
+            let block = k / tile.block;
+            next_block = (block + 1) * tile.block;
+            let steps = load_i8(&tile.offsets[(panel * blocks + block) * PANEL..]);
             step = _mm512_or_si512(steps, _mm512_slli_epi32::<16>(steps));
             zero = _mm512_slli_epi16::<3>(step);
             zero = _mm512_or_si512(zero, _mm512_slli_epi16::<8>(zero));
@@ -79,10 +81,12 @@ fn unpack<'a, const CODES: u8>(
             // SAFETY: 64 bytes, unaligned.
             unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_sub_epi8(nibbles, zero)) };
         }
+        k += 8;
     }
     // SAFETY: the loop wrote every element, as the assertion says.
     unsafe { to.assume_init_ref() }
 }
 
-/// Inputs of a panel that are unpacked at a time: two panels and 16 rows of two planes of them are 48 KiB.
-pub(super) const PIECE: usize = 768;
+/// Inputs of a panel that are unpacked at a time: two panels and 16 rows of two planes of them are 40 KiB, which leaves the first
+/// cache room for sums and results.
+pub(super) const PIECE: usize = 640;
