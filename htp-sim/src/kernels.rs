@@ -66,13 +66,15 @@ pub struct Kernels {
 pub(crate) const MAX_TILE_ROWS: usize = 128;
 
 /// Kernels as [`Kernels::matmul_q_w8c`] and its like, whose results go to their place in the output: a buffer between the two costs
-/// a fast multiplier a fifth of its time. For tiles of whole panels that `fits` finds worth it.
+/// a fast multiplier a fifth of its time. For tiles of whole panels that `fits` (`q_w4b`: `fits_w4b`) finds worth it.
 #[derive(Clone, Copy)]
 pub(crate) struct Straight {
     pub(crate) fits: unsafe fn(&IntegerTile<'_>) -> bool,
+    pub(crate) fits_w4b: unsafe fn(&IntegerTile<'_>) -> bool,
     pub(crate) q_w8c: StraightFn,
     pub(crate) q_w4c: StraightFn,
     pub(crate) q_w4e: StraightFn,
+    pub(crate) q_w4b: StraightFn,
     /// `silu(gate) · up` of two products with the same x, rows and panels.
     pub(crate) silu_w8c: GatedFn,
     pub(crate) silu_w4c: GatedFn,
@@ -89,7 +91,7 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
 ///
-/// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
+/// All tiers give the same bits, but for AMX where 4-bit codes with a scale per block meet many rows: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
 /// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps too, and the
 /// code is then `(u - 8) · step`.
@@ -97,6 +99,9 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].
     pub(crate) rows: usize,
+    /// Rows of the whole product. A kernel that computes in another way for many rows goes by this number: it does not depend on
+    /// how the product is split.
+    pub(crate) of_rows: usize,
     pub(crate) panels: usize,
     /// Inputs to sum over: a multiple of 4 (8 for 4-bit codes).
     pub(crate) k: usize,

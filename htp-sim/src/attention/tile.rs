@@ -126,6 +126,7 @@ impl Problem<'_> {
         }
         let values = IntegerTile {
             rows: tile.rows,
+            of_rows: tile.rows,
             panels: layout.value_head_dim() / PANEL,
             k: span.width,
             hi: &scratch.p_hi,
@@ -198,6 +199,7 @@ impl Problem<'_> {
         if layout.format() == CacheFormat::Int8 {
             let tile = IntegerTile {
                 rows: tile.rows,
+                of_rows: tile.rows,
                 panels: width / PANEL,
                 k: layout.key_head_dim(),
                 hi: &scratch.hi,

@@ -55,6 +55,7 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
         WeightFormat::Int8PerChannel => kernels.q_w8c,
         WeightFormat::Int4PerChannel => kernels.q_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
+        WeightFormat::Int4Block { .. } => kernels.q_w4b,
         _ => return false,
     };
     // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
@@ -75,7 +76,8 @@ pub(super) fn compute_gated_straight(
     if activation != Activation::Silu || format != other || gate.branch.is_some() || up.branch.is_some() {
         return false;
     }
-    let (Some((kernels, gate)), Some((_, up))) = (straight(cx, x, gate, tile, to), straight(cx, x, up, tile, to)) else {
+    let (Some((kernels, gate)), Some((_, up))) = (straight(cx, x, gate, tile, to), straight(cx, x, up, tile, to))
+    else {
         return false;
     };
     let kernel = match format {
@@ -103,8 +105,10 @@ fn straight<'a>(
         return None;
     }
     let tile = integer_tile(rows, half.weights, tile);
+    let is_4bit_block = matches!(half.weights.layout().format(), WeightFormat::Int4Block { .. });
+    let fits = if is_4bit_block { kernels.fits_w4b } else { kernels.fits };
     // SAFETY: the table exists only on a CPU that has its instruction set.
-    unsafe { (kernels.fits)(&tile) }.then_some((kernels, tile))
+    unsafe { fits(&tile) }.then_some((kernels, tile))
 }
 
 /// Rows of floats, starting at a tile's first row.
@@ -178,6 +182,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
     let from = x.from(tile.row, format.block().unwrap_or(layout.k()));
     IntegerTile {
         rows: tile.rows,
+        of_rows: x.rows(),
         panels: tile.panels,
         k,
         hi: from.hi,

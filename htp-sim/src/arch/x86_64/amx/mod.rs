@@ -30,9 +30,11 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w4b: matmul::q_w4b::<U>,
         straight: Some(Straight {
             fits: matmul::fits_channels,
+            fits_w4b: matmul::fits_wide,
             q_w8c: matmul::q_w8c_straight::<U>,
             q_w4c: matmul::q_w4c_straight::<U>,
             q_w4e: matmul::q_w4e_straight::<U>,
+            q_w4b: matmul::q_w4b_straight::<U>,
             silu_w8c: matmul::silu_w8c::<U>,
             silu_w4c: matmul::silu_w4c::<U>,
             silu_w4e: matmul::silu_w4e::<U>,
@@ -70,6 +72,7 @@ unsafe fn agrees_with_portable() -> bool {
     let scales = 1.0_f32.to_le_bytes().repeat(16);
     let tile = IntegerTile {
         rows: ROWS,
+        of_rows: ROWS,
         panels: 1,
         k: K,
         hi: &hi,

@@ -1,10 +1,11 @@
-//! Weights with a scale per output: sums stay in the tiles over all of k, or over a piece of it.
+//! Weights with a scale per output, or made such: sums stay in the tiles over all of k, or over a piece of it.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
+use super::wide::Blocks;
 use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
@@ -13,20 +14,28 @@ use crate::kernels::{IntegerTile, MAX_TILE_ROWS, RowsMut};
 use crate::matmul::Write;
 use crate::packed::PANEL;
 
-/// Writes the products of x with both panels of each pair of a tile to their places or, if `GATED`, `silu(gate) · up` of two tiles.
+/// Writes the products of x with a tile's weights to their places or, of gate and up, `silu(gate) · up`. `CODES` says how they lie
+/// or, of 16-bit weights, what offset their blocks have.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
+pub(super) fn product<U: TileUnit, const CODES: u8, const PAIR: u8>(
     tiles: [&IntegerTile<'_>; PANELS],
     to: &RowsMut<'_>,
 ) {
     match tiles[0].lo.is_empty() {
-        true => Product::<U, 1, GATED>::new(tiles, to).run::<CODES>(),
-        false => Product::<U, 2, GATED>::new(tiles, to).run::<CODES>(),
+        true => Product::<U, 1, PAIR>::new(tiles, to).run::<CODES>(),
+        false => Product::<U, 2, PAIR>::new(tiles, to).run::<CODES>(),
     }
 }
 
+/// What is computed together: two panels of one tile,
+pub(super) const NEIGHBOURS: u8 = 0;
+/// a panel of gate and the same of up,
+pub(super) const GATE_AND_UP: u8 = 1;
+/// or the two planes of a panel of 16-bit weights.
+pub(super) const PLANES_OF_ONE: u8 = 2;
+
 /// The product of a tile of the output, with what goes on from one pair of panels to the next.
-struct Product<'a, U, const PLANES: usize, const GATED: bool> {
+struct Product<'a, U, const PLANES: usize, const PAIR: u8> {
     unit: U,
     /// Of the first panel of a pair and of the second: one and the same, or gate and up. Their x and shapes are the same.
     tiles: [&'a IntegerTile<'a>; PANELS],
@@ -38,7 +47,7 @@ struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     sums: Sums,
 }
 
-impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLANES, GATED> {
+impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES, PAIR> {
     #[inline]
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
         let fours = tile_fours(tiles[0].k);
@@ -53,13 +62,24 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         // Pieces of one length, whole tiles and whole rows of 4-bit codes.
         let whole = self.fours * 4 * (1 + self.fours % 2);
         let piece = first.k.div_ceil(first.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
-        for panel in (0..first.panels).step_by(if GATED { 1 } else { PANELS }) {
-            let (next, n_panels) = if GATED { (panel, 2) } else { (panel + 1, PANELS.min(first.panels - panel)) };
+        for panel in (0..first.panels).step_by(Self::PANELS) {
+            let (next, n_panels) = match PAIR {
+                NEIGHBOURS => (panel + 1, PANELS.min(first.panels - panel)),
+                _ => (panel, PANELS),
+            };
+            let pair = [(first, panel), (second, next)];
+            let blocks = if PAIR == PLANES_OF_ONE { Some(Blocks::<CODES>::of(first, panel)) } else { None };
+            let scales = match &blocks {
+                Some(blocks) => [blocks.step; PANELS],
+                None => [0, n_panels - 1].map(|i| load_f32(&pair[i].0.scales[pair[i].1 * PANEL * 4..])),
+            };
             for from in (0..first.k).step_by(piece) {
                 let inputs = from..first.k.min(from + piece);
-                let pair = [(first, panel), (second, next)];
-                let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
-                let piece = Piece { pair, inputs, weights };
+                let weights = match &blocks {
+                    Some(blocks) => unpacked.fill_planes(first, panel, blocks, inputs.clone()),
+                    None => unpacked.fill::<CODES>(&pair, n_panels, inputs.clone()),
+                };
+                let piece = Piece { pair, scales, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
                     _ => self.rows::<2>(&piece),
@@ -67,6 +87,9 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
             }
         }
     }
+
+    /// Panels of the output that a pair makes.
+    const PANELS: usize = if PAIR == NEIGHBOURS { PANELS } else { 1 };
 
     /// All rows by a piece of `W` panels.
     #[inline]
@@ -98,15 +121,14 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
                 }
             }
             if is_last {
-                let finish = Finish::<PLANES, GATED> { pair: piece.pair, to: self.to, row, rows, slot };
+                let finish = Finish::<PLANES, PAIR> { piece, to: self.to, row, rows, slot };
                 // SAFETY: the last piece stored the sums of these rows.
                 unsafe { finish.run::<W>(&self.sums) }
             }
             if tile.rows > ROWS {
                 // The next panels' codes come to the second cache meanwhile.
-                let step = if GATED { 1 } else { PANELS };
-                for (tile, panel) in piece.pair.iter().take(W) {
-                    let ahead = |row: usize| tile.panel_bytes * (step * tile.rows + row) / tile.rows;
+                for (tile, panel) in piece.pair.iter().take(if PAIR == PLANES_OF_ONE { 1 } else { W }) {
+                    let ahead = |row: usize| tile.panel_bytes * (Self::PANELS * tile.rows + row) / tile.rows;
                     ask_for(&tile.codes[panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
                 }
             }
@@ -115,10 +137,12 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     }
 }
 
-/// Some inputs of one or two panels.
+/// Some inputs of a pair.
 struct Piece<'a, 'w> {
-    /// The panels, each with the tile that it is of.
+    /// The panels, each with the tile that it is of; one twice if the pair are its planes.
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
+    /// Of the outputs of each.
+    scales: [__m512; PANELS],
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
     weights: [&'w [[u8; 64]]; PANELS],
@@ -143,12 +167,7 @@ impl Group<'_> {
     /// # Safety
     /// The unit is configured for the height and the width of the tiles. But for the first piece, the sums were stored before.
     #[inline(always)]
-    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(
-        &self,
-        unit: &mut U,
-        sums: &mut Sums,
-        slot: usize,
-    ) {
+    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(&self, unit: &mut U, sums: &mut Sums, slot: usize) {
         let tile = self.tile;
         let inputs = self.weights[0].len() * 4;
         let rows = |plane: &[i8], row: usize| -> *const u8 {
@@ -225,8 +244,8 @@ impl Group<'_> {
 }
 
 /// Rows whose sums become floats, with the same operations as on the other tiers.
-struct Finish<'a, const PLANES: usize, const GATED: bool> {
-    pair: [(&'a IntegerTile<'a>, usize); PANELS],
+struct Finish<'a, const PLANES: usize, const PAIR: u8> {
+    piece: &'a Piece<'a, 'a>,
     to: &'a RowsMut<'a>,
     row: usize,
     /// At most 16 of two planes, 32 of one.
@@ -234,33 +253,37 @@ struct Finish<'a, const PLANES: usize, const GATED: bool> {
     slot: usize,
 }
 
-impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
-    /// All rows of `W` panels.
+impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
+    /// All rows of `W` panels or planes.
     ///
     /// # Safety
     /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn run<const W: usize>(&self, sums: &Sums) {
-        let outputs = if GATED { 1 } else { W };
-        let scales = self.pair.map(|(tile, panel)| load_f32(&tile.scales[panel.min(tile.panels - 1) * PANEL * 4..]));
-        let x_scales = &self.pair[0].0.x_scales[self.row..][..self.rows];
-        for (i, x_scales) in x_scales.chunks(ROWS).enumerate() {
+        let outputs = if PAIR == NEIGHBOURS { W } else { 1 };
+        let (tile, panel) = self.piece.pair[0];
+        for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
             let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
-            let (row, column) = (self.row + i * ROWS, self.pair[0].1 * PANEL);
-            let mut to = self.to.place(row, x_scales.len(), column, outputs * PANEL);
+            let row = self.row + i * ROWS;
+            let mut to = self.to.place(row, x_scales.len(), panel * PANEL, outputs * PANEL);
             for x_scale in x_scales {
+                let scales = self.piece.scales.map(|scales| _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale)));
                 // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
-                    let value = sums[0].next(scales[0], *x_scale);
-                    if GATED {
-                        self.write(_mm512_mul_ps(silu(value), sums[1].next(scales[1], *x_scale)), to);
-                    } else {
-                        self.write(value, to);
+                    let first = sums[0].next();
+                    if PAIR == NEIGHBOURS {
+                        self.write(_mm512_mul_ps(first, scales[0]), to);
                         if W == 2 {
-                            self.write(sums[1].next(scales[1], *x_scale), to.add(PANEL));
+                            self.write(_mm512_mul_ps(sums[1].next(), scales[1]), to.add(PANEL));
                         }
+                    } else if PAIR == GATE_AND_UP {
+                        let gate = silu(_mm512_mul_ps(first, scales[0]));
+                        self.write(_mm512_mul_ps(gate, _mm512_mul_ps(sums[1].next(), scales[1])), to);
+                    } else {
+                        let dot = _mm512_fmadd_ps(first, _mm512_set1_ps(256.0), sums[1].next());
+                        self.write(_mm512_mul_ps(dot, scales[0]), to);
                     }
                 }
                 to = to.wrapping_add(self.to.stride);
@@ -297,19 +320,18 @@ impl<const PLANES: usize> RowSums<PLANES> {
         Self { hi: place(slot), lo: place(slot + PLANES - 1) }
     }
 
-    /// The floats of the next row.
+    /// Those of the next row, both planes together.
     ///
     /// # Safety
     /// The row's sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn next(&mut self, scales: __m512, x_scale: f32) -> __m512 {
+    unsafe fn next(&mut self) -> __m512 {
         // SAFETY: the caller's promise.
         let [hi, lo] = [self.hi, self.lo].map(|sums| _mm512_cvtepi32_ps(load_sums(unsafe { &*sums })));
-        // The product is exact, so that one rounding makes no difference.
-        let dot = if PLANES == 2 { _mm512_fmadd_ps(hi, _mm512_set1_ps(256.0), lo) } else { hi };
         (self.hi, self.lo) = (self.hi.wrapping_add(1), self.lo.wrapping_add(1));
-        _mm512_mul_ps(dot, _mm512_mul_ps(scales, _mm512_set1_ps(x_scale)))
+        // The product is exact, so that one rounding makes no difference.
+        if PLANES == 2 { _mm512_fmadd_ps(hi, _mm512_set1_ps(256.0), lo) } else { hi }
     }
 }
 
