@@ -20,6 +20,8 @@ use crate::scratch::Disjoint;
 pub struct Kernels {
     /// Name of the tier: `"avx512_vnni"`, for logs, tests and bench ids.
     pub name: &'static str,
+    /// Whether 4-bit weights with a float scale per block may be rounded once more (see [`crate::linear`]).
+    pub(crate) is_relaxed: bool,
     /// Quantized rows by per-channel weights, 8 and 4 bit.
     pub(crate) matmul_q_w8c: IntegerFn,
     pub(crate) matmul_q_w4c: IntegerFn,
@@ -66,15 +68,16 @@ pub struct Kernels {
 pub(crate) const MAX_TILE_ROWS: usize = 128;
 
 /// Kernels as [`Kernels::matmul_q_w8c`] and its like, whose results go to their place in the output: a buffer between the two costs
-/// a fast multiplier a fifth of its time. For tiles of whole panels that `fits` (`q_w4b`: `fits_w4b`) finds worth it.
+/// a fast multiplier a fifth of its time. For tiles of whole panels that `fits` finds worth it.
 #[derive(Clone, Copy)]
 pub(crate) struct Straight {
     pub(crate) fits: unsafe fn(&IntegerTile<'_>) -> bool,
-    pub(crate) fits_w4b: unsafe fn(&IntegerTile<'_>) -> bool,
     pub(crate) q_w8c: StraightFn,
     pub(crate) q_w4c: StraightFn,
     pub(crate) q_w4e: StraightFn,
+    /// Of relaxed tiers, for tiles that `fits_w4b`.
     pub(crate) q_w4b: StraightFn,
+    pub(crate) fits_w4b: unsafe fn(&IntegerTile<'_>) -> bool,
     /// `silu(gate) · up` of two products with the same x, rows and panels.
     pub(crate) silu_w8c: GatedFn,
     pub(crate) silu_w4c: GatedFn,
@@ -91,7 +94,7 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
 ///
-/// All tiers give the same bits, but for AMX where 4-bit codes with a scale per block meet many rows: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
+/// All tiers give the same bits, but for relaxed ones where 4-bit codes with a scale per block meet many rows: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
 /// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps too, and the
 /// code is then `(u - 8) · step`.
@@ -262,11 +265,11 @@ impl Kernels {
         let mut tiers: Vec<&'static Self> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            tiers.extend(amx::kernels());
+            tiers.extend(amx::kernels().into_iter().flatten());
             if isa::has_avx512_vnni() {
                 tiers.push(&avx512_vnni::KERNELS);
                 #[cfg(test)]
-                tiers.push(&amx::EMULATED);
+                tiers.extend(&amx::EMULATED);
                 #[cfg(test)]
                 tiers.push(&avx_vnni::EVEX_KERNELS);
             }

@@ -143,7 +143,7 @@ fn few_steps_are_eight_bits_wherever_they_are_kept() {
 fn assert_same(cx: &Cx<'_>, found: &[f32], expected: &[f32], x: &[f32], w: PackedWeights<'_>, what: &str) {
     let (n, k) = (w.layout().n(), w.layout().k());
     let is_4bit_block = matches!(w.layout().format(), WeightFormat::Int4Block { .. });
-    if cx.kernels.straight.is_none() || !is_4bit_block || x.len() / k < 24 {
+    if !cx.kernels.is_relaxed || !is_4bit_block || x.len() / k < 24 {
         return assert_eq!(bits(found), bits(expected), "{} {what}", cx.kernels.name);
     }
     let largest = |row: usize, k: usize| w.min(row, k).abs().max((15.0 * w.scale(row, k) + w.min(row, k)).abs());

@@ -55,7 +55,7 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
         WeightFormat::Int8PerChannel => kernels.q_w8c,
         WeightFormat::Int4PerChannel => kernels.q_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
-        WeightFormat::Int4Block { .. } => kernels.q_w4b,
+        WeightFormat::Int4Block { .. } if cx.kernels.is_relaxed => kernels.q_w4b,
         _ => return false,
     };
     // SAFETY: as in `compute`; the tile fits, and its place has whole panels.

@@ -65,13 +65,18 @@ pub(crate) fn q_w8b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if fits_wide(tile) {
-        return q_w4b_straight::<U>(tile, &in_buffer(tile, &Disjoint::new(out)));
-    }
     if !fits(tile, tile.block) {
         return avx512_vnni::matmul::q_w4b(tile, out);
     }
     blocks::product::<U, FOUR_BIT_BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w4b_relaxed<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if !fits_wide(tile) {
+        return q_w4b::<U>(tile, out);
+    }
+    q_w4b_straight::<U>(tile, &in_buffer(tile, &Disjoint::new(out)));
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
