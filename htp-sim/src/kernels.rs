@@ -40,7 +40,10 @@ pub struct Kernels {
     pub(crate) values_f16: ValuesFn,
     /// Vector functions. These give the same bits on every tier.
     pub(crate) softmax: unsafe fn(&mut [f32]) -> SoftmaxTotals,
-    pub(crate) softmax_quantize: SoftmaxQuantizeFn,
+    /// The softmax of rows whose probabilities meet values with scales, in three steps: those of several rows can then overlap.
+    pub(crate) max: unsafe fn(&[f32]) -> f32,
+    pub(crate) weigh: unsafe fn(&mut [f32], &[[u8; 4]], f32) -> Weighed,
+    pub(crate) quantize_weights: unsafe fn(&[f32], f32, WeightsMut<'_>),
     pub(crate) soft_cap: unsafe fn(&mut [f32], f32),
     pub(crate) sum_squares: unsafe fn(&[f32]) -> f32,
     pub(crate) normalize: unsafe fn(&[f32], f32, &[f32], &mut [f32]),
@@ -89,7 +92,6 @@ pub(crate) type GatedFn = unsafe fn([&IntegerTile<'_>; 2], &RowsMut<'_>);
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
 pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
-pub(crate) type SoftmaxQuantizeFn = unsafe fn(&mut [f32], &[[u8; 4]], WeightsMut<'_>) -> SoftmaxTotals;
 pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
@@ -184,6 +186,13 @@ impl RowsMut<'_> {
 pub(crate) struct SoftmaxTotals {
     pub(crate) max: f32,
     pub(crate) sum: f32,
+}
+
+/// What [`Kernels::weigh`] found: the sum of `exp(score - max)`, and the largest of their products with the scales.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Weighed {
+    pub(crate) sum: f32,
+    pub(crate) top: f32,
 }
 
 /// Where the products of probabilities and scales go, as codes of 16 bits in two planes (see [`crate::QuantizedRows`]).

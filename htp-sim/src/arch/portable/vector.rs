@@ -2,7 +2,7 @@
 //! in sixteen lanes, so every tier gives the same bits.
 
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, WeightsMut};
+use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 use crate::matmul::Write;
 
 /// Replaces scores by `exp(score - max)`; returns the maximum and the sum of the results.
@@ -27,12 +27,10 @@ pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     SoftmaxTotals { max, sum: fold(sums, |a, b| a + b) }
 }
 
-/// As [`softmax`]; then multiplies each result by its scale and quantizes these weights to codes up to 127 · 256.
-///
-/// A weight or maximum that is not finite makes the scale of the codes NaN.
+/// Replaces scores by `exp(score - max) · scale`, where `max` is the largest of them; returns the sum of the powers and the largest
+/// of the results, or if a result is not finite a number that is not.
 #[inline(always)]
-pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
-    let max = max(scores);
+pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
     let mut sums = [0.0_f32; LANES];
     let mut tops = [0_u32; LANES];
     let mut weigh = |scores: &mut [f32], scales: &[[u8; 4]]| {
@@ -48,14 +46,12 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
     let (scale_chunks, scale_rest) = scales.as_chunks::<LANES>();
     chunks.iter_mut().zip(scale_chunks).for_each(|(scores, scales)| weigh(scores, scales));
     weigh(rest, scale_rest);
-    let totals = SoftmaxTotals { max, sum: fold(sums, |a, b| a + b) };
-    quantize_weights(scores, f32::from_bits(fold(tops, u32::max)), out);
-    totals
+    Weighed { sum: fold(sums, |a, b| a + b), top: f32::from_bits(fold(tops, u32::max)) }
 }
 
-/// Quantizes weights whose largest is `top`.
+/// Quantizes weights whose largest is `top` to codes up to 127 · 256. If it is not finite the scale of the codes is NaN.
 #[inline(always)]
-fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
+pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
     *out.plane_sums = [0; 2];
     let Some(factor) = weight_factor(top, &mut *out.scale) else {
         out.hi.fill(0);
@@ -334,7 +330,7 @@ fn round_to_i32(x: f32) -> i32 {
 
 /// The largest value; `-inf` if there is none. NaN is passed over.
 #[inline(always)]
-fn max(x: &[f32]) -> f32 {
+pub(crate) fn max(x: &[f32]) -> f32 {
     let mut tops = [f32::NEG_INFINITY; LANES];
     let larger = |a: f32, b: f32| if a > b { a } else { b };
     let (chunks, rest) = x.as_chunks::<LANES>();

@@ -2,7 +2,7 @@
 
 use crate::arch::portable::vector;
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, WeightsMut};
+use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 
 #[target_feature(enable = "avx2")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -10,8 +10,18 @@ pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
 }
 
 #[target_feature(enable = "avx2")]
-pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
-    vector::softmax_quantize(scores, scales, out)
+pub(crate) fn max(x: &[f32]) -> f32 {
+    vector::max(x)
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
+    vector::weigh(scores, scales, max)
+}
+
+#[target_feature(enable = "avx2")]
+pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
+    vector::quantize_weights(weights, top, out);
 }
 
 #[target_feature(enable = "avx2")]

@@ -3,9 +3,9 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use crate::arch::portable::vector::{self, EXP, EXP_REST, LANES, LN2_HIGH, LN2_LOW, ROUND, fold};
+use crate::arch::portable::vector::{self, EXP, EXP_REST, LANES, LN2_HIGH, LN2_LOW, ROUND};
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{RowsMut, SoftmaxTotals, WeightsMut};
+use crate::kernels::{RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 use crate::matmul::Write;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -92,31 +92,31 @@ pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
     vector::divide(x, divisor, out);
 }
 
-/// The portable function, step for step: compiled from there, half of it came out in smaller registers.
+/// The portable function, step for step: compiled from there, half of it came out in smaller registers. So are the next two.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: WeightsMut<'_>) -> SoftmaxTotals {
-    let len = scores.len();
-    assert!(scales.len() >= len && out.hi.len() == len && out.lo.len() == len);
-    let (scores, scales) = (scores.as_mut_ptr(), scales.as_ptr().cast::<f32>());
-    // Whole registers first: with a mask that is known to be full, the compiler leaves it out.
-    let (whole, rest) = (len / LANES * LANES, len % LANES);
+pub(crate) fn max(x: &[f32]) -> f32 {
     let mut tops = _mm512_set1_ps(f32::NEG_INFINITY);
-    let mut top = |at: usize, mask: u16| {
-        // SAFETY: `mask` names the scores from `at` on that exist.
-        tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask, scores.add(at)) }, tops);
-    };
-    (0..whole).step_by(LANES).for_each(|at| top(at, u16::MAX));
-    if rest > 0 {
-        top(whole, mask(rest));
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        // SAFETY: sixteen values, unaligned.
+        tops = _mm512_max_ps(unsafe { _mm512_loadu_ps(chunk.as_ptr()) }, tops);
     }
-    let max = fold(floats(tops), |a, b| if a > b { a } else { b });
+    // SAFETY: `mask` names as many values as there are.
+    tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask(rest.len()), rest.as_ptr()) }, tops);
+    fold(tops, |a, b| _mm256_max_ps(a, b))
+}
 
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
+    let len = scores.len();
+    assert!(scales.len() >= len);
+    let (scores, scales, max) = (scores.as_mut_ptr(), scales.as_ptr().cast::<f32>(), _mm512_set1_ps(max));
     let (mut sums, mut tops) = (_mm512_setzero_ps(), _mm512_setzero_si512());
     let mut weigh = |at: usize, mask: u16| {
-        // SAFETY: as above; there are as many scales, and they need no alignment.
+        // SAFETY: `mask` names the scores from `at` on that exist; there are as many scales, and they need no alignment.
         let (score, scale) =
             unsafe { (_mm512_maskz_loadu_ps(mask, scores.add(at)), _mm512_maskz_loadu_ps(mask, scales.add(at))) };
-        let p = exp_nonpositive(_mm512_sub_ps(score, _mm512_set1_ps(max)));
+        let p = exp_nonpositive(_mm512_sub_ps(score, max));
         sums = _mm512_mask_add_ps(sums, mask, sums, p);
         let weight = _mm512_mul_ps(p, scale);
         // SAFETY: as above.
@@ -124,41 +124,55 @@ pub(crate) fn softmax_quantize(scores: &mut [f32], scales: &[[u8; 4]], out: Weig
         let magnitude = _mm512_maskz_and_epi32(mask, _mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
         tops = _mm512_max_epu32(tops, magnitude);
     };
+    // Whole registers first: with a mask that is known to be full, the compiler leaves it out.
+    let whole = len / LANES * LANES;
     (0..whole).step_by(LANES).for_each(|at| weigh(at, u16::MAX));
-    if rest > 0 {
-        weigh(whole, mask(rest));
+    if whole < len {
+        weigh(whole, mask(len - whole));
     }
-    let totals = SoftmaxTotals { max, sum: fold(floats(sums), |a, b| a + b) };
+    Weighed { sum: fold(sums, |a, b| _mm256_add_ps(a, b)), top: f32::from_bits(_mm512_reduce_max_epu32(tops)) }
+}
 
-    let top = f32::from_bits(_mm512_reduce_max_epu32(tops));
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
     *out.plane_sums = [0; 2];
     let Some(factor) = vector::weight_factor(top, out.scale) else {
         out.hi.fill(0);
         out.lo.fill(0);
-        return totals;
+        return;
     };
-    let round = _mm512_set1_ps(ROUND);
-    let (mut sums, mut hi_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-    let mut quantize = |at: usize, mask: u16| {
-        // SAFETY: as above; what is masked out reads as 0 and gets the code 0.
-        let weight = unsafe { _mm512_maskz_loadu_ps(mask, scores.add(at)) };
-        let rounded = _mm512_add_ps(_mm512_mul_ps(weight, _mm512_set1_ps(factor)), round);
-        let code = _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(round));
-        let hi = high_plane(code);
-        (sums, hi_sums) = (_mm512_add_epi32(sums, code), _mm512_add_epi32(hi_sums, hi));
-        // SAFETY: both planes are as long as the scores (checked above).
-        unsafe {
-            _mm512_mask_cvtepi32_storeu_epi8(out.hi.as_mut_ptr().add(at), mask, hi);
-            _mm512_mask_cvtepi32_storeu_epi8(out.lo.as_mut_ptr().add(at), mask, code);
+    assert!(out.hi.len() == weights.len() && out.lo.len() == weights.len());
+    let (factor, round) = (_mm512_set1_ps(factor), _mm512_set1_ps(ROUND));
+    let mut sums = [_mm512_setzero_si512(); 2];
+    for at in (0..weights.len()).step_by(4 * LANES) {
+        let left = weights.len() - at;
+        let codes = [0, 1, 2, 3].map(|i| {
+            let mask = mask(left.saturating_sub(i * LANES));
+            // SAFETY: `mask` names the weights that exist; others read as 0 and get the code 0.
+            let weight = unsafe { _mm512_maskz_loadu_ps(mask, weights.as_ptr().wrapping_add(at + i * LANES)) };
+            let rounded = _mm512_add_ps(_mm512_mul_ps(weight, factor), round);
+            _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(round))
+        });
+        let mask = u64::MAX >> (64 - left.min(64));
+        for (i, (plane, to)) in planes(codes).into_iter().zip([&mut *out.hi, &mut *out.lo]).enumerate() {
+            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_set1_epi8(1), plane);
+            // SAFETY: both planes are as long as the weights (asserted), and `mask` names those from `at` on.
+            unsafe { _mm512_mask_storeu_epi8(to.as_mut_ptr().add(at), mask, plane) }
         }
-    };
-    (0..whole).step_by(LANES).for_each(|at| quantize(at, u16::MAX));
-    if rest > 0 {
-        quantize(whole, mask(rest));
     }
-    let hi = _mm512_reduce_add_epi32(hi_sums);
-    *out.plane_sums = [hi, _mm512_reduce_add_epi32(sums) - 256 * hi];
-    totals
+    *out.plane_sums = sums.map(|sums| _mm512_reduce_add_epi32(sums));
+}
+
+/// The high and the low bytes of 64 codes of 16 bits, `code = 256 · hi + lo`, both signed.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn planes(codes: [__m512i; 4]) -> [__m512i; 2] {
+    let words = [_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3])];
+    let [h0, h1] = words.map(|words| _mm512_srai_epi16::<8>(_mm512_add_epi16(words, _mm512_set1_epi16(128))));
+    let [l0, l1] = words.map(|words| _mm512_and_si512(words, _mm512_set1_epi16(0xff)));
+    // Packing works in quarters of a register: four bytes of each of the codes in turn.
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    [_mm512_packs_epi16(h0, h1), _mm512_packus_epi16(l0, l1)].map(|bytes| _mm512_permutexvar_epi32(order, bytes))
 }
 
 /// `hi` of `code = 256 · hi + lo`, where `lo` is the code's lowest byte with its sign: what a store of bytes keeps of it.
@@ -219,14 +233,15 @@ fn exp_nonpositive(x: __m512) -> __m512 {
 
 /// The first `n` lanes.
 fn mask(n: usize) -> u16 {
-    u16::MAX >> (LANES - n.min(LANES))
+    u16::MAX.checked_shr((LANES - n.min(LANES)) as u32).unwrap_or(0)
 }
 
+/// Sixteen values to one, halving: in the order of [`vector::fold`]. `f` is applied to halves of a register.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn floats(register: __m512) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
-    // SAFETY: sixteen values, unaligned.
-    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), register) };
-    lanes
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn fold(lanes: __m512, f: impl Fn(__m256, __m256) -> __m256) -> f32 {
+    let eight = f(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
+    let four = f(eight, _mm256_permute2f128_ps::<1>(eight, eight));
+    let two = f(four, _mm256_permute_ps::<0b00_00_11_10>(four));
+    _mm256_cvtss_f32(f(two, _mm256_permute_ps::<1>(two)))
 }
