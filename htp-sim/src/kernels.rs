@@ -57,8 +57,8 @@ pub struct Kernels {
     pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
     /// `acc = acc · factors[0] + part · factors[1]`.
     pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
-    /// `out = x / divisor`.
-    pub(crate) divide: unsafe fn(&[f32], f32, &mut [f32]),
+    /// `out = x · factor`.
+    pub(crate) scale: unsafe fn(&[f32], f32, &mut [f32]),
     /// Products that go straight to the output, on tiers that gain by it.
     pub(crate) straight: Option<Straight>,
     /// To be called on a thread after the last tile of a region: what kernels keep from one tile to the next is given back.

@@ -74,8 +74,11 @@ impl WorkerScratch {
                 acc[..self.stride].copy_from_slice(part);
                 continue;
             }
-            let max = if old.max >= new.max { old.max } else { new.max };
-            let (old_factor, new_factor) = (exp(old.max - max), exp(new.max - max));
+            // Of two powers one is that of 0.
+            let (max, old_factor, new_factor) = match old.max >= new.max {
+                true => (old.max, 1.0, exp(new.max - old.max)),
+                false => (new.max, exp(old.max - new.max), 1.0),
+            };
             self.running[row] = SoftmaxTotals { max, sum: old.sum * old_factor + new.sum * new_factor };
             // SAFETY: the table exists only on a CPU that has its instruction set.
             unsafe { (kernels.merge)(&mut acc[..self.stride], part, [old_factor, new_factor]) }

@@ -200,9 +200,9 @@ impl Problem<'_> {
         for row in 0..tile.rows {
             // SAFETY: each pair of row and head belongs to one tile, and each tile is one item.
             let out = unsafe { out.range(self.at(tile, row), head_dim) };
-            let sum = scratch.running[row].sum;
+            let factor = 1.0 / scratch.running[row].sum;
             // SAFETY: the table exists only on a CPU that has its instruction set.
-            unsafe { (self.kernels.divide)(&scratch.acc[row * stride..][..head_dim], sum, out) }
+            unsafe { (self.kernels.scale)(&scratch.acc[row * stride..][..head_dim], factor, out) }
         }
     }
 

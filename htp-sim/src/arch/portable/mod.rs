@@ -34,7 +34,7 @@ pub(crate) const KERNELS: Kernels = Kernels {
     add_row: vector::add_row,
     store_rows: vector::store_rows,
     merge: vector::merge,
-    divide: vector::divide,
+    scale: vector::scale,
     straight: None,
     leave: || (),
     prefetch: |_| (),

@@ -177,10 +177,10 @@ pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
     in_lanes(acc, part, |acc, part| *acc = *acc * factors[0] + part * factors[1]);
 }
 
-/// `out = x / divisor`.
+/// `out = x · factor`.
 #[inline(always)]
-pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
-    in_lanes(out, x, |out, x| *out = x / divisor);
+pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
+    in_lanes(out, x, |out, x| *out = x * factor);
 }
 
 /// Calls `f` for each pair, sixteen at a time: rows of a tile are too short for loops that the compiler cuts itself.

@@ -75,6 +75,6 @@ pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
 }
 
 #[target_feature(enable = "avx2")]
-pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
-    vector::divide(x, divisor, out);
+pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
+    vector::scale(x, factor, out);
 }

@@ -88,8 +88,8 @@ pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn divide(x: &[f32], divisor: f32, out: &mut [f32]) {
-    vector::divide(x, divisor, out);
+pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
+    vector::scale(x, factor, out);
 }
 
 /// The portable function, step for step: compiled from there, half of it came out in smaller registers. So are the next two.

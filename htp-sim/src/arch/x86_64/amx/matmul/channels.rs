@@ -45,13 +45,15 @@ struct Product<'a, U, const PLANES: usize, const PAIR: u8> {
     /// Rows that the registers are shaped for.
     height: usize,
     sums: Sums,
+    /// Where all of k is one step: rows whose sums are on their way to memory. They become floats when the unit has the next to do.
+    pending: Option<Finish<'a, PLANES, PAIR>>,
 }
 
 impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES, PAIR> {
     #[inline]
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
         let fours = tile_fours(tiles[0].k);
-        Self { unit: U::default(), tiles, to, fours, height: 0, sums: Sums::uninit() }
+        Self { unit: U::default(), tiles, to, fours, height: 0, sums: Sums::uninit(), pending: None }
     }
 
     #[inline]
@@ -86,6 +88,10 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
                 }
             }
         }
+        if let Some(finish) = self.pending.take() {
+            // SAFETY: the sums of `pending` were stored.
+            unsafe { finish.run(&self.sums) }
+        }
     }
 
     /// Panels of the output that a pair makes.
@@ -109,9 +115,15 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
             let rows = if two_heights { 2 * ROWS } else { height };
             let (is_first, is_last) = (piece.inputs.start == 0, piece.inputs.end == tile.k);
             // Where the sums do not have to wait for another piece they stay in the first cache.
-            let slot = if is_first && is_last { 0 } else { row / ROWS * PLANES };
-            let group =
-                Group { tile, weights: piece.weights, from: piece.inputs.start, row, height, fours: self.fours };
+            let slot = match &self.pending {
+                Some(pending) => 2 - pending.slot,
+                None if is_first && is_last => 0,
+                None => row / ROWS * PLANES,
+            };
+            let is_one_step = self.fours * 4 == tile.k;
+            let has_x = rows == tile.rows && self.pending.is_some();
+            let from = piece.inputs.start;
+            let group = Group { tile, weights: piece.weights, from, row, height, fours: self.fours, has_x };
             // SAFETY: configured for the height and the inputs; the first piece stores the sums that the others load.
             unsafe {
                 if two_heights || PLANES == 2 {
@@ -121,9 +133,12 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
                 }
             }
             if is_last {
-                let finish = Finish::<PLANES, PAIR> { piece, to: self.to, row, rows, slot };
-                // SAFETY: the last piece stored the sums of these rows.
-                unsafe { finish.run::<W>(&self.sums) }
+                let finish = Finish { pair: piece.pair, scales: piece.scales, n: W, to: self.to, row, rows, slot };
+                let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
+                if let Some(finish) = finish {
+                    // SAFETY: the last piece stored the sums of these rows.
+                    unsafe { finish.run(&self.sums) }
+                }
             }
             if tile.rows > ROWS {
                 // The next panels' codes come to the second cache meanwhile.
@@ -158,6 +173,8 @@ struct Group<'a> {
     height: usize,
     /// Groups of four inputs in a tile.
     fours: usize,
+    /// Whether the tiles of x are the last group's, and all there are.
+    has_x: bool,
 }
 
 impl Group<'_> {
@@ -213,7 +230,9 @@ impl Group<'_> {
             }
             let mut four = 0;
             while four < self.weights[0].len() {
-                unit.load::<4>(x0.add(four * 4), tile.x_stride);
+                if !self.has_x {
+                    unit.load::<4>(x0.add(four * 4), tile.x_stride);
+                }
                 unit.load::<6>(w0.add(four).cast(), 64);
                 unit.dot::<0, 4, 6>();
                 if W == 2 {
@@ -221,7 +240,9 @@ impl Group<'_> {
                     unit.dot::<1, 4, 7>();
                 }
                 if X == 2 {
-                    unit.load::<5>(x1.add(four * 4), tile.x_stride);
+                    if !self.has_x {
+                        unit.load::<5>(x1.add(four * 4), tile.x_stride);
+                    }
                     unit.dot::<2, 5, 6>();
                 }
                 if X == 2 && W == 2 {
@@ -245,7 +266,10 @@ impl Group<'_> {
 
 /// Rows whose sums become floats, with the same operations as on the other tiers.
 struct Finish<'a, const PLANES: usize, const PAIR: u8> {
-    piece: &'a Piece<'a, 'a>,
+    pair: [(&'a IntegerTile<'a>, usize); PANELS],
+    scales: [__m512; PANELS],
+    /// Panels or planes.
+    n: usize,
     to: &'a RowsMut<'a>,
     row: usize,
     /// At most 16 of two planes, 32 of one.
@@ -254,22 +278,36 @@ struct Finish<'a, const PLANES: usize, const PAIR: u8> {
 }
 
 impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
+    /// # Safety
+    /// The sums of all rows were stored.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn run(&self, sums: &Sums) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.n {
+                1 => self.run_pair::<1>(sums),
+                _ => self.run_pair::<2>(sums),
+            }
+        }
+    }
+
     /// All rows of `W` panels or planes.
     ///
     /// # Safety
     /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn run<const W: usize>(&self, sums: &Sums) {
+    unsafe fn run_pair<const W: usize>(&self, sums: &Sums) {
         let outputs = if PAIR == NEIGHBOURS { W } else { 1 };
-        let (tile, panel) = self.piece.pair[0];
+        let (tile, panel) = self.pair[0];
         for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
             let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
             let row = self.row + i * ROWS;
             let mut to = self.to.place(row, x_scales.len(), panel * PANEL, outputs * PANEL);
             for x_scale in x_scales {
-                let scales = self.piece.scales.map(|scales| _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale)));
+                let scales = self.scales.map(|scales| _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale)));
                 // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
                     let first = sums[0].next();
