@@ -132,6 +132,9 @@ pub(crate) struct IntegerTile<'a> {
     /// Inputs per scale (block formats) or step.
     pub(crate) block: usize,
     pub(crate) offset: BlockOffset,
+    /// What the kernels of [`Straight`] add to each row, one after the other: `factor · row` from the tile's first panel on. A row
+    /// without values is left out.
+    pub(crate) added: [(&'a [f32], f32); 2],
 }
 
 /// Float rows by weights: `out[rows, 16 · panels] = x · Wᵀ`, overwritten. Sums run over `k` in ascending order.

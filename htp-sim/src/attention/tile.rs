@@ -157,6 +157,7 @@ impl Problem<'_> {
             offsets: &[],
             block: span.width,
             offset: BlockOffset::Symmetric,
+            added: [(&[], 0.0); 2],
         };
         let part = &mut scratch.part[..tile.rows * layout.value_head_dim()];
         // SAFETY: the table exists only on a CPU that has its instruction set. The cache holds whole groups of 16 positions,
@@ -230,6 +231,7 @@ impl Problem<'_> {
                 offsets: &[],
                 block: layout.key_head_dim(),
                 offset: BlockOffset::Symmetric,
+                added: [(&[], 0.0); 2],
             };
             // SAFETY: the table exists only on a CPU that has its instruction set. The cache holds whole panels, so the
             // last one is inside it; planes and scores have `rows` rows.

@@ -82,7 +82,7 @@ fn integer_products_mean_what_the_encoding_says() {
 fn products_on_a_shifted_grid_mean_what_the_grid_says() {
     let workers = team(2);
     let mut noise = Noise(11);
-    let (m, n, k) = (3, 21, 64);
+    let (m, n, k) = (19, 37, 64);
     for format in integer_formats(k) {
         let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
         let blob = weights(&layout, 7);
@@ -482,40 +482,51 @@ fn branches_do_not_depend_on_workers() {
     }
 }
 
-/// The fused gate gives the bits of its three steps.
+/// The fused gate gives the bits of its three steps, in every format, also with biases and on a shifted grid.
 #[test]
 fn gated_linear_is_gate_times_up() {
     let workers = team(2);
-    let (m, n, k) = (9, 70, 64);
-    let layout = PackedLayout::new(n, k, WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min })
-        .expect("sizes are fine");
-    let blobs = [weights(&layout, 41), weights(&layout, 43)];
-    let [gate, up] = [0, 1].map(|i| layout.view(&blobs[i]).expect("length matches"));
-    let bias = Noise(8).floats(n);
-    let x = Noise(9).floats(m * k);
-    each_tier(&workers, |cx| {
-        let rows = quantized(cx, &x, &layout, ActBits::Eight);
-        for activation in [Activation::Silu, Activation::Gelu] {
-            let mut gates = vec![0.0; m * n];
-            let biased = Part { bias: Some(&bias), ..part(gate, &mut gates) };
-            linear(cx, Rows::Quantized(&rows), &mut [biased]).expect("lengths match");
-            let mut expected = vec![0.0; m * n];
-            match activation {
-                Activation::Silu => crate::elementwise::silu(cx, &gates, &mut expected),
-                Activation::Gelu => crate::elementwise::gelu_tanh(cx, &gates, &mut expected),
-            }
-            .expect("lengths match");
-            let ups = product(cx, Rows::Quantized(&rows), up);
-            crate::elementwise::mul_assign(cx, &mut expected, &ups).expect("lengths match");
-            let mut found = vec![0.0; m * n];
-            let halves = GateUp {
-                gate: Gate { weights: gate, bias: Some(&bias), branch: None },
-                up: Gate { weights: up, bias: None, branch: None },
-            };
-            gated_linear(cx, Rows::Quantized(&rows), halves, activation, &mut found).expect("lengths match");
-            assert_eq!(bits(&found), bits(&expected), "{} {activation:?}", cx.kernels.name);
+    let (m, n, k) = (21, 70, 64);
+    let (bias, x) = (Noise(8).floats(n), Noise(9).floats(m * k));
+    for format in integer_formats(k) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blobs = [weights(&layout, 41), weights(&layout, 43)];
+        let halves = [0, 1].map(|i| layout.view(&blobs[i]).expect("length matches"));
+        let sums = halves.map(|half| sum_rows(&portable(&workers), half).expect("integer weights"));
+        let [gate, up] = [0, 1].map(|i| halves[i].with_row_sums(&sums[i]).expect("one for each row"));
+        let grids = [
+            (ActBits::Eight, None),
+            (ActBits::Sixteen, None),
+            (ActBits::Sixteen, crate::Grid::new(1e-4, -9000, 20000)),
+        ];
+        for (i, (act, grid)) in grids.into_iter().enumerate() {
+            each_tier(&workers, |cx| {
+                let mut rows = QuantizedRows::new(m, k, act, format.block().unwrap_or(k)).expect("sizes are fine");
+                rows.set_grid(grid).expect("the grid fits");
+                quantize_rows(cx, &x, &mut rows).expect("lengths match");
+                let rows = Rows::Quantized(&rows);
+                let bias = (i > 0).then_some(&bias[..]);
+                for activation in [Activation::Silu, Activation::Gelu] {
+                    let mut gates = vec![0.0; m * n];
+                    linear(cx, rows, &mut [Part { bias, ..part(gate, &mut gates) }]).expect("lengths match");
+                    let mut expected = vec![0.0; m * n];
+                    match activation {
+                        Activation::Silu => crate::elementwise::silu(cx, &gates, &mut expected),
+                        Activation::Gelu => crate::elementwise::gelu_tanh(cx, &gates, &mut expected),
+                    }
+                    .expect("lengths match");
+                    crate::elementwise::mul_assign(cx, &mut expected, &product(cx, rows, up)).expect("lengths match");
+                    let mut found = vec![0.0; m * n];
+                    let halves = GateUp {
+                        gate: Gate { weights: gate, bias, branch: None },
+                        up: Gate { weights: up, bias: None, branch: None },
+                    };
+                    gated_linear(cx, rows, halves, activation, &mut found).expect("lengths match");
+                    assert_eq!(bits(&found), bits(&expected), "{} {format:?} {activation:?}", cx.kernels.name);
+                }
+            });
         }
-    });
+    }
 }
 
 /// Rows with a NaN or an infinity give NaN and leave other rows alone.

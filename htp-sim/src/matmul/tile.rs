@@ -47,8 +47,7 @@ pub(super) fn compute(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, va
     }
 }
 
-/// Computes the tile without its branch straight into the output, if this tier has kernels for that and nothing but the product
-/// goes there. Says whether it did.
+/// Computes the tile with its bias straight into the output, if this tier has kernels for that. Says whether it did.
 pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, to: &RowsMut<'_>) -> bool {
     let Some((kernels, tile)) = straight(cx, x, half, tile, to) else { return false };
     let kernel = match half.weights.layout().format() {
@@ -101,10 +100,18 @@ fn straight<'a>(
 ) -> Option<(Straight, IntegerTile<'a>)> {
     let kernels = cx.kernels.straight?;
     let Rows::Quantized(rows) = x else { return None };
-    if rows.shift() != 0.0 || half.bias.is_some() || to.columns != tile.panels * PANEL {
+    if to.columns != tile.panels * PANEL {
         return None;
     }
-    let tile = integer_tile(rows, half.weights, tile);
+    let first = tile.panel * PANEL;
+    let mut tile = integer_tile(rows, half.weights, tile);
+    // In the order of `compute`.
+    if rows.shift() != 0.0 {
+        tile.added[0] = (&half.weights.row_sums()[first..], rows.shift());
+    }
+    if let Some(bias) = half.bias {
+        tile.added[1] = (&bias[first..], 1.0);
+    }
     let is_4bit_block = matches!(half.weights.layout().format(), WeightFormat::Int4Block { .. });
     let fits = if is_4bit_block { kernels.fits_w4b } else { kernels.fits };
     // SAFETY: the table exists only on a CPU that has its instruction set.
@@ -201,6 +208,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
             WeightFormat::Int4Block { offset, .. } => offset,
             _ => BlockOffset::Symmetric,
         },
+        added: [(&[], 0.0); 2],
     }
 }
 

@@ -99,6 +99,7 @@ unsafe fn agrees_with_portable() -> bool {
         offsets: &[],
         block: K,
         offset: crate::packed::BlockOffset::Symmetric,
+        added: [(&[], 0.0); 2],
     };
     let (mut found, mut expected) = ([0.0; ROWS * 16], [0.0; ROWS * 16]);
     // SAFETY: the caller's promise; the arrays above have the lengths that the tile states.

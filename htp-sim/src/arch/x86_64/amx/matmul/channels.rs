@@ -71,17 +71,21 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
             };
             let pair = [(first, panel), (second, next)];
             let blocks = if PAIR == PLANES_OF_ONE { Some(Blocks::<CODES>::of(first, panel)) } else { None };
-            let scales = match &blocks {
-                Some(blocks) => [blocks.step; PANELS],
-                None => [0, n_panels - 1].map(|i| load_f32(&pair[i].0.scales[pair[i].1 * PANEL * 4..])),
-            };
+            let outputs = [0, n_panels - 1].map(|i| {
+                let (tile, panel) = pair[i];
+                let scales = match &blocks {
+                    Some(blocks) => blocks.step,
+                    None => load_f32(&tile.scales[panel * PANEL * 4..]),
+                };
+                Outputs::new(tile, panel, scales)
+            });
             for from in (0..first.k).step_by(piece) {
                 let inputs = from..first.k.min(from + piece);
                 let weights = match &blocks {
                     Some(blocks) => unpacked.fill_planes(first, panel, blocks, inputs.clone()),
                     None => unpacked.fill::<CODES>(&pair, n_panels, inputs.clone()),
                 };
-                let piece = Piece { pair, scales, inputs, weights };
+                let piece = Piece { pair, outputs, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
                     _ => self.rows::<2>(&piece),
@@ -133,7 +137,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
                 }
             }
             if is_last {
-                let finish = Finish { pair: piece.pair, scales: piece.scales, n: W, to: self.to, row, rows, slot };
+                let finish = Finish { pair: piece.pair, outputs: piece.outputs, n: W, to: self.to, row, rows, slot };
                 let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
                 if let Some(finish) = finish {
                     // SAFETY: the last piece stored the sums of these rows.
@@ -156,8 +160,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
 struct Piece<'a, 'w> {
     /// The panels, each with the tile that it is of; one twice if the pair are its planes.
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
-    /// Of the outputs of each.
-    scales: [__m512; PANELS],
+    outputs: [Outputs; PANELS],
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
     weights: [&'w [[u8; 64]]; PANELS],
@@ -267,7 +270,7 @@ impl Group<'_> {
 /// Rows whose sums become floats, with the same operations as on the other tiers.
 struct Finish<'a, const PLANES: usize, const PAIR: u8> {
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
-    scales: [__m512; PANELS],
+    outputs: [Outputs; PANELS],
     /// Panels or planes.
     n: usize,
     to: &'a RowsMut<'a>,
@@ -299,29 +302,29 @@ impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn run_pair<const W: usize>(&self, sums: &Sums) {
-        let outputs = if PAIR == NEIGHBOURS { W } else { 1 };
+        let columns = if PAIR == NEIGHBOURS { W * PANEL } else { PANEL };
         let (tile, panel) = self.pair[0];
         for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
             let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
             let row = self.row + i * ROWS;
-            let mut to = self.to.place(row, x_scales.len(), panel * PANEL, outputs * PANEL);
+            let mut to = self.to.place(row, x_scales.len(), panel * PANEL, columns);
             for x_scale in x_scales {
-                let scales = self.scales.map(|scales| _mm512_mul_ps(scales, _mm512_set1_ps(*x_scale)));
+                let [first, second] = &self.outputs;
                 // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
-                    let first = sums[0].next();
+                    let dot = sums[0].next();
                     if PAIR == NEIGHBOURS {
-                        self.write(_mm512_mul_ps(first, scales[0]), to);
+                        self.write(first.value(dot, *x_scale), to);
                         if W == 2 {
-                            self.write(_mm512_mul_ps(sums[1].next(), scales[1]), to.add(PANEL));
+                            self.write(second.value(sums[1].next(), *x_scale), to.add(PANEL));
                         }
                     } else if PAIR == GATE_AND_UP {
-                        let gate = silu(_mm512_mul_ps(first, scales[0]));
-                        self.write(_mm512_mul_ps(gate, _mm512_mul_ps(sums[1].next(), scales[1])), to);
+                        let gate = silu(first.value(dot, *x_scale));
+                        self.write(_mm512_mul_ps(gate, second.value(sums[1].next(), *x_scale)), to);
                     } else {
-                        let dot = _mm512_fmadd_ps(first, _mm512_set1_ps(256.0), sums[1].next());
-                        self.write(_mm512_mul_ps(dot, scales[0]), to);
+                        let dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256.0), sums[1].next());
+                        self.write(first.value(dot, *x_scale), to);
                     }
                 }
                 to = to.wrapping_add(self.to.stride);
@@ -341,6 +344,36 @@ impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
             }
             _mm512_storeu_ps(to, value);
         }
+    }
+}
+
+/// What makes floats of the sums of a panel's outputs.
+#[derive(Clone, Copy)]
+struct Outputs {
+    scales: __m512,
+    added: [Option<__m512>; 2],
+}
+
+impl Outputs {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn new(tile: &IntegerTile<'_>, panel: usize, scales: __m512) -> Self {
+        let added = tile.added.map(|(row, factor)| {
+            // SAFETY: the slice has sixteen values (checked here), unaligned.
+            let row = (!row.is_empty()).then(|| unsafe { _mm512_loadu_ps(row[panel * PANEL..][..PANEL].as_ptr()) });
+            row.map(|row| _mm512_mul_ps(row, _mm512_set1_ps(factor)))
+        });
+        Self { scales, added }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn value(&self, dot: __m512, x_scale: f32) -> __m512 {
+        let mut value = _mm512_mul_ps(dot, _mm512_mul_ps(self.scales, _mm512_set1_ps(x_scale)));
+        for added in self.added.iter().flatten() {
+            value = _mm512_add_ps(value, *added);
+        }
+        value
     }
 }
 
