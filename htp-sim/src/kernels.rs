@@ -20,8 +20,6 @@ use crate::scratch::Disjoint;
 pub struct Kernels {
     /// Name of the tier: `"avx512_vnni"`, for logs, tests and bench ids.
     pub name: &'static str,
-    /// Whether 4-bit weights with a float scale per block may be rounded once more (see [`crate::linear`]).
-    pub(crate) is_relaxed: bool,
     /// Quantized rows by per-channel weights, 8 and 4 bit.
     pub(crate) matmul_q_w8c: IntegerFn,
     pub(crate) matmul_q_w4c: IntegerFn,
@@ -78,9 +76,6 @@ pub(crate) struct Straight {
     pub(crate) q_w8c: StraightFn,
     pub(crate) q_w4c: StraightFn,
     pub(crate) q_w4e: StraightFn,
-    /// Of relaxed tiers, for tiles that `fits_w4b`.
-    pub(crate) q_w4b: StraightFn,
-    pub(crate) fits_w4b: unsafe fn(&IntegerTile<'_>) -> bool,
     /// `silu(gate) · up` of two products with the same x, rows and panels.
     pub(crate) silu_w8c: GatedFn,
     pub(crate) silu_w4c: GatedFn,
@@ -96,7 +91,7 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
 ///
-/// All tiers give the same bits, but for relaxed ones where 4-bit codes with a scale per block meet many rows: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
+/// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
 /// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps too, and the
 /// code is then `(u - 8) · step`.
@@ -104,9 +99,6 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].
     pub(crate) rows: usize,
-    /// Rows of the whole product. A kernel that computes in another way for many rows goes by this number: it does not depend on
-    /// how the product is split.
-    pub(crate) of_rows: usize,
     pub(crate) panels: usize,
     /// Inputs to sum over: a multiple of 4 (8 for 4-bit codes).
     pub(crate) k: usize,
@@ -277,11 +269,11 @@ impl Kernels {
         let mut tiers: Vec<&'static Self> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            tiers.extend(amx::kernels().into_iter().flatten());
+            tiers.extend(amx::kernels());
             if isa::has_avx512_vnni() {
                 tiers.push(&avx512_vnni::KERNELS);
                 #[cfg(test)]
-                tiers.extend(&amx::EMULATED);
+                tiers.push(&amx::EMULATED);
                 #[cfg(test)]
                 tiers.push(&avx_vnni::EVEX_KERNELS);
             }

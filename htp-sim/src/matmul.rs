@@ -101,10 +101,6 @@ pub struct GateUp<'a> {
 /// rounding only: each is within `(k + 2) · 2^-23 · Σ |x · w|` of the exact sum. No result depends on the number of
 /// workers, or on how many rows or parts are computed together.
 ///
-/// There is one exception, which is never chosen by itself: on `amx_relaxed`, 4-bit weights with a float scale per block are rounded
-/// once more when they meet 24 rows or more, to whole steps of 1/30720 of the largest weight that the output's codes can stand for. A
-/// result moves by less than two of these steps times `Σ |x|`.
-///
 /// # Errors
 /// [`ShapeError`] if a length does not match, there are more than [`MAX_PARTS`] parts, quantized rows meet float weights,
 /// or their sums are over other blocks than the weights'. No output is changed then.

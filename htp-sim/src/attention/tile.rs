@@ -141,7 +141,6 @@ impl Problem<'_> {
         }
         let values = IntegerTile {
             rows: tile.rows,
-            of_rows: tile.rows,
             panels: layout.value_head_dim() / PANEL,
             k: span.width,
             hi: &scratch.p_hi,
@@ -215,7 +214,6 @@ impl Problem<'_> {
         if layout.format() == CacheFormat::Int8 {
             let tile = IntegerTile {
                 rows: tile.rows,
-                of_rows: tile.rows,
                 panels: width / PANEL,
                 k: layout.key_head_dim(),
                 hi: &scratch.hi,

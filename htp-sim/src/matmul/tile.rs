@@ -54,7 +54,6 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
         WeightFormat::Int8PerChannel => kernels.q_w8c,
         WeightFormat::Int4PerChannel => kernels.q_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
-        WeightFormat::Int4Block { .. } if cx.kernels.is_relaxed => kernels.q_w4b,
         _ => return false,
     };
     // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
@@ -112,10 +111,8 @@ fn straight<'a>(
     if let Some(bias) = half.bias {
         tile.added[1] = (&bias[first..], 1.0);
     }
-    let is_4bit_block = matches!(half.weights.layout().format(), WeightFormat::Int4Block { .. });
-    let fits = if is_4bit_block { kernels.fits_w4b } else { kernels.fits };
     // SAFETY: the table exists only on a CPU that has its instruction set.
-    unsafe { fits(&tile) }.then_some((kernels, tile))
+    unsafe { (kernels.fits)(&tile) }.then_some((kernels, tile))
 }
 
 /// Rows of floats, starting at a tile's first row.
@@ -189,7 +186,6 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
     let from = x.from(tile.row, format.block().unwrap_or(layout.k()));
     IntegerTile {
         rows: tile.rows,
-        of_rows: x.rows(),
         panels: tile.panels,
         k,
         hi: from.hi,

@@ -8,7 +8,6 @@ use crate::kernels::Kernels;
 
 pub(crate) const KERNELS: Kernels = Kernels {
     name: "portable",
-    is_relaxed: false,
     matmul_q_w8c: matmul::q_w8c,
     matmul_q_w4c: matmul::q_w4c,
     matmul_q_w8b: matmul::q_w8b,

@@ -11,17 +11,15 @@
 mod blocks;
 mod channels;
 mod unpack;
-mod wide;
 
 use std::arch::x86_64::*;
 
 use super::insn::{Shapes, TileUnit};
-use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, avx512_vnni};
+use crate::arch::x86_64::avx512_vnni;
 use crate::kernels::{IntegerTile, RowsMut};
 use crate::matmul::Write;
-use crate::packed::{BlockOffset, PANEL};
+use crate::packed::PANEL;
 use crate::scratch::Disjoint;
-use channels::{GATE_AND_UP, NEIGHBOURS, PLANES_OF_ONE};
 
 macro_rules! channels {
     ($codes:ident, $into_buffer:ident, $straight:ident, $silu:ident) => {
@@ -30,17 +28,17 @@ macro_rules! channels {
             if !fits_channels(tile) {
                 return avx512_vnni::matmul::$into_buffer(tile, out);
             }
-            channels::product::<U, $codes, NEIGHBOURS>([tile; 2], &in_buffer(tile, &Disjoint::new(out)));
+            channels::product::<U, $codes, false>([tile; 2], &in_buffer(tile, &Disjoint::new(out)));
         }
 
         #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
         pub(crate) fn $straight<U: TileUnit>(tile: &IntegerTile<'_>, to: &RowsMut<'_>) {
-            channels::product::<U, $codes, NEIGHBOURS>([tile; 2], to);
+            channels::product::<U, $codes, false>([tile; 2], to);
         }
 
         #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
         pub(crate) fn $silu<U: TileUnit>(tiles: [&IntegerTile<'_>; 2], to: &RowsMut<'_>) {
-            channels::product::<U, $codes, GATE_AND_UP>(tiles, to);
+            channels::product::<U, $codes, true>(tiles, to);
         }
     };
 }
@@ -69,29 +67,6 @@ pub(crate) fn q_w4b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
         return avx512_vnni::matmul::q_w4b(tile, out);
     }
     blocks::product::<U, FOUR_BIT_BLOCKS>(tile, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w4b_relaxed<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits_wide(tile) {
-        return q_w4b::<U>(tile, out);
-    }
-    q_w4b_straight::<U>(tile, &in_buffer(tile, &Disjoint::new(out)));
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w4b_straight<U: TileUnit>(tile: &IntegerTile<'_>, to: &RowsMut<'_>) {
-    match tile.offset {
-        BlockOffset::Symmetric => channels::product::<U, SYMMETRIC, PLANES_OF_ONE>([tile; 2], to),
-        BlockOffset::Integer => channels::product::<U, INTEGER, PLANES_OF_ONE>([tile; 2], to),
-        BlockOffset::Min => channels::product::<U, MIN, PLANES_OF_ONE>([tile; 2], to),
-    }
-}
-
-/// Whether 4-bit codes with a scale per block are worth to be made 16-bit weights: enough rows share the work.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn fits_wide(tile: &IntegerTile<'_>) -> bool {
-    tile.of_rows >= MIN_WIDE_ROWS && tile.width == PANEL && tile_fours(tile.k) >= MIN_FOURS
 }
 
 /// The rows of a tile side by side, as a kernel leaves them that knows no other place.
@@ -142,9 +117,6 @@ const ROWS: usize = 16;
 
 /// With fewer rows the tiles are too empty.
 const MIN_ROWS: usize = 4;
-
-/// With fewer rows in a product, blocks one by one are as fast, and exact.
-pub(crate) const MIN_WIDE_ROWS: usize = 24;
 
 /// Narrower tiles are too empty.
 const MIN_FOURS: usize = 4;

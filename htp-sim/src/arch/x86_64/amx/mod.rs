@@ -16,20 +16,9 @@ use insn::{Hardware, TileUnit};
 
 const KERNELS: Kernels = table::<Hardware>("amx");
 
-/// What [`KERNELS`] has, but for 4-bit codes with a scale per block: where many rows meet them they become 16-bit weights with a
-/// scale per output, and sums leave the tiles once.
-const RELAXED: Kernels = relaxed::<Hardware>(KERNELS, "amx_relaxed");
-
 /// The same kernels over tiles in plain Rust, for tests on CPUs without the unit.
 #[cfg(test)]
-pub(crate) const EMULATED: [Kernels; 2] = {
-    let exact = table::<emulated::Emulated>("amx_emulated");
-    [exact, relaxed::<emulated::Emulated>(exact, "amx_emulated_relaxed")]
-};
-
-const fn relaxed<U: TileUnit>(exact: Kernels, name: &'static str) -> Kernels {
-    Kernels { name, is_relaxed: true, matmul_q_w4b: matmul::q_w4b_relaxed::<U>, ..exact }
-}
+pub(crate) const EMULATED: Kernels = table::<emulated::Emulated>("amx_emulated");
 
 const fn table<U: TileUnit>(name: &'static str) -> Kernels {
     Kernels {
@@ -44,8 +33,6 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
             q_w8c: matmul::q_w8c_straight::<U>,
             q_w4c: matmul::q_w4c_straight::<U>,
             q_w4e: matmul::q_w4e_straight::<U>,
-            q_w4b: matmul::q_w4b_straight::<U>,
-            fits_w4b: matmul::fits_wide,
             silu_w8c: matmul::silu_w8c::<U>,
             silu_w4c: matmul::silu_w4c::<U>,
             silu_w4e: matmul::silu_w4e::<U>,
@@ -60,10 +47,10 @@ fn leave<U: TileUnit>() {
     unsafe { U::release() }
 }
 
-/// The tables, if this CPU has the unit, the system permits its use, and it computes what the plain kernel does. The first is exact.
-pub(crate) fn kernels() -> Option<[&'static Kernels; 2]> {
+/// The table, if this CPU has the unit, the system permits its use, and it computes what the plain kernel does.
+pub(crate) fn kernels() -> Option<&'static Kernels> {
     // SAFETY: the unit was seen to be there and permitted.
-    (isa::has_amx() && unsafe { agrees_with_portable() }).then_some([&KERNELS, &RELAXED])
+    (isa::has_amx() && unsafe { agrees_with_portable() }).then_some(&KERNELS)
 }
 
 /// A product with full tiles and cut ones, by this table and in plain Rust.
@@ -83,7 +70,6 @@ unsafe fn agrees_with_portable() -> bool {
     let scales = 1.0_f32.to_le_bytes().repeat(16);
     let tile = IntegerTile {
         rows: ROWS,
-        of_rows: ROWS,
         panels: 1,
         k: K,
         hi: &hi,

@@ -1,11 +1,10 @@
-//! Weights with a scale per output, or made such: sums stay in the tiles over all of k, or over a piece of it.
+//! Weights with a scale per output: sums stay in the tiles over all of k, or over a piece of it.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
-use super::wide::Blocks;
 use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
@@ -14,28 +13,20 @@ use crate::kernels::{IntegerTile, MAX_TILE_ROWS, RowsMut};
 use crate::matmul::Write;
 use crate::packed::PANEL;
 
-/// Writes the products of x with a tile's weights to their places or, of gate and up, `silu(gate) · up`. `CODES` says how they lie
-/// or, of 16-bit weights, what offset their blocks have.
+/// Writes the products of x with a tile's weights to their places or, of gate and up, `silu(gate) · up`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn product<U: TileUnit, const CODES: u8, const PAIR: u8>(
+pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
     tiles: [&IntegerTile<'_>; PANELS],
     to: &RowsMut<'_>,
 ) {
     match tiles[0].lo.is_empty() {
-        true => Product::<U, 1, PAIR>::new(tiles, to).run::<CODES>(),
-        false => Product::<U, 2, PAIR>::new(tiles, to).run::<CODES>(),
+        true => Product::<U, 1, GATED>::new(tiles, to).run::<CODES>(),
+        false => Product::<U, 2, GATED>::new(tiles, to).run::<CODES>(),
     }
 }
 
-/// What is computed together: two panels of one tile,
-pub(super) const NEIGHBOURS: u8 = 0;
-/// a panel of gate and the same of up,
-pub(super) const GATE_AND_UP: u8 = 1;
-/// or the two planes of a panel of 16-bit weights.
-pub(super) const PLANES_OF_ONE: u8 = 2;
-
 /// The product of a tile of the output, with what goes on from one pair of panels to the next.
-struct Product<'a, U, const PLANES: usize, const PAIR: u8> {
+struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     unit: U,
     /// Of the first panel of a pair and of the second: one and the same, or gate and up. Their x and shapes are the same.
     tiles: [&'a IntegerTile<'a>; PANELS],
@@ -46,10 +37,10 @@ struct Product<'a, U, const PLANES: usize, const PAIR: u8> {
     height: usize,
     sums: Sums,
     /// Where all of k is one step: rows whose sums are on their way to memory. They become floats when the unit has the next to do.
-    pending: Option<Finish<'a, PLANES, PAIR>>,
+    pending: Option<Finish<'a, PLANES, GATED>>,
 }
 
-impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES, PAIR> {
+impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLANES, GATED> {
     #[inline]
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
         let fours = tile_fours(tiles[0].k);
@@ -65,26 +56,12 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
         let whole = self.fours * 4 * (1 + self.fours % 2);
         let piece = first.k.div_ceil(first.k.div_ceil(PIECE)).next_multiple_of(whole).min(PIECE / whole * whole);
         for panel in (0..first.panels).step_by(Self::PANELS) {
-            let (next, n_panels) = match PAIR {
-                NEIGHBOURS => (panel + 1, PANELS.min(first.panels - panel)),
-                _ => (panel, PANELS),
-            };
+            let (next, n_panels) = if GATED { (panel, 2) } else { (panel + 1, PANELS.min(first.panels - panel)) };
             let pair = [(first, panel), (second, next)];
-            let blocks = if PAIR == PLANES_OF_ONE { Some(Blocks::<CODES>::of(first, panel)) } else { None };
-            let outputs = [0, n_panels - 1].map(|i| {
-                let (tile, panel) = pair[i];
-                let scales = match &blocks {
-                    Some(blocks) => blocks.step,
-                    None => load_f32(&tile.scales[panel * PANEL * 4..]),
-                };
-                Outputs::new(tile, panel, scales)
-            });
+            let outputs = [0, n_panels - 1].map(|i| Outputs::new(pair[i].0, pair[i].1));
             for from in (0..first.k).step_by(piece) {
                 let inputs = from..first.k.min(from + piece);
-                let weights = match &blocks {
-                    Some(blocks) => unpacked.fill_planes(first, panel, blocks, inputs.clone()),
-                    None => unpacked.fill::<CODES>(&pair, n_panels, inputs.clone()),
-                };
+                let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
                 let piece = Piece { pair, outputs, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
@@ -99,7 +76,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
     }
 
     /// Panels of the output that a pair makes.
-    const PANELS: usize = if PAIR == NEIGHBOURS { PANELS } else { 1 };
+    const PANELS: usize = if GATED { 1 } else { PANELS };
 
     /// All rows by a piece of `W` panels.
     #[inline]
@@ -137,7 +114,8 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
                 }
             }
             if is_last {
-                let finish = Finish { pair: piece.pair, outputs: piece.outputs, n: W, to: self.to, row, rows, slot };
+                let finish =
+                    Finish { pair: piece.pair, outputs: piece.outputs, n_panels: W, to: self.to, row, rows, slot };
                 let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
                 if let Some(finish) = finish {
                     // SAFETY: the last piece stored the sums of these rows.
@@ -146,7 +124,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
             }
             if tile.rows > ROWS {
                 // The next panels' codes come to the second cache meanwhile.
-                for (tile, panel) in piece.pair.iter().take(if PAIR == PLANES_OF_ONE { 1 } else { W }) {
+                for (tile, panel) in piece.pair.iter().take(W) {
                     let ahead = |row: usize| tile.panel_bytes * (Self::PANELS * tile.rows + row) / tile.rows;
                     ask_for(&tile.codes[panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
                 }
@@ -158,7 +136,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const PAIR: u8> Product<'a, U, PLANES
 
 /// Some inputs of a pair.
 struct Piece<'a, 'w> {
-    /// The panels, each with the tile that it is of; one twice if the pair are its planes.
+    /// The panels, each with the tile that it is of.
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
     outputs: [Outputs; PANELS],
     inputs: Range<usize>,
@@ -268,11 +246,10 @@ impl Group<'_> {
 }
 
 /// Rows whose sums become floats, with the same operations as on the other tiers.
-struct Finish<'a, const PLANES: usize, const PAIR: u8> {
+struct Finish<'a, const PLANES: usize, const GATED: bool> {
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
     outputs: [Outputs; PANELS],
-    /// Panels or planes.
-    n: usize,
+    n_panels: usize,
     to: &'a RowsMut<'a>,
     row: usize,
     /// At most 16 of two planes, 32 of one.
@@ -280,7 +257,7 @@ struct Finish<'a, const PLANES: usize, const PAIR: u8> {
     slot: usize,
 }
 
-impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
+impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
     /// # Safety
     /// The sums of all rows were stored.
     #[inline]
@@ -288,21 +265,21 @@ impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
     unsafe fn run(&self, sums: &Sums) {
         // SAFETY: the caller's promise.
         unsafe {
-            match self.n {
+            match self.n_panels {
                 1 => self.run_pair::<1>(sums),
                 _ => self.run_pair::<2>(sums),
             }
         }
     }
 
-    /// All rows of `W` panels or planes.
+    /// All rows of `W` panels.
     ///
     /// # Safety
     /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn run_pair<const W: usize>(&self, sums: &Sums) {
-        let columns = if PAIR == NEIGHBOURS { W * PANEL } else { PANEL };
+        let columns = if GATED { PANEL } else { W * PANEL };
         let (tile, panel) = self.pair[0];
         for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
@@ -314,17 +291,14 @@ impl<const PLANES: usize, const PAIR: u8> Finish<'_, PLANES, PAIR> {
                 // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
                     let dot = sums[0].next();
-                    if PAIR == NEIGHBOURS {
+                    if GATED {
+                        let gate = silu(first.value(dot, *x_scale));
+                        self.write(_mm512_mul_ps(gate, second.value(sums[1].next(), *x_scale)), to);
+                    } else {
                         self.write(first.value(dot, *x_scale), to);
                         if W == 2 {
                             self.write(second.value(sums[1].next(), *x_scale), to.add(PANEL));
                         }
-                    } else if PAIR == GATE_AND_UP {
-                        let gate = silu(first.value(dot, *x_scale));
-                        self.write(_mm512_mul_ps(gate, second.value(sums[1].next(), *x_scale)), to);
-                    } else {
-                        let dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256.0), sums[1].next());
-                        self.write(first.value(dot, *x_scale), to);
                     }
                 }
                 to = to.wrapping_add(self.to.stride);
@@ -357,7 +331,8 @@ struct Outputs {
 impl Outputs {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn new(tile: &IntegerTile<'_>, panel: usize, scales: __m512) -> Self {
+    fn new(tile: &IntegerTile<'_>, panel: usize) -> Self {
+        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
         let added = tile.added.map(|(row, factor)| {
             // SAFETY: the slice has sixteen values (checked here), unaligned.
             let row = (!row.is_empty()).then(|| unsafe { _mm512_loadu_ps(row[panel * PANEL..][..PANEL].as_ptr()) });

@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::wide::{self, Blocks};
 use super::{EIGHT_BIT, FOUR_BIT_BLOCKS, FOUR_BIT_STEPS, PANELS};
 use crate::arch::x86_64::avx512_vnni::matmul::{load_bytes, load_i8};
 use crate::kernels::IntegerTile;
@@ -42,19 +41,6 @@ impl Unpacked {
         }
         (n..PANELS).for_each(|i| filled[i] = filled[n - 1]);
         filled
-    }
-
-    /// Inputs `inputs`, at most [`PIECE`], of a panel as 16-bit weights in two planes.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) fn fill_planes<'a, const OFFSET: u8>(
-        &'a mut self,
-        tile: &IntegerTile<'a>,
-        panel: usize,
-        blocks: &Blocks<'_, OFFSET>,
-        inputs: Range<usize>,
-    ) -> [&'a [[u8; 64]]; PANELS] {
-        let fours = inputs.len() / 4;
-        wide::unpack(tile, panel, blocks, inputs, self.0.each_mut().map(|plane| &mut plane[..fours]))
     }
 }
 
