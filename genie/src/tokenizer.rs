@@ -6,19 +6,27 @@
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use tokenizers::{AddedVocabulary, Model, OffsetType, PreTokenizedString, PreTokenizer};
+use tokenizers::{
+    AddedVocabulary, DecoderWrapper, Model, NormalizerWrapper, OffsetType, PostProcessorWrapper, PreTokenizedString,
+    PreTokenizer, PreTokenizerWrapper, TokenizerImpl,
+};
 
 mod bpe;
 mod decoder;
 mod mask;
+mod model;
 mod opening;
 
 use decoder::Decoder;
 pub(crate) use mask::Mask;
+use model::TokenModel;
+
+/// The library's tokenizer, around a model that may be ours.
+type Inner = TokenizerImpl<TokenModel, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 /// A tokenizer. Immutable, so that dialogs may share it.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     decoder: Decoder,
     control: Vec<Control>,
     opening: Vec<u32>,
@@ -252,13 +260,13 @@ impl Tokenizer {
 }
 
 /// Reads a `tokenizer.json`, in the fast way if that can read it.
-fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+fn parse(bytes: &[u8]) -> Result<Inner, String> {
     if let Some(tokenizer) = bpe::read(bytes) {
         return Ok(tokenizer);
     }
     // First what is wrong with it as JSON: the library says only that no kind of model fits.
     serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|why| why.to_string())?;
-    tokenizers::Tokenizer::from_bytes(bytes).map_err(|why| why.to_string())
+    tokenizers::Tokenizer::from_bytes(bytes).and_then(model::of_library).map_err(|why| why.to_string())
 }
 
 /// Added tokens that steer the model: those marked special, and those that look like markup. The rest are words and

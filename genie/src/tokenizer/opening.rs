@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use tokenizers::{Encoding, Token};
 
-use super::Tokenizer;
+use super::{Inner, Tokenizer};
 
 /// The keys of `tokenizer_config.json` that matter here.
 #[derive(Deserialize)]
@@ -21,7 +21,7 @@ enum Bos {
 }
 
 /// What the post-processor of a `tokenizer.json` puts before a text.
-pub(super) fn of_post_processor(inner: &tokenizers::Tokenizer) -> Vec<u32> {
+pub(super) fn of_post_processor(inner: &Inner) -> Vec<u32> {
     let text = Encoding::from_tokens(vec![Token::new(TEXT, String::new(), (0, 0))], 0);
     // As elsewhere: a damaged file can make the library panic; such a tokenizer opens texts with nothing.
     let processed = std::panic::catch_unwind(|| inner.post_process(text, None, true));

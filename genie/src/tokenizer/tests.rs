@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{json, to_value};
 
 use super::*;
 use crate::testing::{CONTROL, END, bytes, bytes_json, golden, golden_json, sentencepiece_json, smollm2, tokenizer};
@@ -40,14 +40,32 @@ fn golden_long_text() {
     assert_eq!(tokenizer.encode(&text, Specials::AsText).unwrap(), want);
 }
 
-// Guards: the fast way to read a file gives the tokenizer that the library reads, from merges in either form; and what it cannot
-// read is left to the library.
+/// The tokenizer in `json` as we read it, and as the library does.
+fn both_readings(json: &serde_json::Value) -> (Inner, tokenizers::Tokenizer) {
+    let bytes = json.to_string().into_bytes();
+    (bpe::read(&bytes).unwrap_or_else(|| panic!("{json}")), tokenizers::Tokenizer::from_bytes(&bytes).unwrap())
+}
+
+// Guards: the fast way to read a file finds what the library reads, from merges in either form; and what it cannot read is left
+// to the library.
 #[test]
 fn fast_reading() {
     let check = |json: &serde_json::Value| {
-        let bytes = json.to_string().into_bytes();
-        let (fast, slow) = (bpe::read(&bytes).unwrap(), tokenizers::Tokenizer::from_bytes(&bytes).unwrap());
-        assert_eq!(serde_json::to_value(&fast).unwrap(), serde_json::to_value(&slow).unwrap());
+        let (ours, theirs) = both_readings(json);
+        assert_eq!(ours.get_vocab(true), theirs.get_vocab(true));
+        for (token, id) in theirs.get_vocab(true) {
+            assert_eq!(ours.id_to_token(id), Some(token));
+        }
+        let parts = |part: serde_json::Result<serde_json::Value>| part.unwrap();
+        assert_eq!(parts(to_value(ours.get_normalizer())), parts(to_value(theirs.get_normalizer())));
+        assert_eq!(parts(to_value(ours.get_pre_tokenizer())), parts(to_value(theirs.get_pre_tokenizer())));
+        assert_eq!(parts(to_value(ours.get_post_processor())), parts(to_value(theirs.get_post_processor())));
+        assert_eq!(parts(to_value(ours.get_decoder())), parts(to_value(theirs.get_decoder())));
+        assert_eq!(parts(to_value(ours.get_added_vocabulary())), parts(to_value(theirs.get_added_vocabulary())));
+        for text in ["", "a", "Once upon a time, 1234 <|im_end|> ab ba ▁ab", "日本 é👩‍👩‍👧‍👦\n\n  x"]
+        {
+            assert_eq!(ours.encode(text, false).unwrap(), theirs.encode(text, false).unwrap(), "{text}");
+        }
     };
     let mut smollm2 = golden_json("smollm2/tokenizer.json");
     check(&smollm2);
@@ -66,10 +84,18 @@ fn fast_reading() {
     };
     refuse("/version", json!("2.0"));
     refuse("/model/type", json!("WordPiece"));
+    refuse("/model/dropout", json!(0.5));
+    refuse("/model/continuing_subword_prefix", json!("##"));
+    refuse("/model/end_of_word_suffix", json!("</w>"));
+    refuse("/model/unk_token", json!("absent"));
+    refuse("/model/vocab", json!({"a": 1, "b": 1}));
+    refuse("/model/vocab", json!({"a": u32::MAX}));
+    refuse("/model/vocab", json!({"a": -1}));
     refuse("/model/merges", json!([["a", "b", "ab"]]));
     refuse("/model/merges", json!([["a"]]));
     refuse("/model/merges", json!(["a b c"]));
     refuse("/model/merges", json!([["a", "absent"]]));
+    refuse("/model/merges", json!([["a", "b"]]));
 }
 
 // Guards: no text encoded as text holds a control token, wherever its letters stand; and nothing of it is lost.
@@ -281,6 +307,42 @@ proptest! {
             prop_assert_eq!(streamed(smollm2, &ids), text);
             Ok(())
         })?;
+    }
+
+    // Guards: our byte-pair encoding cuts any word as the library's does, whatever the merges, their order and the ways to stand in
+    // for a character without a token: the same ids, texts and places.
+    #[test]
+    fn byte_pairs_equal_tokenizers(
+        merges in prop::collection::vec("[abé]{2,5}", 0..24),
+        (fuse, fallback, whole, unknown) in any::<(bool, bool, bool, bool)>(),
+        words in prop::collection::vec("[abéxyß<]{0,24}", 8),
+    ) {
+        let mut vocab: Vec<String> = ["?", "a", "b", "é", "<0x78>", "<0xC3>"].map(str::to_owned).to_vec();
+        let mut pairs: Vec<[String; 2]> = Vec::new();
+        for merged in merges {
+            // Cut at each place in turn, where both parts are tokens by then.
+            for (at, _) in merged.char_indices().skip(1) {
+                let (left, right) = merged.split_at(at);
+                let pair = [left.to_owned(), right.to_owned()];
+                if pair.iter().all(|part| vocab.contains(part)) && !pairs.contains(&pair) {
+                    pairs.push(pair);
+                    if !vocab.contains(&merged) {
+                        vocab.push(merged.clone());
+                    }
+                }
+            }
+        }
+        let mut json = bytes_json();
+        json["pre_tokenizer"] = json!(null);
+        json["added_tokens"] = json!([]);
+        json["model"] = json!({"type": "BPE", "unk_token": unknown.then_some("?"), "fuse_unk": fuse,
+            "byte_fallback": fallback, "ignore_merges": whole, "merges": pairs,
+            "vocab": vocab.into_iter().zip(0..).collect::<std::collections::HashMap<String, u32>>()});
+        let (ours, theirs) = both_readings(&json);
+        for word in words {
+            let [ours, theirs] = [ours.get_model().tokenize(&word), theirs.get_model().tokenize(&word)];
+            prop_assert_eq!(ours.unwrap(), theirs.unwrap(), "{} {}", word, json);
+        }
     }
 
     // Guards: any ids, also ones that cut characters, stream to the text that `tokenizers` decodes.
