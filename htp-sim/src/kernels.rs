@@ -53,8 +53,8 @@ pub struct Kernels {
     pub(crate) add_row: unsafe fn(&mut [f32], usize, &[f32], f32),
     /// Writes or adds the first columns of each row of `values`, `[_, width]`, `width` a multiple of 16, to its place.
     pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
-    /// `acc = acc · factors[0] + part · factors[1]`.
-    pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
+    /// Adds a part of attention, with the totals of its softmax, to another: the sum, its totals, the part, and the part's.
+    pub(crate) merge: unsafe fn(&mut [f32], &mut SoftmaxTotals, &[f32], SoftmaxTotals),
     /// `out = x · factor`.
     pub(crate) scale: unsafe fn(&[f32], f32, &mut [f32]),
     /// Products that go straight to the output, on tiers that gain by it.

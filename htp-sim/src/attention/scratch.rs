@@ -2,7 +2,6 @@
 
 use super::tile::Tile;
 use super::{CacheFormat, CacheLayout, RANGE, TILE_ROWS};
-use crate::arch::portable::vector::exp;
 use crate::kernels::{Kernels, SoftmaxTotals};
 use crate::scratch::Aligned;
 
@@ -74,14 +73,8 @@ impl WorkerScratch {
                 acc[..self.stride].copy_from_slice(part);
                 continue;
             }
-            // Of two powers one is that of 0.
-            let (max, old_factor, new_factor) = match old.max >= new.max {
-                true => (old.max, 1.0, exp(new.max - old.max)),
-                false => (new.max, exp(old.max - new.max), 1.0),
-            };
-            self.running[row] = SoftmaxTotals { max, sum: old.sum * old_factor + new.sum * new_factor };
             // SAFETY: the table exists only on a CPU that has its instruction set.
-            unsafe { (kernels.merge)(&mut acc[..self.stride], part, [old_factor, new_factor]) }
+            unsafe { (kernels.merge)(&mut acc[..self.stride], &mut self.running[row], part, new) }
         }
     }
 

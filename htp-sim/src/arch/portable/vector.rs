@@ -1,5 +1,5 @@
-//! Functions of one vector. Other tiers compile these same bodies for their registers: `mul_add` is avoided and sums run
-//! in sixteen lanes, so every tier gives the same bits.
+//! Functions of one vector. Other tiers compile these same bodies for their registers: sums run in sixteen lanes, and products
+//! and sums have one rounding where `mul_add` says so and nowhere else, so every tier gives the same bits.
 
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
@@ -59,7 +59,7 @@ pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
         return;
     };
     for ((hi, lo), weight) in out.hi.iter_mut().zip(&mut *out.lo).zip(weights) {
-        let code = round_to_i32(weight * factor);
+        let code = weight.mul_add(factor, ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
         *lo = code as i8;
         *hi = ((code - i32::from(*lo)) >> 8) as i8;
     }
@@ -171,10 +171,16 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
     }
 }
 
-/// `acc = acc · factors[0] + part · factors[1]`.
+/// Adds `part`, made with the totals `new`, to `acc`, made with `totals`; both are brought to the larger maximum.
 #[inline(always)]
-pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
-    in_lanes(acc, part, |acc, part| *acc = *acc * factors[0] + part * factors[1]);
+pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
+    // Of two powers one is that of 0.
+    let (max, old_factor, new_factor) = match totals.max >= new.max {
+        true => (totals.max, 1.0, exp(new.max - totals.max)),
+        false => (new.max, exp(totals.max - new.max), 1.0),
+    };
+    *totals = SoftmaxTotals { max, sum: totals.sum * old_factor + new.sum * new_factor };
+    in_lanes(acc, part, |acc, part| *acc = *acc * old_factor + part * new_factor);
 }
 
 /// `out = x · factor`.
@@ -249,12 +255,12 @@ fn quantize_values(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32, out: Quant
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.5, 88.8);
-    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    let p = EXP_REST[1..].iter().fold(EXP_REST[0], |p, c| p * r + c);
-    let e_r = p * (r * r) + r + 1.0;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let r = remainder(clamped, shifted - ROUND);
+    let p = EXP_REST[1..].iter().fold(EXP_REST[0], |p, c| p.mul_add(r, *c));
+    let e_r = p.mul_add(r * r, r) + 1.0;
     // Two factors, since 2^128 alone is not a float. `n` is in -126..=128, so both exponents are in range.
-    let n = (n + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
     let half = n >> 1;
     let power = |n: i32| f32::from_bits(((n + 127) << 23).cast_unsigned());
     let result = e_r * power(half) * power(n - half);
@@ -265,29 +271,63 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 /// `e^x` within 3 ulp for `x <= 0`; what is below -87 counts as -87. NaN gives NaN.
-///
-/// As [`exp`], with what the softmax of a row needs and no more: half the work.
 #[inline(always)]
 pub(crate) fn exp_nonpositive(x: f32) -> f32 {
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let p = EXP[1..].iter().fold(EXP[0], |p, c| p * r + c);
+    exp_within(if x < -87.0 { -87.0 } else { x })
+}
+
+/// `e^x` within 3 ulp for `x` from -87 to 87, or NaN.
+///
+/// As [`exp`], with what softmax and logistic function need and no more: half the work.
+#[inline(always)]
+fn exp_within(x: f32) -> f32 {
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let r = remainder(x, shifted - ROUND);
+    let p = EXP[1..].iter().fold(EXP[0], |p, c| p.mul_add(r, *c));
     // The low bits of `shifted` hold n, and the rest falls out at the top.
     p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
 }
 
+/// `x - n · ln 2`.
+#[inline(always)]
+fn remainder(x: f32, n: f32) -> f32 {
+    (-n).mul_add(LN2_LOW, (-n).mul_add(LN2_HIGH, x))
+}
+
+/// `1 / (1 + e^-x)`, 0 below -87.
+#[inline(always)]
+fn logistic(x: f32) -> f32 {
+    // Written so that NaN stays.
+    let at_most = if x > 87.0 { 87.0 } else { x };
+    let within = if at_most < -87.0 { -87.0 } else { at_most };
+    let result = inverse(1.0 + exp_within(-within));
+    if x < -87.0 { 0.0 } else { result }
+}
+
+/// `1 / d` within 1 ulp for `d` from 1 to 2^126, or NaN: a division takes as long as the rest of [`logistic`].
+///
+/// The bits of a float are nearly its logarithm, so a difference of bits is an inverse within 13 %. Each step takes the error
+/// to its third power.
+#[inline(always)]
+fn inverse(d: f32) -> f32 {
+    let mut r = f32::from_bits(INVERSE.wrapping_sub(d.to_bits()));
+    for _ in 0..2 {
+        let error = (-d).mul_add(r, 1.0);
+        r = r.mul_add(error.mul_add(error, error), r);
+    }
+    r
+}
+
 #[inline(always)]
 fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+    x * logistic(x)
 }
 
 /// `x / 2 · (1 + tanh(u)) = x · sigmoid(2u)`.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
     const TWICE_ROOT: f32 = 1.595_769; // 2 · √(2/π)
-    x / (1.0 + exp(-TWICE_ROOT * (x + 0.044_715 * x * x * x)))
+    x * logistic(TWICE_ROOT * (x + 0.044_715 * x * x * x))
 }
 
 #[inline(always)]
@@ -364,6 +404,9 @@ pub(crate) const EXP: [f32; 6] = [8.290_272e-3, 4.189_816e-2, 1.666_763_9e-1, 4.
 /// ln 2 in two parts: the first has few bits, so that its product with an exponent is exact.
 pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
 pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
+
+/// [`inverse`] starts with this less the bits.
+pub(crate) const INVERSE: u32 = 0x7ef3_11c7;
 
 /// Cephes' coefficients for (e^r - 1 - r) / r².
 pub(crate) const EXP_REST: [f32; 6] =

@@ -4,77 +4,77 @@ use crate::arch::portable::vector;
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     vector::softmax(scores)
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn max(x: &[f32]) -> f32 {
     vector::max(x)
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
     vector::weigh(scores, scales, max)
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
     vector::quantize_weights(weights, top, out);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn soft_cap(x: &mut [f32], cap: f32) {
     vector::soft_cap(x, cap);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn sum_squares(x: &[f32]) -> f32 {
     vector::sum_squares(x)
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn normalize(x: &[f32], inv: f32, weight: &[f32], out: &mut [f32]) {
     vector::normalize(x, inv, weight, out);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
     vector::quantize(row, out);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn unary(function: Unary, x: &mut [f32]) {
     vector::unary(function, x);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     vector::gate(activation, gate, up);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     vector::rotate(first, second, cos, sin);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32) {
     vector::add_row(values, width, row, factor);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
     vector::store_rows(values, width, to);
 }
 
-#[target_feature(enable = "avx2")]
-pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
-    vector::merge(acc, part, factors);
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
+    vector::merge(acc, totals, part, new);
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
     vector::scale(x, factor, out);
 }

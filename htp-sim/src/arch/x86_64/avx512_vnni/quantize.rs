@@ -2,11 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::high_plane;
+use super::vector::{PLANES_SHIFT, bytes, high_plane, planes};
 use crate::arch::portable::vector::{self, ROUND};
 use crate::kernels::{QuantizedRowMut, RowValues};
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
     let whole = row.x.len().is_multiple_of(LANES) && out.sum_block.is_multiple_of(LANES);
     let found = if whole { absmax(&row) } else { f32::NAN };
@@ -35,7 +35,8 @@ pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
 /// The largest magnitude, or infinity, or NaN.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn absmax(row: &RowValues<'_>) -> f32 {
-    let mut top = _mm512_setzero_si512();
+    // Several, so that no comparison waits for the one before.
+    let mut tops = [_mm512_setzero_si512(); 4];
     for at in (0..row.x.len()).step_by(LANES) {
         let value = match row.norm {
             None => load(row.x, at),
@@ -43,8 +44,9 @@ fn absmax(row: &RowValues<'_>) -> f32 {
         };
         // As integers the magnitudes of floats keep their order, and anything not finite is above all that is.
         let magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fff_ffff));
-        top = _mm512_max_epu32(top, magnitude);
+        tops = [tops[1], tops[2], tops[3], _mm512_max_epu32(tops[0], magnitude)];
     }
+    let top = _mm512_max_epu32(_mm512_max_epu32(tops[0], tops[1]), _mm512_max_epu32(tops[2], tops[3]));
     f32::from_bits(_mm512_reduce_max_epu32(top))
 }
 
@@ -58,19 +60,70 @@ struct Codes {
 
 impl Codes {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn write<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
-        let (low, high) = (_mm512_set1_ps(self.low), _mm512_set1_ps(self.high));
-        let (round, center) = (_mm512_set1_ps(ROUND), _mm512_set1_epi32(self.center));
-        let (mut total, mut hi_totals) = (0_i32, _mm512_setzero_si512());
         assert!(out.hi.len() == row.x.len() && (EIGHT || out.lo.len() == row.x.len()));
+        let is_wide = out.sum_block.is_multiple_of(WIDE) || out.sum_block == WIDE / 2;
+        if row.x.len().is_multiple_of(WIDE) && is_wide {
+            self.write_wide::<NORM, EIGHT>(row, out);
+        } else {
+            self.write_narrow::<NORM, EIGHT>(row, out);
+        }
+    }
+
+    /// Sixty-four codes at a time.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn write_wide<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
+        let (zero, ones) = (_mm512_setzero_si512(), _mm512_set1_epi8(1));
+        let (mut total, mut block_sums, mut hi_totals) = (0_i32, zero, zero);
+        let mut sums = out.sums.iter_mut();
+        let mut end_block = |sum: i32| {
+            if let Some(to) = sums.next() {
+                *to = sum;
+            }
+            total = total.wrapping_add(sum);
+        };
+        for at in (0..row.x.len()).step_by(WIDE) {
+            let mut codes = [zero; 4];
+            for (i, code) in codes.iter_mut().enumerate() {
+                *code = self.code::<NORM>(row, at + i * LANES, if EIGHT { 0 } else { PLANES_SHIFT });
+            }
+            // Each lane has the sum of four codes.
+            let four_sums = if EIGHT {
+                let codes = bytes(codes);
+                store_wide(&mut out.hi[at..], codes);
+                _mm512_dpbusd_epi32(zero, ones, codes)
+            } else {
+                let [hi, lo] = planes(codes);
+                store_wide(&mut out.hi[at..], hi);
+                store_wide(&mut out.lo[at..], lo);
+                let hi_sums = _mm512_dpbusd_epi32(zero, ones, hi);
+                hi_totals = _mm512_add_epi32(hi_totals, hi_sums);
+                _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(hi_sums), ones, lo)
+            };
+            if out.sum_block < WIDE {
+                end_block(_mm512_mask_reduce_add_epi32(0x00ff, four_sums));
+                end_block(_mm512_mask_reduce_add_epi32(0xff00, four_sums));
+                continue;
+            }
+            block_sums = _mm512_add_epi32(block_sums, four_sums);
+            if (at + WIDE).is_multiple_of(out.sum_block) {
+                end_block(_mm512_reduce_add_epi32(std::mem::replace(&mut block_sums, zero)));
+            }
+        }
+        *out.plane_sums = plane_sums::<EIGHT>(total, hi_totals);
+    }
+
+    /// Sixteen codes at a time.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn write_narrow<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
+        let (mut total, mut hi_totals) = (0_i32, _mm512_setzero_si512());
         for (block, sum) in out.sums.iter_mut().enumerate() {
             let mut sums = _mm512_setzero_si512();
             for at in (block * out.sum_block..(block + 1) * out.sum_block).step_by(LANES) {
-                let value = if NORM { normalized(row, at) } else { load(row.x, at) };
-                let quotient = _mm512_min_ps(_mm512_max_ps(self.divisor.divide(value), low), high);
-                let rounded = _mm512_castps_si512(_mm512_add_ps(quotient, round));
-                let code = _mm512_sub_epi32(_mm512_sub_epi32(rounded, _mm512_castps_si512(round)), center);
+                let code = self.code::<NORM>(row, at, 0);
                 sums = _mm512_add_epi32(sums, code);
                 if EIGHT {
                     store(&mut out.hi[at..], code);
@@ -82,12 +135,32 @@ impl Codes {
                 store(&mut out.lo[at..], code);
             }
             *sum = _mm512_reduce_add_epi32(sums);
-            // All of them may not fit; what is made of them below does.
             total = total.wrapping_add(*sum);
         }
-        let hi = if EIGHT { total } else { _mm512_reduce_add_epi32(hi_totals) };
-        *out.plane_sums = [hi, if EIGHT { 0 } else { total.wrapping_sub(hi.wrapping_mul(256)) }];
+        *out.plane_sums = plane_sums::<EIGHT>(total, hi_totals);
     }
+
+    /// Those of sixteen values, plus `shift`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn code<const NORM: bool>(&self, row: &RowValues<'_>, at: usize, shift: i32) -> __m512i {
+        let value = if NORM { normalized(row, at) } else { load(row.x, at) };
+        let (low, high) = (_mm512_set1_ps(self.low), _mm512_set1_ps(self.high));
+        let quotient = _mm512_min_ps(_mm512_max_ps(self.divisor.divide(value), low), high);
+        let rounded = _mm512_castps_si512(_mm512_add_ps(quotient, _mm512_set1_ps(ROUND)));
+        _mm512_sub_epi32(rounded, _mm512_set1_epi32(ROUND.to_bits().cast_signed() + self.center - shift))
+    }
+}
+
+/// The sums of both planes, from that of all codes, which may have wrapped: what is made of it here does fit.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn plane_sums<const EIGHT: bool>(total: i32, hi_totals: __m512i) -> [i32; 2] {
+    if EIGHT {
+        return [total, 0];
+    }
+    let hi = _mm512_reduce_add_epi32(hi_totals);
+    [hi, total.wrapping_sub(hi.wrapping_mul(256))]
 }
 
 /// Divides by one number, correctly rounded.
@@ -140,7 +213,18 @@ fn store(to: &mut [i8], codes: __m512i) {
     unsafe { _mm_storeu_si128(to[..LANES].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(codes)) }
 }
 
+/// Sixty-four bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_wide(to: &mut [i8], codes: __m512i) {
+    // SAFETY: the slice has as many bytes (checked here), unaligned.
+    unsafe { _mm512_storeu_si512(to[..WIDE].as_mut_ptr().cast(), codes) }
+}
+
 const LANES: usize = vector::LANES;
+
+/// Codes that fill a register as bytes.
+const WIDE: usize = 4 * LANES;
 
 /// 2^-100 and 2^100: with a scale and a largest quotient between them nothing above overflows, and what underflows is far below
 /// half a code.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use crate::arch::portable::vector::{self, EXP, EXP_REST, LANES, LN2_HIGH, LN2_LOW, ROUND};
+use crate::arch::portable::vector::{self, EXP, INVERSE, LANES, LN2_HIGH, LN2_LOW, ROUND};
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 use crate::matmul::Write;
@@ -83,8 +83,8 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
-    vector::merge(acc, part, factors);
+pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
+    vector::merge(acc, totals, part, new);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -144,35 +144,62 @@ pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
     assert!(out.hi.len() == weights.len() && out.lo.len() == weights.len());
     let (factor, round) = (_mm512_set1_ps(factor), _mm512_set1_ps(ROUND));
     let mut sums = [_mm512_setzero_si512(); 2];
-    for at in (0..weights.len()).step_by(4 * LANES) {
-        let left = weights.len() - at;
-        let codes = [0, 1, 2, 3].map(|i| {
+    let (from, hi, lo) = (weights.as_ptr(), out.hi.as_mut_ptr(), out.lo.as_mut_ptr());
+    let mut quantize = |at: usize, left: usize| {
+        let mut codes = [_mm512_setzero_si512(); 4];
+        for (i, codes) in codes.iter_mut().enumerate() {
             let mask = mask(left.saturating_sub(i * LANES));
             // SAFETY: `mask` names the weights that exist; others read as 0 and get the code 0.
-            let weight = unsafe { _mm512_maskz_loadu_ps(mask, weights.as_ptr().wrapping_add(at + i * LANES)) };
-            let rounded = _mm512_add_ps(_mm512_mul_ps(weight, factor), round);
-            _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(round))
-        });
-        let mask = u64::MAX >> (64 - left.min(64));
-        for (i, (plane, to)) in planes(codes).into_iter().zip([&mut *out.hi, &mut *out.lo]).enumerate() {
-            sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_set1_epi8(1), plane);
-            // SAFETY: both planes are as long as the weights (asserted), and `mask` names those from `at` on.
-            unsafe { _mm512_mask_storeu_epi8(to.as_mut_ptr().add(at), mask, plane) }
+            let weight = unsafe { _mm512_maskz_loadu_ps(mask, from.wrapping_add(at + i * LANES)) };
+            let rounded = _mm512_castps_si512(_mm512_fmadd_ps(weight, factor, round));
+            *codes = _mm512_sub_epi32(rounded, _mm512_set1_epi32(ROUND.to_bits().cast_signed() - PLANES_SHIFT));
         }
+        let mask = u64::MAX >> (64 - left);
+        let [high, low] = planes(codes);
+        sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_set1_epi8(1), high);
+        sums[1] = _mm512_dpbusd_epi32(sums[1], _mm512_set1_epi8(1), low);
+        // SAFETY: both planes are as long as the weights (asserted), and `mask` names those from `at` on.
+        unsafe {
+            _mm512_mask_storeu_epi8(hi.add(at), mask, high);
+            _mm512_mask_storeu_epi8(lo.add(at), mask, low);
+        }
+    };
+    // Whole ones first, as in `weigh`.
+    let whole = weights.len() / (4 * LANES) * (4 * LANES);
+    (0..whole).step_by(4 * LANES).for_each(|at| quantize(at, 4 * LANES));
+    if whole < weights.len() {
+        quantize(whole, weights.len() - whole);
     }
-    *out.plane_sums = sums.map(|sums| _mm512_reduce_add_epi32(sums));
+    *out.plane_sums = [_mm512_reduce_add_epi32(sums[0]), _mm512_reduce_add_epi32(sums[1])];
 }
 
-/// The high and the low bytes of 64 codes of 16 bits, `code = 256 · hi + lo`, both signed.
+/// The high and the low bytes of 64 codes, `code = 256 · hi + lo`, both signed, from the codes plus [`PLANES_SHIFT`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn planes(codes: [__m512i; 4]) -> [__m512i; 2] {
+pub(super) fn planes(shifted: [__m512i; 4]) -> [__m512i; 2] {
+    let words = [_mm512_packs_epi32(shifted[0], shifted[1]), _mm512_packs_epi32(shifted[2], shifted[3])];
+    let low = |words| _mm512_and_si512(words, _mm512_set1_epi16(0xff));
+    let hi = _mm512_packs_epi16(_mm512_srai_epi16::<8>(words[0]), _mm512_srai_epi16::<8>(words[1]));
+    let lo = _mm512_packus_epi16(low(words[0]), low(words[1]));
+    [in_order(hi), in_order(_mm512_xor_si512(lo, _mm512_set1_epi8(i8::MIN)))]
+}
+
+/// With this added, the codes of two planes are those of 16 bits.
+pub(super) const PLANES_SHIFT: i32 = 128;
+
+/// 64 codes of 8 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn bytes(codes: [__m512i; 4]) -> __m512i {
     let words = [_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3])];
-    let [h0, h1] = words.map(|words| _mm512_srai_epi16::<8>(_mm512_add_epi16(words, _mm512_set1_epi16(128))));
-    let [l0, l1] = words.map(|words| _mm512_and_si512(words, _mm512_set1_epi16(0xff)));
-    // Packing works in quarters of a register: four bytes of each of the codes in turn.
-    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    [_mm512_packs_epi16(h0, h1), _mm512_packus_epi16(l0, l1)].map(|bytes| _mm512_permutexvar_epi32(order, bytes))
+    in_order(_mm512_packs_epi16(words[0], words[1]))
+}
+
+/// Packing works in quarters of a register, and leaves four bytes of each of its operands in turn.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn in_order(packed: __m512i) -> __m512i {
+    _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed)
 }
 
 /// `hi` of `code = 256 · hi + lo`, where `lo` is the code's lowest byte with its sign: what a store of bytes keeps of it.
@@ -184,32 +211,9 @@ pub(super) fn high_plane(code: __m512i) -> __m512i {
 
 /// As in `portable`.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn silu(x: __m512) -> __m512 {
-    let minus_x = _mm512_xor_ps(x, _mm512_set1_ps(-0.0));
-    _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0), exp(minus_x)))
-}
-
-/// As in `portable`.
-#[inline]
 #[target_feature(enable = "avx512f")]
-fn exp(x: __m512) -> __m512 {
-    // In this order NaN stays.
-    let clamped = _mm512_min_ps(_mm512_set1_ps(88.8), _mm512_max_ps(_mm512_set1_ps(-87.5), x));
-    let round = _mm512_set1_ps(ROUND);
-    let n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(LOG2_E)), round), round);
-    // The product is exact, so that one rounding makes no difference.
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), clamped);
-    let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
-    let mut p = _mm512_set1_ps(EXP_REST[0]);
-    for c in &EXP_REST[1..] {
-        p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(*c));
-    }
-    let e_r = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(p, _mm512_mul_ps(r, r)), r), _mm512_set1_ps(1.0));
-    let is_small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_set1_ps(-87.33));
-    let is_large = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(88.722_84));
-    let result = _mm512_mask_mov_ps(_mm512_scalef_ps(e_r, n), is_small, _mm512_setzero_ps());
-    _mm512_mask_mov_ps(result, is_large, _mm512_set1_ps(f32::INFINITY))
+pub(crate) fn silu(x: __m512) -> __m512 {
+    _mm512_mul_ps(x, logistic(x))
 }
 
 /// As in `portable`.
@@ -217,18 +221,47 @@ fn exp(x: __m512) -> __m512 {
 #[target_feature(enable = "avx512f")]
 fn exp_nonpositive(x: __m512) -> __m512 {
     // In this order NaN stays.
-    let x = _mm512_max_ps(_mm512_set1_ps(-87.0), x);
-    let shifted = _mm512_add_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)), _mm512_set1_ps(ROUND));
+    exp_within(_mm512_max_ps(_mm512_set1_ps(-87.0), x))
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp_within(x: __m512) -> __m512 {
+    let shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(ROUND));
     let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
-    // As in `exp`.
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), x);
-    let r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(LN2_LOW)));
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LOW), _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), x));
     let mut p = _mm512_set1_ps(EXP[0]);
     for c in &EXP[1..] {
-        p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(*c));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
     }
     let exponent = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
     _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn logistic(x: __m512) -> __m512 {
+    let (least, most) = (_mm512_set1_ps(-87.0), _mm512_set1_ps(87.0));
+    // In this order NaN stays.
+    let within = _mm512_max_ps(least, _mm512_min_ps(most, x));
+    let power = exp_within(_mm512_sub_ps(_mm512_setzero_ps(), within));
+    let is_above = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
+    _mm512_maskz_mov_ps(is_above, inverse(_mm512_add_ps(_mm512_set1_ps(1.0), power)))
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn inverse(d: __m512) -> __m512 {
+    let bits = _mm512_sub_epi32(_mm512_set1_epi32(INVERSE.cast_signed()), _mm512_castps_si512(d));
+    let mut r = _mm512_castsi512_ps(bits);
+    for _ in 0..2 {
+        let error = _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0));
+        r = _mm512_fmadd_ps(r, _mm512_fmadd_ps(error, error, error), r);
+    }
+    r
 }
 
 /// The first `n` lanes.

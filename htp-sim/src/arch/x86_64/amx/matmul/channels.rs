@@ -58,11 +58,10 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         for panel in (0..first.panels).step_by(Self::PANELS) {
             let (next, n_panels) = if GATED { (panel, 2) } else { (panel + 1, PANELS.min(first.panels - panel)) };
             let pair = [(first, panel), (second, next)];
-            let outputs = [0, n_panels - 1].map(|i| Outputs::new(pair[i].0, pair[i].1));
             for from in (0..first.k).step_by(piece) {
                 let inputs = from..first.k.min(from + piece);
                 let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
-                let piece = Piece { pair, outputs, inputs, weights };
+                let piece = Piece { pair, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
                     _ => self.rows::<2>(&piece),
@@ -114,8 +113,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
                 }
             }
             if is_last {
-                let finish =
-                    Finish { pair: piece.pair, outputs: piece.outputs, n_panels: W, to: self.to, row, rows, slot };
+                let finish = Finish { pair: piece.pair, n_panels: W, to: self.to, row, rows, slot };
                 let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
                 if let Some(finish) = finish {
                     // SAFETY: the last piece stored the sums of these rows.
@@ -138,7 +136,6 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
 struct Piece<'a, 'w> {
     /// The panels, each with the tile that it is of.
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
-    outputs: [Outputs; PANELS],
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
     weights: [&'w [[u8; 64]]; PANELS],
@@ -248,7 +245,6 @@ impl Group<'_> {
 /// Rows whose sums become floats, with the same operations as on the other tiers.
 struct Finish<'a, const PLANES: usize, const GATED: bool> {
     pair: [(&'a IntegerTile<'a>, usize); PANELS],
-    outputs: [Outputs; PANELS],
     n_panels: usize,
     to: &'a RowsMut<'a>,
     row: usize,
@@ -263,31 +259,34 @@ impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn run(&self, sums: &Sums) {
+        let adds = self.pair.iter().any(|(tile, _)| tile.added.iter().any(|(row, _)| !row.is_empty()));
         // SAFETY: the caller's promise.
         unsafe {
-            match self.n_panels {
-                1 => self.run_pair::<1>(sums),
-                _ => self.run_pair::<2>(sums),
+            match (self.n_panels, adds) {
+                (1, false) => self.run_pair::<1, false>(sums),
+                (1, true) => self.run_pair::<1, true>(sums),
+                (_, false) => self.run_pair::<2, false>(sums),
+                (_, true) => self.run_pair::<2, true>(sums),
             }
         }
     }
 
-    /// All rows of `W` panels.
+    /// All rows of `W` panels. `ADDS` says whether something is added to their outputs.
     ///
     /// # Safety
     /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn run_pair<const W: usize>(&self, sums: &Sums) {
+    unsafe fn run_pair<const W: usize, const ADDS: bool>(&self, sums: &Sums) {
         let columns = if GATED { PANEL } else { W * PANEL };
         let (tile, panel) = self.pair[0];
+        let (first, second) = (Outputs::<ADDS>::new(self.pair[0]), Outputs::<ADDS>::new(self.pair[W - 1]));
         for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
             let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
             let row = self.row + i * ROWS;
             let mut to = self.to.place(row, x_scales.len(), panel * PANEL, columns);
             for x_scale in x_scales {
-                let [first, second] = &self.outputs;
                 // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
                 unsafe {
                     let dot = sums[0].next();
@@ -322,33 +321,32 @@ impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
 }
 
 /// What makes floats of the sums of a panel's outputs.
-#[derive(Clone, Copy)]
-struct Outputs {
+struct Outputs<const ADDS: bool> {
     scales: __m512,
-    added: [Option<__m512>; 2],
+    /// Zeros where there is nothing to add.
+    added: [__m512; 2],
 }
 
-impl Outputs {
+impl<const ADDS: bool> Outputs<ADDS> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn new(tile: &IntegerTile<'_>, panel: usize) -> Self {
-        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
-        let added = tile.added.map(|(row, factor)| {
-            // SAFETY: the slice has sixteen values (checked here), unaligned.
-            let row = (!row.is_empty()).then(|| unsafe { _mm512_loadu_ps(row[panel * PANEL..][..PANEL].as_ptr()) });
-            row.map(|row| _mm512_mul_ps(row, _mm512_set1_ps(factor)))
-        });
-        Self { scales, added }
+    fn new((tile, panel): (&IntegerTile<'_>, usize)) -> Self {
+        let mut added = [_mm512_setzero_ps(); 2];
+        for (added, (row, factor)) in added.iter_mut().zip(&tile.added) {
+            if ADDS && !row.is_empty() {
+                // SAFETY: the slice has sixteen values (checked here), unaligned.
+                let row = unsafe { _mm512_loadu_ps(row[panel * PANEL..][..PANEL].as_ptr()) };
+                *added = _mm512_mul_ps(row, _mm512_set1_ps(*factor));
+            }
+        }
+        Self { scales: load_f32(&tile.scales[panel * PANEL * 4..]), added }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn value(&self, dot: __m512, x_scale: f32) -> __m512 {
-        let mut value = _mm512_mul_ps(dot, _mm512_mul_ps(self.scales, _mm512_set1_ps(x_scale)));
-        for added in self.added.iter().flatten() {
-            value = _mm512_add_ps(value, *added);
-        }
-        value
+        let value = _mm512_mul_ps(dot, _mm512_mul_ps(self.scales, _mm512_set1_ps(x_scale)));
+        if ADDS { _mm512_add_ps(_mm512_add_ps(value, self.added[0]), self.added[1]) } else { value }
     }
 }
 
