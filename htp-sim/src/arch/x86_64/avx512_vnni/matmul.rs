@@ -4,6 +4,7 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
 
+mod many_rows;
 mod one_row;
 
 use std::arch::x86_64::*;
@@ -14,11 +15,17 @@ use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if many_rows::fits(tile) {
+        return many_rows::product::<{ many_rows::EIGHT_BIT }>(tile, out);
+    }
     per_channel::<false>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if many_rows::fits(tile) {
+        return many_rows::product::<{ many_rows::FOUR_BIT }>(tile, out);
+    }
     per_channel::<true>(tile, out);
 }
 
@@ -39,6 +46,9 @@ pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
             true => one_row::product::<1>(tile, out),
             false => one_row::product::<2>(tile, out),
         };
+    }
+    if many_rows::fits(tile) {
+        return many_rows::product::<{ many_rows::FOUR_BIT_STEPS }>(tile, out);
     }
     integer::<true, STEPS>(tile, out);
 }
