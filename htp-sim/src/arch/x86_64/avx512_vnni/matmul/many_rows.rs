@@ -80,11 +80,11 @@ impl Piece<'_, '_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn group<const PLANES: usize, const W: usize, const ROWS: usize>(&mut self, row: usize, out: &mut [f32]) -> usize {
         let planes = Planes::<PLANES>::new(self.tile, row);
-        let mut acc = [[[_mm512_setzero_si512(); PLANES]; ROWS]; W];
+        let mut acc = [[[_mm512_setzero_si512(); W]; PLANES]; ROWS];
         if self.inputs.start > 0 {
-            for (w, acc) in acc.iter_mut().enumerate() {
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    for (plane, acc) in acc.iter_mut().enumerate() {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (plane, acc) in acc.iter_mut().enumerate() {
+                    for (w, acc) in acc.iter_mut().enumerate() {
                         // SAFETY: the piece before wrote the sums of all rows, planes and panels.
                         *acc = unsafe { self.sums.0[row + r][plane][w].assume_init() };
                     }
@@ -97,39 +97,53 @@ impl Piece<'_, '_> {
                 // SAFETY: `pieces` wrote as many groups of four inputs, for each of the panels.
                 *codes = unsafe { self.codes.0[w][four].assume_init() };
             }
-            for r in 0..ROWS {
-                for plane in 0..PLANES {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (plane, acc) in acc.iter_mut().enumerate() {
                     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
                     let x = unsafe { planes.broadcast(plane, r, k) };
-                    for w in 0..W {
-                        acc[w][r][plane] = _mm512_dpbusd_epi32(acc[w][r][plane], codes[w], x);
+                    for (acc, codes) in acc.iter_mut().zip(codes) {
+                        *acc = _mm512_dpbusd_epi32(*acc, codes, x);
                     }
                 }
             }
         }
-        let is_last = self.inputs.end == self.tile.k;
-        for (w, mut acc) in acc.into_iter().enumerate() {
-            if is_last {
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    for (plane, acc) in acc.iter_mut().enumerate() {
-                        let excess = self.tile.plane_sums[row + r][plane].wrapping_mul(self.zero);
-                        *acc = _mm512_sub_epi32(*acc, _mm512_set1_epi32(excess));
-                    }
-                }
-                let panel = self.panel + w;
-                let values = channel_finish::<PLANES, ROWS>(self.tile, Place { panel, row }, acc);
-                for (r, values) in values.into_iter().enumerate() {
-                    store(&mut out[((row + r) * self.tile.panels + panel) * PANEL..], values);
-                }
-            } else {
-                for (r, acc) in acc.into_iter().enumerate() {
-                    for (plane, acc) in acc.into_iter().enumerate() {
-                        self.sums.0[row + r][plane][w].write(acc);
-                    }
+        if self.inputs.end == self.tile.k {
+            self.finish(row, acc, out);
+            return ROWS;
+        }
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (plane, acc) in acc.into_iter().enumerate() {
+                for (w, acc) in acc.into_iter().enumerate() {
+                    self.sums.0[row + r][plane][w].write(acc);
                 }
             }
         }
         ROWS
+    }
+
+    /// Makes floats of the sums.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn finish<const PLANES: usize, const W: usize, const ROWS: usize>(
+        &self,
+        row: usize,
+        sums: [[[__m512i; W]; PLANES]; ROWS],
+        out: &mut [f32],
+    ) {
+        let tile = self.tile;
+        for (w, panel) in (self.panel..).enumerate().take(W) {
+            let mut dots = [[_mm512_setzero_si512(); PLANES]; ROWS];
+            for (r, dots) in dots.iter_mut().enumerate() {
+                for (plane, dot) in dots.iter_mut().enumerate() {
+                    let excess = tile.plane_sums[row + r][plane].wrapping_mul(self.zero);
+                    *dot = _mm512_sub_epi32(sums[r][plane][w], _mm512_set1_epi32(excess));
+                }
+            }
+            let values = channel_finish::<PLANES, ROWS>(tile, Place { panel, row }, dots);
+            for (r, values) in values.into_iter().enumerate() {
+                store(&mut out[((row + r) * tile.panels + panel) * PANEL..], values);
+            }
+        }
     }
 }
 
