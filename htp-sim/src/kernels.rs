@@ -53,7 +53,7 @@ pub struct Kernels {
     pub(crate) add_row: unsafe fn(&mut [f32], usize, &[f32], f32),
     /// Writes or adds the first columns of each row of `values`, `[_, width]`, `width` a multiple of 16, to its place.
     pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
-    /// Adds a part of attention, with the totals of its softmax, to another: the sum, its totals, the part, and the part's.
+    /// `merge(acc, totals, part, part_totals)` adds a part of attention to `acc`; each was made with the totals of its softmax.
     pub(crate) merge: unsafe fn(&mut [f32], &mut SoftmaxTotals, &[f32], SoftmaxTotals),
     /// `out = x · factor`.
     pub(crate) scale: unsafe fn(&[f32], f32, &mut [f32]),

@@ -3,27 +3,23 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Deserializer};
 use tokenizers::models::TrainerWrapper;
-use tokenizers::{Model, ModelWrapper, Result, Token, TokenizerBuilder};
+use tokenizers::{Model, ModelWrapper, Result, Token};
 
-use super::Inner;
 use super::bpe::Bpe;
 
+/// What makes tokens of words.
 pub(super) enum TokenModel {
     Bpe(Bpe),
     Library(ModelWrapper),
 }
 
-/// What the library has read, with its model.
-pub(super) fn of_library(tokenizer: tokenizers::Tokenizer) -> Result<Inner> {
-    TokenizerBuilder::new()
-        .with_model(TokenModel::Library(tokenizer.get_model().clone()))
-        .with_normalizer(tokenizer.get_normalizer().cloned())
-        .with_pre_tokenizer(tokenizer.get_pre_tokenizer().cloned())
-        .with_post_processor(tokenizer.get_post_processor().cloned())
-        .with_decoder(tokenizer.get_decoder().cloned())
-        .with_added_vocabulary(tokenizer.get_added_vocabulary().clone())
-        .build()
+/// Reads any model that the library knows; ours has a way of its own, [`super::bpe::read`].
+impl<'de> Deserialize<'de> for TokenModel {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        ModelWrapper::deserialize(deserializer).map(TokenModel::Library)
+    }
 }
 
 /// Calls the same of whichever it is.

@@ -81,6 +81,22 @@ fn exp_is_within_its_bound() {
     assert_eq!(exp(0.0), 1.0);
 }
 
+/// The logistic function is within 4 ulp of its f64 formula, 0 far below and 1 far above.
+#[test]
+fn logistic_is_within_its_bound() {
+    use crate::arch::portable::vector::logistic;
+    for i in -8_700_000..=8_700_000 {
+        let x = i as f32 * 1e-5;
+        let exact = 1.0 / (1.0 + f64::from(-x).exp());
+        let ulp = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        let error = (f64::from(logistic(x)) - exact).abs() / ulp;
+        assert!(error <= 4.0, "{x}: {error} ulp");
+    }
+    let ends = [f32::NEG_INFINITY, f32::MIN, -88.0, 88.0, f32::MAX, f32::INFINITY].map(logistic);
+    assert_eq!(ends, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+    assert!(logistic(f32::NAN).is_nan() && logistic(-f32::NAN).is_nan());
+}
+
 /// Rows of softmax are the f64 formula and sum to one; a NaN stays in its row.
 #[test]
 fn softmax_is_the_formula() {

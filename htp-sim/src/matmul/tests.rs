@@ -293,8 +293,14 @@ fn results_do_not_depend_on_the_split() {
 #[test]
 fn real_layers_agree() {
     let workers = team(2);
-    let format = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
-    for (m, n, k) in [(1, 1536, 576), (14, 576, 1536), (1, 49152, 576)] {
+    let formats = [
+        WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric },
+        WeightFormat::Int4Expansion { block: 32 },
+        WeightFormat::Int8PerChannel,
+    ];
+    for (format, (m, n, k)) in
+        formats.into_iter().flat_map(|f| [(1, 1536, 576), (30, 576, 1536), (1, 49152, 576)].map(|shape| (f, shape)))
+    {
         let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
         let blob = weights(&layout, 19);
         let w = layout.view(&blob).expect("length matches");
@@ -302,18 +308,20 @@ fn real_layers_agree() {
         let rows = quantized(&portable(&workers), &x, &layout, ActBits::Sixteen);
         let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
         each_tier(&workers, |cx| {
-            assert!(bits(&product(cx, Rows::Quantized(&rows), w)) == expected, "{}", cx.kernels.name)
+            assert!(bits(&product(cx, Rows::Quantized(&rows), w)) == expected, "{} {format:?}", cx.kernels.name)
         });
     }
 }
 
-/// Rows longer than any buffer that a kernel unpacks them to give the same bits too.
+/// Rows longer than any buffer that a kernel unpacks them to give the same bits too, also where the buffer ends inside a block.
 #[test]
 fn long_rows_agree() {
-    let workers = team(2);
-    let (m, n, k) = (37, 20, 4168);
-    let x = Noise(14).floats(m * k);
-    for format in integer_formats(k).into_iter().filter(|format| format.block().is_none()) {
+    // One worker gets all panels as one tile: some kernels take two at a time, and the last one alone.
+    let workers = team(1);
+    let (m, n) = (37, 40);
+    let long = integer_formats(4168).into_iter().filter(|format| format.block().is_none()).map(|format| (format, 4168));
+    for (format, k) in long.chain([(WeightFormat::Int4Expansion { block: 72 }, 1224)]) {
+        let x = Noise(14).floats(m * k);
         let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
         let blob = weights(&layout, 61);
         let w = layout.view(&blob).expect("length matches");

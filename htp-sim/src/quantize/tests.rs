@@ -16,7 +16,9 @@ fn contents(rows: &QuantizedRows) -> (Vec<i32>, Vec<u32>, Vec<i32>, Vec<[i32; 2]
 fn codes_are_rounded_quotients() {
     let workers = team(2);
     let mut noise = Noise(1);
-    for (m, k, block) in [(1, 1, 1), (3, 7, 7), (2, 64, 32), (5, 576, 64), (40, 576, 576)] {
+    for (m, k, block) in
+        [(1, 1, 1), (3, 7, 7), (2, 64, 32), (5, 80, 16), (2, 96, 96), (3, 192, 32), (5, 576, 64), (40, 576, 576)]
+    {
         let x = noise.floats(m * k);
         for act in BITS {
             let mut expected = QuantizedRows::new(m, k, act, block).expect("sizes are fine");

@@ -7,9 +7,9 @@ use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder,
 };
 
-use super::super::{Inner, TokenModel};
 use super::vocabulary::{Texts, Vocabulary};
 use super::{Bpe, Merge, Merges};
+use crate::tokenizer::{Inner, TokenModel};
 
 /// The tokenizer in `bytes`, or `None` if it is not one with a BPE model as today's are written: the library knows more
 /// forms, and what to say of a damaged file.
@@ -208,7 +208,10 @@ impl<'de> Visitor<'de> for PushPair<'_> {
 
     fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
         match text.split_once(' ') {
-            Some((a, b)) if !b.contains(' ') => [a, b].into_iter().try_for_each(|text| Push(self.0).visit_str(text)),
+            // The library takes lines that begin so for comments.
+            Some((a, b)) if !b.contains(' ') && !text.starts_with("#version") => {
+                [a, b].into_iter().try_for_each(|text| Push(self.0).visit_str(text))
+            }
             _ => Err(E::custom(format_args!("{text:?}, need two tokens with one space between"))),
         }
     }

@@ -45,7 +45,7 @@ impl Vocabulary {
     /// `None` if a text or an id is there twice, or if ids are far from dense.
     pub(super) fn new(mut texts: Texts, ids: Vec<u32>) -> Option<Self> {
         texts.joined.shrink_to_fit();
-        let n_ids = ids.iter().max().map_or(0, |&id| id as usize + 1);
+        let n_ids = ids.iter().max().map_or(Some(0), |&id| (id as usize).checked_add(1))?;
         if 2 * ids.len() + FEW < n_ids {
             return None;
         }
@@ -89,5 +89,5 @@ impl Vocabulary {
 /// An id without a token.
 const ABSENT: u32 = u32::MAX;
 
-/// So many ids without a token are no matter in the smallest vocabulary.
+/// Ids without a token that even the smallest vocabulary may have.
 const FEW: usize = 1024;

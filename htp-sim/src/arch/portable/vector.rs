@@ -1,5 +1,6 @@
 //! Functions of one vector. Other tiers compile these same bodies for their registers: sums run in sixteen lanes, and products
-//! and sums have one rounding where `mul_add` says so and nowhere else, so every tier gives the same bits.
+//! and sums have one rounding where `mul_add` says so and nowhere else, so every tier gives the same bits. (Where a CPU has no such
+//! instruction, or the tier does not ask for it, each is a call: this tier is to be right, not fast.)
 
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
@@ -126,7 +127,7 @@ pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
 #[inline(always)]
 pub(crate) fn unary(function: Unary, x: &mut [f32]) {
     match function {
-        Unary::Sigmoid => x.iter_mut().for_each(|x| *x = 1.0 / (1.0 + exp(-*x))),
+        Unary::Sigmoid => x.iter_mut().for_each(|x| *x = logistic(*x)),
         Unary::Silu => x.iter_mut().for_each(|x| *x = silu(*x)),
         Unary::GeluTanh => x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
         Unary::GeluErf => x.iter_mut().for_each(|x| *x = gelu_erf(*x)),
@@ -294,9 +295,9 @@ fn remainder(x: f32, n: f32) -> f32 {
     (-n).mul_add(LN2_LOW, (-n).mul_add(LN2_HIGH, x))
 }
 
-/// `1 / (1 + e^-x)`, 0 below -87.
+/// `1 / (1 + e^-x)` within 4 ulp, 0 below -87.
 #[inline(always)]
-fn logistic(x: f32) -> f32 {
+pub(crate) fn logistic(x: f32) -> f32 {
     // Written so that NaN stays.
     let at_most = if x > 87.0 { 87.0 } else { x };
     let within = if at_most < -87.0 { -87.0 } else { at_most };
@@ -306,8 +307,8 @@ fn logistic(x: f32) -> f32 {
 
 /// `1 / d` within 1 ulp for `d` from 1 to 2^126, or NaN: a division takes as long as the rest of [`logistic`].
 ///
-/// The bits of a float are nearly its logarithm, so a difference of bits is an inverse within 13 %. Each step takes the error
-/// to its third power.
+/// The bits of a float are nearly its logarithm, so a difference of bits is an inverse within 13 % at worst. Each step takes the
+/// error to its third power.
 #[inline(always)]
 fn inverse(d: f32) -> f32 {
     let mut r = f32::from_bits(INVERSE.wrapping_sub(d.to_bits()));

@@ -1,17 +1,20 @@
 //! Matrix products of one tile. A register holds the 16 outputs of a panel; up to eight rows of x share each load of
-//! weights, and `vpdpbusd` takes x straight from memory as a broadcast of four inputs.
+//! weights, and `vpdpbusd` takes x straight from memory as a broadcast of four inputs. Where there are more rows and scales allow
+//! it, `many_rows` does better.
 //!
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
 
+mod float;
 mod many_rows;
 mod one_row;
 
 use std::arch::x86_64::*;
 
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
-use crate::kernels::{FloatTile, IntegerTile};
+use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
+pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
@@ -51,21 +54,6 @@ pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
         return many_rows::product::<{ many_rows::FOUR_BIT_STEPS }>(tile, out);
     }
     integer::<true, STEPS>(tile, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<F32>(tile, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<F16>(tile, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<BF16>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -414,135 +402,6 @@ fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
     if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
 }
 
-/// Float rows by 8-bit per-channel weights.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
-    for panel in 0..tile.panels {
-        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
-        let mut row = 0;
-        while row < tile.rows {
-            let at = Place { panel, row };
-            row += match tile.rows - row {
-                4.. => w8c_rows::<4>(tile, at, scales, out),
-                2.. => w8c_rows::<2>(tile, at, scales, out),
-                _ => w8c_rows::<1>(tile, at, scales, out),
-            };
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, scales: __m512, out: &mut [f32]) -> usize {
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..tile.panel_bytes];
-    let mut acc = [_mm512_setzero_ps(); ROWS];
-    for (group, codes) in codes.as_chunks::<64>().0[..tile.k.div_ceil(4)].iter().enumerate() {
-        let codes = load_bytes(codes);
-        // Byte i of each lane, moved to the top and shifted down with its sign.
-        let floats = [
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(codes)),
-        ];
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let x = &tile.x[(at.row + r) * tile.x_stride..][..tile.k][group * 4..];
-            for (x, floats) in x.iter().zip(floats) {
-                *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x), floats, *acc);
-            }
-        }
-    }
-    for (r, acc) in acc.into_iter().enumerate() {
-        store(&mut out[((at.row + r) * tile.panels + at.panel) * PANEL..], _mm512_mul_ps(acc, scales));
-    }
-    ROWS
-}
-
-/// Float rows by float weights: some rows by some panels at a time, so that enough sums are under way.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn float<const ELEMENT: u8>(tile: &FloatTile<'_>, out: &mut [f32]) {
-    let mut panel = 0;
-    while panel < tile.panels {
-        panel += match tile.panels - panel {
-            4.. => float_panels::<ELEMENT, 4>(tile, panel, out),
-            2.. => float_panels::<ELEMENT, 2>(tile, panel, out),
-            _ => float_panels::<ELEMENT, 1>(tile, panel, out),
-        };
-    }
-}
-
-/// `PANELS` panels by all rows; returns `PANELS`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn float_panels<const ELEMENT: u8, const PANELS: usize>(tile: &FloatTile<'_>, panel: usize, out: &mut [f32]) -> usize {
-    let mut row = 0;
-    while row < tile.rows {
-        let at = Place { panel, row };
-        row += match tile.rows - row {
-            6.. => float_rows::<ELEMENT, PANELS, 6>(tile, at, out),
-            4.. => float_rows::<ELEMENT, PANELS, 4>(tile, at, out),
-            3 => float_rows::<ELEMENT, PANELS, 3>(tile, at, out),
-            2 => float_rows::<ELEMENT, PANELS, 2>(tile, at, out),
-            _ => float_rows::<ELEMENT, PANELS, 1>(tile, at, out),
-        };
-    }
-    PANELS
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn float_rows<const ELEMENT: u8, const PANELS: usize, const ROWS: usize>(
-    tile: &FloatTile<'_>,
-    at: Place,
-    out: &mut [f32],
-) -> usize {
-    let row_bytes = PANEL * if ELEMENT == F32 { 4 } else { 2 };
-    let mut acc = [[_mm512_setzero_ps(); PANELS]; ROWS];
-    let mut codes = [tile.codes.as_ptr(); PANELS];
-    for (i, codes) in codes.iter_mut().enumerate() {
-        *codes = tile.codes[(at.panel + i) * tile.panel_bytes..][..tile.k * row_bytes].as_ptr();
-    }
-    let mut x = [tile.x.as_ptr(); ROWS];
-    for (i, x) in x.iter_mut().enumerate() {
-        *x = tile.x[(at.row + i) * tile.x_stride..][..tile.k].as_ptr();
-    }
-    for k in 0..tile.k {
-        // SAFETY: the slices above have `tile.k` rows of `row_bytes`.
-        let w = codes.map(|codes| unsafe { load_row::<ELEMENT>(codes.add(k * row_bytes)) });
-        for (acc, x) in acc.iter_mut().zip(x) {
-            // SAFETY: the slices above have `tile.k` values.
-            let x = _mm512_set1_ps(unsafe { *x.add(k) });
-            for (acc, w) in acc.iter_mut().zip(w) {
-                *acc = _mm512_fmadd_ps(x, w, *acc);
-            }
-        }
-    }
-    for (i, acc) in acc.into_iter().enumerate() {
-        let out = &mut out[((at.row + i) * tile.panels + at.panel) * PANEL..];
-        for (panel, acc) in acc.into_iter().enumerate() {
-            store(&mut out[panel * PANEL..], acc);
-        }
-    }
-    ROWS
-}
-
-/// Sixteen float weights.
-///
-/// # Safety
-/// `from` has sixteen elements.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m512 {
-    // SAFETY: the caller's promise; the loads are unaligned.
-    unsafe {
-        match ELEMENT {
-            F32 => _mm512_loadu_ps(from.cast()),
-            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
-            _ => {
-                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
-            }
-        }
-    }
-}
-
 /// 64 bytes, or 4 for each of the first `lanes`.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -589,11 +448,6 @@ pub(in crate::arch::x86_64) fn store(to: &mut [f32], values: __m512) {
     // SAFETY: the slice has sixteen values (checked here), unaligned.
     unsafe { _mm512_storeu_ps(to[..PANEL].as_mut_ptr(), values) }
 }
-
-/// Elements of float weights.
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
 
 /// What scales the codes have: one for each output, the same in a narrow panel, one for each block, or one
 /// for each output and a step for each block.

@@ -77,6 +77,7 @@ impl Codes {
     fn write_wide<const NORM: bool, const EIGHT: bool>(&self, row: &RowValues<'_>, out: QuantizedRowMut<'_>) {
         let (zero, ones) = (_mm512_setzero_si512(), _mm512_set1_epi8(1));
         let (mut total, mut block_sums, mut hi_totals) = (0_i32, zero, zero);
+        assert_eq!(out.sums.len() * out.sum_block, row.x.len());
         let mut sums = out.sums.iter_mut();
         let mut end_block = |sum: i32| {
             if let Some(to) = sums.next() {
@@ -140,7 +141,7 @@ impl Codes {
         *out.plane_sums = plane_sums::<EIGHT>(total, hi_totals);
     }
 
-    /// Those of sixteen values, plus `shift`.
+    /// The codes of sixteen values, plus `shift`.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn code<const NORM: bool>(&self, row: &RowValues<'_>, at: usize, shift: i32) -> __m512i {

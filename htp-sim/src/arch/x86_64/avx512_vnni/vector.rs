@@ -33,7 +33,7 @@ pub(crate) fn unary(function: Unary, x: &mut [f32]) {
     vector::unary(function, x);
 }
 
-/// The portable function, step for step, with the power of two in one instruction. It takes a quarter of a gated layer's time.
+/// The portable function, step for step, in whole registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     if activation != Activation::Silu {
@@ -184,7 +184,7 @@ pub(super) fn planes(shifted: [__m512i; 4]) -> [__m512i; 2] {
     [in_order(hi), in_order(_mm512_xor_si512(lo, _mm512_set1_epi8(i8::MIN)))]
 }
 
-/// With this added, the codes of two planes are those of 16 bits.
+/// Codes of two planes reach from -32896 to 32639: with this added they fit 16 bits, the high byte of which is `hi`.
 pub(super) const PLANES_SHIFT: i32 = 128;
 
 /// 64 codes of 8 bits.
@@ -195,7 +195,7 @@ pub(super) fn bytes(codes: [__m512i; 4]) -> __m512i {
     in_order(_mm512_packs_epi16(words[0], words[1]))
 }
 
-/// Packing works in quarters of a register, and leaves four bytes of each of its operands in turn.
+/// Undoes the order of packing, which works in quarters of a register and leaves four bytes of each operand in turn.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn in_order(packed: __m512i) -> __m512i {

@@ -323,7 +323,7 @@ impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
 /// What makes floats of the sums of a panel's outputs.
 struct Outputs<const ADDS: bool> {
     scales: __m512,
-    /// Zeros where there is nothing to add.
+    /// -0.0, which changes nothing, where there is nothing to add.
     added: [__m512; 2],
 }
 
@@ -331,7 +331,7 @@ impl<const ADDS: bool> Outputs<ADDS> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn new((tile, panel): (&IntegerTile<'_>, usize)) -> Self {
-        let mut added = [_mm512_setzero_ps(); 2];
+        let mut added = [_mm512_set1_ps(-0.0); 2];
         for (added, (row, factor)) in added.iter_mut().zip(&tile.added) {
             if ADDS && !row.is_empty() {
                 // SAFETY: the slice has sixteen values (checked here), unaligned.

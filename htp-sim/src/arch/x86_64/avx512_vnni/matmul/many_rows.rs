@@ -1,7 +1,7 @@
 //! Many rows of x by weights with a scale per output: two panels by some rows at a time.
 //!
-//! Each load of x meets both panels, so that loads keep up with two products a cycle, and weights are unpacked once for all
-//! rows. As many inputs at a time as the first cache holds of both.
+//! Each load of x meets both panels, so that loads keep up with two products a cycle. Weights are unpacked once for all rows, a
+//! piece of k at a time, so that both panels' codes stay in the first cache.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;

@@ -1,0 +1,156 @@
+//! Rows of floats.
+
+use std::arch::x86_64::*;
+
+use super::{Place, load_bytes, load_f32, store};
+use crate::kernels::FloatTile;
+use crate::packed::PANEL;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F32>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<F16>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
+    float::<BF16>(tile, out);
+}
+
+/// Float rows by 8-bit per-channel weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
+    for panel in 0..tile.panels {
+        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
+        let mut row = 0;
+        while row < tile.rows {
+            let at = Place { panel, row };
+            row += match tile.rows - row {
+                4.. => w8c_rows::<4>(tile, at, scales, out),
+                2.. => w8c_rows::<2>(tile, at, scales, out),
+                _ => w8c_rows::<1>(tile, at, scales, out),
+            };
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, scales: __m512, out: &mut [f32]) -> usize {
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..tile.panel_bytes];
+    let mut acc = [_mm512_setzero_ps(); ROWS];
+    for (group, codes) in codes.as_chunks::<64>().0[..tile.k.div_ceil(4)].iter().enumerate() {
+        let codes = load_bytes(codes);
+        // Byte i of each lane, moved to the top and shifted down with its sign.
+        let floats = [
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(codes))),
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(codes)),
+        ];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let x = &tile.x[(at.row + r) * tile.x_stride..][..tile.k][group * 4..];
+            for (x, floats) in x.iter().zip(floats) {
+                *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x), floats, *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        store(&mut out[((at.row + r) * tile.panels + at.panel) * PANEL..], _mm512_mul_ps(acc, scales));
+    }
+    ROWS
+}
+
+/// Float rows by float weights: some rows by some panels at a time, so that enough sums are under way.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float<const ELEMENT: u8>(tile: &FloatTile<'_>, out: &mut [f32]) {
+    let mut panel = 0;
+    while panel < tile.panels {
+        panel += match tile.panels - panel {
+            4.. => float_panels::<ELEMENT, 4>(tile, panel, out),
+            2.. => float_panels::<ELEMENT, 2>(tile, panel, out),
+            _ => float_panels::<ELEMENT, 1>(tile, panel, out),
+        };
+    }
+}
+
+/// `PANELS` panels by all rows; returns `PANELS`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float_panels<const ELEMENT: u8, const PANELS: usize>(tile: &FloatTile<'_>, panel: usize, out: &mut [f32]) -> usize {
+    let mut row = 0;
+    while row < tile.rows {
+        let at = Place { panel, row };
+        row += match tile.rows - row {
+            6.. => float_rows::<ELEMENT, PANELS, 6>(tile, at, out),
+            4.. => float_rows::<ELEMENT, PANELS, 4>(tile, at, out),
+            3 => float_rows::<ELEMENT, PANELS, 3>(tile, at, out),
+            2 => float_rows::<ELEMENT, PANELS, 2>(tile, at, out),
+            _ => float_rows::<ELEMENT, PANELS, 1>(tile, at, out),
+        };
+    }
+    PANELS
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn float_rows<const ELEMENT: u8, const PANELS: usize, const ROWS: usize>(
+    tile: &FloatTile<'_>,
+    at: Place,
+    out: &mut [f32],
+) -> usize {
+    let row_bytes = PANEL * if ELEMENT == F32 { 4 } else { 2 };
+    let mut acc = [[_mm512_setzero_ps(); PANELS]; ROWS];
+    let mut codes = [tile.codes.as_ptr(); PANELS];
+    for (i, codes) in codes.iter_mut().enumerate() {
+        *codes = tile.codes[(at.panel + i) * tile.panel_bytes..][..tile.k * row_bytes].as_ptr();
+    }
+    let mut x = [tile.x.as_ptr(); ROWS];
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = tile.x[(at.row + i) * tile.x_stride..][..tile.k].as_ptr();
+    }
+    for k in 0..tile.k {
+        // SAFETY: the slices above have `tile.k` rows of `row_bytes`.
+        let w = codes.map(|codes| unsafe { load_row::<ELEMENT>(codes.add(k * row_bytes)) });
+        for (acc, x) in acc.iter_mut().zip(x) {
+            // SAFETY: the slices above have `tile.k` values.
+            let x = _mm512_set1_ps(unsafe { *x.add(k) });
+            for (acc, w) in acc.iter_mut().zip(w) {
+                *acc = _mm512_fmadd_ps(x, w, *acc);
+            }
+        }
+    }
+    for (i, acc) in acc.into_iter().enumerate() {
+        let out = &mut out[((at.row + i) * tile.panels + at.panel) * PANEL..];
+        for (panel, acc) in acc.into_iter().enumerate() {
+            store(&mut out[panel * PANEL..], acc);
+        }
+    }
+    ROWS
+}
+
+/// Sixteen float weights.
+///
+/// # Safety
+/// `from` has sixteen elements.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m512 {
+    // SAFETY: the caller's promise; the loads are unaligned.
+    unsafe {
+        match ELEMENT {
+            F32 => _mm512_loadu_ps(from.cast()),
+            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
+            _ => {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+            }
+        }
+    }
+}
+
+/// Elements of float weights.
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
