@@ -1,6 +1,7 @@
 //! Rows of floats.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::{Place, load_bytes, load_f32, store};
 use crate::kernels::FloatTile;
@@ -21,45 +22,72 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
     float::<BF16>(tile, out);
 }
 
-/// Float rows by 8-bit per-channel weights.
+/// Float rows by 8-bit per-channel weights: a piece of a panel becomes floats, for all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
+    let mut floats = [const { MaybeUninit::uninit() }; W8C_INPUTS];
     for panel in 0..tile.panels {
-        let scales = load_f32(&tile.scales[panel * PANEL * 4..]);
-        let mut row = 0;
-        while row < tile.rows {
-            let at = Place { panel, row };
-            row += match tile.rows - row {
-                4.. => w8c_rows::<4>(tile, at, scales, out),
-                2.. => w8c_rows::<2>(tile, at, scales, out),
-                _ => w8c_rows::<1>(tile, at, scales, out),
-            };
+        let codes = tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0;
+        for from in (0..tile.k).step_by(W8C_INPUTS) {
+            let inputs = from..tile.k.min(from + W8C_INPUTS);
+            let codes = &codes[from / 4..][..inputs.len().div_ceil(4)];
+            for (floats, codes) in floats.as_chunks_mut::<4>().0.iter_mut().zip(codes) {
+                let codes = load_bytes(codes);
+                // Byte i of each lane, moved to the top and shifted down with its sign.
+                floats[0].write(_mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(codes))));
+                floats[1].write(_mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(codes))));
+                floats[2].write(_mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(codes))));
+                floats[3].write(_mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(codes)));
+            }
+            // SAFETY: the loop wrote four for each group of four inputs, the last of which may have fewer.
+            let weights = unsafe { floats[..inputs.len()].assume_init_ref() };
+            let mut row = 0;
+            while row < tile.rows {
+                let at = Place { panel, row };
+                row += match tile.rows - row {
+                    12.. => w8c_rows::<12>(tile, at, from, weights, out),
+                    4.. => w8c_rows::<4>(tile, at, from, weights, out),
+                    2.. => w8c_rows::<2>(tile, at, from, weights, out),
+                    _ => w8c_rows::<1>(tile, at, from, weights, out),
+                };
+            }
         }
     }
 }
 
+/// Adds the products with the inputs from `from` on to the sums in `out`, which the first inputs store and the last ones scale.
+/// Returns `ROWS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, scales: __m512, out: &mut [f32]) -> usize {
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..tile.panel_bytes];
+fn w8c_rows<const ROWS: usize>(
+    tile: &FloatTile<'_>,
+    at: Place,
+    from: usize,
+    weights: &[__m512],
+    out: &mut [f32],
+) -> usize {
+    let place = |r: usize| ((at.row + r) * tile.panels + at.panel) * PANEL;
     let mut acc = [_mm512_setzero_ps(); ROWS];
-    for (group, codes) in codes.as_chunks::<64>().0[..tile.k.div_ceil(4)].iter().enumerate() {
-        let codes = load_bytes(codes);
-        // Byte i of each lane, moved to the top and shifted down with its sign.
-        let floats = [
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(codes))),
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(codes)),
-        ];
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let x = &tile.x[(at.row + r) * tile.x_stride..][..tile.k][group * 4..];
-            for (x, floats) in x.iter().zip(floats) {
-                *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x), floats, *acc);
-            }
+    let mut x = [tile.x; ROWS];
+    for (r, (acc, x)) in acc.iter_mut().zip(&mut x).enumerate() {
+        *x = &tile.x[(at.row + r) * tile.x_stride..][from..from + weights.len()];
+        if from > 0 {
+            // SAFETY: the slice has sixteen values (checked here), unaligned.
+            *acc = unsafe { _mm512_loadu_ps(out[place(r)..][..PANEL].as_ptr()) };
         }
     }
-    for (r, acc) in acc.into_iter().enumerate() {
-        store(&mut out[((at.row + r) * tile.panels + at.panel) * PANEL..], _mm512_mul_ps(acc, scales));
+    for (k, weights) in weights.iter().enumerate() {
+        for (acc, x) in acc.iter_mut().zip(x) {
+            // SAFETY: each slice of x is as long as the weights.
+            *acc = _mm512_fmadd_ps(_mm512_set1_ps(unsafe { *x.get_unchecked(k) }), *weights, *acc);
+        }
+    }
+    let is_last = from + weights.len() == tile.k;
+    let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
+    for (r, mut acc) in acc.into_iter().enumerate() {
+        if is_last {
+            acc = _mm512_mul_ps(acc, scales);
+        }
+        store(&mut out[place(r)..], acc);
     }
     ROWS
 }
@@ -154,3 +182,6 @@ unsafe fn load_row<const ELEMENT: u8>(from: *const u8) -> __m512 {
 const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
+
+/// Inputs that become floats at a time: all of an adapter's branch, as a rule.
+const W8C_INPUTS: usize = 64;
