@@ -39,6 +39,8 @@ BASE = [
 ADAPTED = [
     ("w8a16", "--weights_bitwidth 8 --act_bitwidth 16"),
     ("w8a8", "--weights_bitwidth 8 --act_bitwidth 8"),
+    # A base with two inputs less of 16 bits: what an adapter's own encodings can regain without the base's being changed.
+    ("w8a8 22 dB", "--weights_bitwidth 8 --act_bitwidth 8 --act_min_sqnr 22"),
     # A base that is not prepared for 8 bits: what an adapter's own encodings can regain.
     ("w8a8 plain", "--weights_bitwidth 8 --act_bitwidth 8 --smooth_inputs false --equalize_channels false --act_min_sqnr 0"),
 ]
