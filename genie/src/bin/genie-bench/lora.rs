@@ -68,7 +68,8 @@ impl<'a> LoraBench<'a> {
         let (before, n) = (memory_mb("VmRSS:")?, self.config.lora.adapters.len());
         self.use_all()?;
         report.add("rss_per_adapter", "MB", vec![(memory_mb("VmRSS:")? - before) / n as f64]);
-        Ok(())
+        // What is measured next is to be with the chosen one.
+        self.bind(&chosen)
     }
 
     fn selection(&mut self, choice: &AdapterChoice) -> anyhow::Result<Selection> {
