@@ -129,7 +129,7 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) added: [(&'a [f32], f32); 2],
 }
 
-/// Float rows by weights: `out[rows, 16 · panels] = x · Wᵀ`, overwritten. Sums run over `k` in ascending order.
+/// Float rows by weights: `out[rows, 16 · panels] = x · Wᵀ`. Sums run over `k` in ascending order.
 #[derive(Clone, Copy)]
 pub(crate) struct FloatTile<'a> {
     pub(crate) rows: usize,
@@ -143,6 +143,8 @@ pub(crate) struct FloatTile<'a> {
     pub(crate) panel_bytes: usize,
     /// f32 per output (`w8c` only).
     pub(crate) scales: &'a [u8],
+    /// What becomes of the values in `out` (`w8c` only; the others overwrite).
+    pub(crate) write: Write,
 }
 
 /// Probabilities by values: `out[rows, head_dim] += p · V`. Sums run over positions in ascending order.

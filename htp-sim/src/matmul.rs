@@ -18,7 +18,7 @@ mod branch;
 mod tile;
 
 use branch::{FirstHalves, SecondHalf};
-use tile::{Tile, compute, compute_gated_straight, compute_straight, prefetch_branch, with_branch};
+use tile::{Tile, add_branch, compute, compute_gated_straight, compute_straight, prefetch_branch};
 
 /// The left operand: `m` rows of `k` values.
 #[derive(Debug, Clone, Copy)]
@@ -189,12 +189,7 @@ pub fn gated_linear(
             for (half, values) in [(&gate, &mut *gate_values), (&up, &mut *up_values)] {
                 prefetch_branch(cx, half, &tile);
                 compute(cx, x, half, &tile, values);
-                let width = tile.panels * PANEL;
-                with_branch(cx, half, &firsts, &tile, |row, rows, products| {
-                    let values = &mut values[row * width..][..rows * width];
-                    // SAFETY: the table exists only on a CPU that has its instruction set; both are one row, however long.
-                    unsafe { (cx.kernels.add_row)(values, rows * width, products, 1.0) }
-                });
+                add_branch(cx, half, &firsts, &tile, values);
             }
             // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
             unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
@@ -272,15 +267,33 @@ impl Target<'_> {
     /// Computes a tile of a linear layer and writes or adds it to its place. What a branch adds is added there, too.
     fn fill(&self, cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile) {
         prefetch_branch(cx, half, tile);
-        if !compute_straight(cx, x, half, tile, &self.rows(tile)) {
-            with_buffer(&VALUES, tile.values(), |values| {
-                compute(cx, x, half, tile, values);
-                self.store(cx, tile, self.write, values);
-            });
+        if half.branch.is_none() && compute_straight(cx, x, half, tile, &self.rows(tile)) {
+            return;
         }
-        with_branch(cx, half, firsts, tile, |row, rows, products| {
-            self.store(cx, &Tile { row: tile.row + row, rows, ..*tile }, Write::Add, products);
+        with_buffer(&VALUES, tile.values(), |values| {
+            compute(cx, x, half, tile, values);
+            let mut write = self.write;
+            if half.branch.is_some() {
+                // The branch comes last, in whatever way the base is computed: results do not depend on that.
+                self.add_old(cx, tile, values);
+                add_branch(cx, half, firsts, tile, values);
+                write = Write::Store;
+            }
+            self.store(cx, tile, write, values);
         });
+    }
+
+    /// Adds what is at the tile's place to its values, if they are to be added there.
+    fn add_old(&self, cx: &Cx<'_>, tile: &Tile, values: &mut [f32]) {
+        if self.write == Write::Add {
+            let to = self.rows(tile);
+            for (i, values) in values.chunks_exact_mut(tile.panels * PANEL).enumerate() {
+                // SAFETY: the ranges of a tile are its own.
+                let old = unsafe { self.out.range(to.first + i * to.stride, to.columns) };
+                // SAFETY: the table exists only on a CPU that has its instruction set; both have as many values.
+                unsafe { (cx.kernels.add_row)(&mut values[..to.columns], to.columns, old, 1.0) }
+            }
+        }
     }
 
     /// Writes or adds the tile's values to its place; columns from `n` on are padding.

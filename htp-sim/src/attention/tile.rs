@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::scratch::WorkerScratch;
 use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE, TILE_ROWS};
 use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, ValuesTile, Weighed, WeightsMut};
+use crate::matmul::Write;
 use crate::packed::{BlockOffset, PANEL};
 use crate::scratch::Disjoint;
 
@@ -244,6 +245,7 @@ impl Problem<'_> {
             codes,
             panel_bytes: layout.key_panel_bytes(),
             scales: &[],
+            write: Write::Store,
         };
         let f16 = layout.format() == CacheFormat::F16;
         let kernel = if f16 { self.kernels.matmul_f32_f16 } else { self.kernels.matmul_f32_f32 };

@@ -1,7 +1,7 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
 use super::branch::FirstHalves;
-use super::{Half, PANEL, PRODUCTS, Rows, with_buffer};
+use super::{Half, PANEL, PRODUCTS, Rows, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::kernels::{FloatFn, FloatTile, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight};
@@ -137,34 +137,33 @@ pub(super) fn prefetch_branch(cx: &Cx<'_>, half: &Half<'_>, tile: &Tile) {
     }
 }
 
-/// Calls `add` with what a branch adds to some rows of the tile, and their number and that of the first: `[rows, 16 · panels]`.
-/// Rows whose first half is all zeros are left out.
-pub(super) fn with_branch(
-    cx: &Cx<'_>,
-    half: &Half<'_>,
-    firsts: &FirstHalves<'_>,
-    tile: &Tile,
-    mut add: impl FnMut(usize, usize, &[f32]),
-) {
+/// Adds the branch to the tile's values, `[rows, 16 · panels]`. Rows whose first half is all zeros are left out.
+pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile, values: &mut [f32]) {
     let Some(branch) = &half.branch else { return };
     let rank = branch.up.layout().k();
     let t = firsts.rows(branch, tile.row, tile.rows);
     let is_zero = |row: &[f32]| row.iter().all(|&t| t == 0.0);
-    let n_zeros = t.chunks_exact(rank).filter(|row| is_zero(row)).count();
-    if n_zeros == tile.rows {
-        return;
+    if !t.chunks_exact(rank).any(is_zero) {
+        return add_floats(cx, FloatRows { x: t, stride: rank }, branch.up, tile, values);
+    }
+    let rows = values.chunks_exact_mut(tile.panels * PANEL).zip(t.chunks_exact(rank));
+    for (i, (values, t)) in rows.enumerate().filter(|(_, (_, t))| !is_zero(t)) {
+        let tile = Tile { row: tile.row + i, rows: 1, ..*tile };
+        add_floats(cx, FloatRows { x: t, stride: rank }, branch.up, &tile, values);
+    }
+}
+
+/// Adds the product with a branch's second half.
+fn add_floats(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
+    if weights.layout().format() == WeightFormat::Int8PerChannel && weights.layout().width(tile.panel) == PANEL {
+        let tile = FloatTile { write: Write::Add, ..float_tile(rows, weights, tile) };
+        // SAFETY: as in `compute_floats`.
+        return unsafe { (cx.kernels.matmul_f32_w8c)(&tile, values) };
     }
     with_buffer(&PRODUCTS, tile.values(), |products| {
-        compute_floats(cx, FloatRows { x: t, stride: rank }, branch.up, tile, products);
-        if n_zeros == 0 {
-            return add(0, tile.rows, products);
-        }
-        let width = tile.panels * PANEL;
-        for (row, (t, products)) in t.chunks_exact(rank).zip(products.chunks_exact(width)).enumerate() {
-            if !is_zero(t) {
-                add(row, 1, products);
-            }
-        }
+        compute_floats(cx, rows, weights, tile, products);
+        // SAFETY: the table exists only on a CPU that has its instruction set; both are one row, however long.
+        unsafe { (cx.kernels.add_row)(values, tile.values(), products, 1.0) }
     });
 }
 
@@ -220,19 +219,24 @@ fn compute_floats(cx: &Cx<'_>, rows: FloatRows<'_>, weights: PackedWeights<'_>, 
         WeightFormat::Int8PerChannel => cx.kernels.matmul_f32_w8c,
         _ => return compute_dequantized(cx, rows, weights, tile, values),
     };
-    let tile = FloatTile {
-        rows: tile.rows,
-        panels: tile.panels,
-        k: layout.k(),
-        x: rows.x,
-        x_stride: rows.stride,
-        codes: weights.codes_from(tile.panel),
-        panel_bytes: layout.panel_code_bytes(),
-        scales: weights.scales_from(tile.panel),
-    };
+    let tile = float_tile(rows, weights, tile);
     // SAFETY: the table exists only on a CPU that has its instruction set. `check` matched the lengths of x and the
     // weights, the grid bounded rows and panels, and `values` has the tile's length.
     unsafe { kernel(&tile, values) }
+}
+
+fn float_tile<'a>(rows: FloatRows<'a>, weights: PackedWeights<'a>, tile: &Tile) -> FloatTile<'a> {
+    FloatTile {
+        rows: tile.rows,
+        panels: tile.panels,
+        k: weights.layout().k(),
+        x: rows.x,
+        x_stride: rows.stride,
+        codes: weights.codes_from(tile.panel),
+        panel_bytes: weights.layout().panel_code_bytes(),
+        scales: weights.scales_from(tile.panel),
+        write: Write::Store,
+    }
 }
 
 /// A narrow panel: some of its inputs at a time are copied to a full panel on the stack.
@@ -299,6 +303,7 @@ impl Piece<'_> {
             codes: self.codes,
             panel_bytes: PIECE_BYTES,
             scales: self.scales,
+            write: Write::Store,
         };
         // SAFETY: as in `compute_floats`; the piece has `k` inputs of one panel.
         unsafe { kernel(&piece, products) };

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::kernels::{FloatTile, IntegerTile};
+use crate::matmul::Write;
 use crate::packed::{BlockOffset, PANEL};
 
 /// 8-bit codes, one scale per output.
@@ -54,7 +55,7 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
     floats::<2>(tile, out, |bytes| bf16::from_le_bytes(bytes).to_f32());
 }
 
-/// 8-bit weights with one scale per output, float rows: `(Σ x · code) · scale`.
+/// 8-bit weights with one scale per output, float rows: `(Σ x · code) · scale`, written or added.
 pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let codes = &tile.codes[panel * tile.panel_bytes..];
@@ -67,7 +68,8 @@ pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
             }
             let target = &mut out[(row * tile.panels + panel) * PANEL..][..PANEL];
             for (lane, (target, acc)) in target.iter_mut().zip(acc).enumerate() {
-                *target = acc * f32_at(tile.scales, panel * PANEL + lane);
+                let value = acc * f32_at(tile.scales, panel * PANEL + lane);
+                *target = if tile.write == Write::Add { *target + value } else { value };
             }
         }
     }

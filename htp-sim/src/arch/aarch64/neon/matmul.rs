@@ -414,7 +414,12 @@ pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
                 }
                 let column = panel * PANEL + quarter * LANES;
                 let scales = load_f32(&tile.scales[column * 4..]);
-                store(&mut out[row * tile.panels * PANEL + column..], vmulq_f32(acc, scales));
+                let (out, mut value) = (&mut out[row * tile.panels * PANEL + column..], vmulq_f32(acc, scales));
+                if tile.write == Write::Add {
+                    // SAFETY: the slice has four values (checked here).
+                    value = vaddq_f32(unsafe { vld1q_f32(out[..LANES].as_ptr()) }, value);
+                }
+                store(out, value);
             }
         }
     }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{LANES, Place, load_bytes, load_f32, store};
 use crate::kernels::FloatTile;
+use crate::matmul::Write;
 use crate::packed::PANEL;
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -61,7 +62,12 @@ fn w8c_rows<const ROWS: usize>(tile: &FloatTile<'_>, at: Place, out: &mut [f32])
         }
         for (r, acc) in acc.into_iter().enumerate() {
             let out = &mut out[((at.row + r) * tile.panels + at.panel) * PANEL + half * LANES..];
-            store(out, _mm256_mul_ps(acc, scales));
+            let mut value = _mm256_mul_ps(acc, scales);
+            if tile.write == Write::Add {
+                // SAFETY: the slice has eight values (checked here), unaligned.
+                value = _mm256_add_ps(unsafe { _mm256_loadu_ps(out[..LANES].as_ptr()) }, value);
+            }
+            store(out, value);
         }
     }
     ROWS

@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::{Place, load_bytes, load_f32, store};
-use crate::kernels::FloatTile;
+use crate::kernels::{FloatTile, MAX_TILE_ROWS};
+use crate::matmul::Write;
 use crate::packed::PANEL;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -26,6 +27,8 @@ pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
     let mut floats = [const { MaybeUninit::uninit() }; W8C_INPUTS];
+    // Written only where there is more than one piece.
+    let mut sums = [const { MaybeUninit::uninit() }; MAX_TILE_ROWS];
     for panel in 0..tile.panels {
         let codes = tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0;
         for from in (0..tile.k).step_by(W8C_INPUTS) {
@@ -45,34 +48,35 @@ pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
             while row < tile.rows {
                 let at = Place { panel, row };
                 row += match tile.rows - row {
-                    12.. => w8c_rows::<12>(tile, at, from, weights, out),
-                    4.. => w8c_rows::<4>(tile, at, from, weights, out),
-                    2.. => w8c_rows::<2>(tile, at, from, weights, out),
-                    _ => w8c_rows::<1>(tile, at, from, weights, out),
+                    12.. => w8c_rows::<12>(tile, at, from, weights, &mut sums, out),
+                    4.. => w8c_rows::<4>(tile, at, from, weights, &mut sums, out),
+                    2.. => w8c_rows::<2>(tile, at, from, weights, &mut sums, out),
+                    _ => w8c_rows::<1>(tile, at, from, weights, &mut sums, out),
                 };
             }
         }
     }
 }
 
-/// Adds the products with the inputs from `from` on to the sums in `out`, which the first inputs store and the last ones scale.
-/// Returns `ROWS`.
+/// Adds the products with the inputs from `from` on to the rows' `sums`, which the first inputs store; the last ones go to `out`
+/// instead, scaled. Returns `ROWS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn w8c_rows<const ROWS: usize>(
     tile: &FloatTile<'_>,
     at: Place,
     from: usize,
     weights: &[__m512],
+    sums: &mut [MaybeUninit<__m512>; MAX_TILE_ROWS],
     out: &mut [f32],
 ) -> usize {
-    let place = |r: usize| ((at.row + r) * tile.panels + at.panel) * PANEL;
     let mut acc = [_mm512_setzero_ps(); ROWS];
     let mut x = [tile.x; ROWS];
+    let sums = &mut sums[at.row..][..ROWS];
     for (r, (acc, x)) in acc.iter_mut().zip(&mut x).enumerate() {
         *x = &tile.x[(at.row + r) * tile.x_stride..][from..from + weights.len()];
         if from > 0 {
-            // SAFETY: the slice has sixteen values (checked here), unaligned.
-            *acc = unsafe { _mm512_loadu_ps(out[place(r)..][..PANEL].as_ptr()) };
+            // SAFETY: the pieces before this one stored it.
+            *acc = unsafe { sums[r].assume_init() };
         }
     }
     for (k, weights) in weights.iter().enumerate() {
@@ -81,13 +85,21 @@ fn w8c_rows<const ROWS: usize>(
             *acc = _mm512_fmadd_ps(_mm512_set1_ps(unsafe { *x.get_unchecked(k) }), *weights, *acc);
         }
     }
-    let is_last = from + weights.len() == tile.k;
-    let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
-    for (r, mut acc) in acc.into_iter().enumerate() {
-        if is_last {
-            acc = _mm512_mul_ps(acc, scales);
+    if from + weights.len() < tile.k {
+        for (sums, acc) in sums.iter_mut().zip(acc) {
+            sums.write(acc);
         }
-        store(&mut out[place(r)..], acc);
+        return ROWS;
+    }
+    let scales = load_f32(&tile.scales[at.panel * PANEL * 4..]);
+    for (r, acc) in acc.into_iter().enumerate() {
+        let out = &mut out[((at.row + r) * tile.panels + at.panel) * PANEL..];
+        let mut value = _mm512_mul_ps(acc, scales);
+        if tile.write == Write::Add {
+            // SAFETY: the slice has sixteen values (checked here), unaligned.
+            value = _mm512_add_ps(unsafe { _mm512_loadu_ps(out[..PANEL].as_ptr()) }, value);
+        }
+        store(out, value);
     }
     ROWS
 }
