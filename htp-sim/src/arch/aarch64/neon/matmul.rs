@@ -9,6 +9,7 @@ use std::arch::aarch64::*;
 
 use crate::arch::aarch64::insn::widen_f16;
 use crate::kernels::{FloatTile, IntegerTile};
+use crate::matmul::Write;
 use crate::packed::{BlockOffset, PANEL};
 
 #[target_feature(enable = "neon")]
