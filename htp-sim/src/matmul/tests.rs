@@ -4,6 +4,8 @@ use crate::quantize::{ActBits, quantize_rows};
 use crate::testing::{FLOAT_FORMATS, Noise, bits, each_tier, integer_formats, portable, team, weights};
 use crate::{Kernels, Workers};
 
+mod branches;
+
 /// Makes a layout of `n`, `k` and a format.
 type LayoutOf = fn(usize, usize, WeightFormat) -> Result<PackedLayout, ShapeError>;
 const NEW: LayoutOf = PackedLayout::new;
@@ -335,135 +337,31 @@ fn long_rows_agree() {
     }
 }
 
-/// Bias, branch and residual are added to the product; several parts and weights of different formats share x.
+/// Blocks of one tile of a matrix unit and of several, one in a row and more than a kernel takes at a time, give the same bits
+/// too: with two panels at a time and a last one alone, and with rows that fill whole tiles and not.
 #[test]
-fn epilogue_adds_bias_branch_and_residual() {
-    let workers = team(3);
-    let (m, k, r) = (5, 64, 20);
-    let mut noise = Noise(6);
-    let x = noise.floats(m * k);
-    let block = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric };
-    let columns = [70, 33];
-    let layout = |n: usize, k: usize, format: WeightFormat| PackedLayout::new(n, k, format).expect("sizes are fine");
-    let layouts = [layout(columns[0], k, block), layout(columns[1], k, WeightFormat::Int8PerChannel)];
-    let downs = [layout(r, k, WeightFormat::Int8PerChannel), layout(r, k, WeightFormat::F32)];
-    let ups = [layout(columns[0], r, WeightFormat::F16), layout(columns[1], r, WeightFormat::Int8PerChannel)];
-    let (blobs, down_blobs) = ([0, 1].map(|i| weights(&layouts[i], 23)), [0, 1].map(|i| weights(&downs[i], 27)));
-    let up_blobs = [0, 1].map(|i| weights(&ups[i], 29));
-    let w = [0, 1].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
-    let down = [0, 1].map(|i| downs[i].view(&down_blobs[i]).expect("length matches"));
-    let up = [0, 1].map(|i| ups[i].view(&up_blobs[i]).expect("length matches"));
-    let alphas = [noise.floats(r), vec![0.5]];
-    let biases = columns.map(|n| noise.floats(n));
-    let before = columns.map(|n| noise.floats(m * n));
-    each_tier(&workers, |cx| {
-        let rows = quantized(cx, &x, &layouts[0], ActBits::Sixteen);
-        let base = [0, 1].map(|i| product(cx, Rows::Quantized(&rows), w[i]));
-        let branch_x = [Rows::Quantized(&rows), Rows::F32 { x: &x, m }];
-        let mut outs = before.clone();
-        let mut firsts = [vec![0.0; m * r], vec![0.0; m * r]];
-        let mut parts: Vec<Part<'_>> = outs
-            .iter_mut()
-            .zip(&mut firsts)
-            .enumerate()
-            .map(|(i, (out, t))| Part {
-                weights: w[i],
-                bias: Some(&biases[i]),
-                branch: Some(Branch { x: branch_x[i], down: down[i], alpha: &alphas[i], up: up[i], t }),
-                write: [Write::Add, Write::Store][i],
-                out,
-            })
-            .collect();
-        linear(cx, Rows::Quantized(&rows), &mut parts).expect("lengths match");
-        for i in [0, 1] {
-            let mut t = product(cx, branch_x[i], down[i]);
-            t.iter_mut().zip(alphas[i].iter().cycle()).for_each(|(t, alpha)| *t *= alpha);
-            assert_eq!(bits(&firsts[i]), bits(&t), "{}", cx.kernels.name);
-            let branch = oracle(|row, j| f64::from(t[row * r + j]), m, up[i]);
-            let expected: Vec<(f64, f64)> = (0..m * columns[i])
-                .map(|at| {
-                    let old = if i == 0 { before[i][at] } else { 0.0 };
-                    let sum =
-                        f64::from(base[i][at]) + f64::from(biases[i][at % columns[i]]) + branch[at].0 + f64::from(old);
-                    (sum, 1.0 + f64::from(base[i][at].abs()) + branch[at].1)
-                })
-                .collect();
-            assert_near(&outs[i], &expected, 1e-5, cx.kernels.name);
-        }
-    });
-}
-
-/// A branch whose first half is zero leaves the base bit for bit, signs of zeros included.
-#[test]
-fn zero_branch_is_the_base() {
-    let workers = team(2);
-    let (n, k, r) = (20, 32, 4);
-    let layout = PackedLayout::new(n, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
-    let blob = weights(&layout, 31);
-    let [down, up] = [(r, k), (n, r)].map(|(n, k)| PackedLayout::new(n, k, WeightFormat::F32).expect("sizes are fine"));
-    let (down_blob, up_blob) = (weights(&down, 33), weights(&up, 37));
-    let mut x = Noise(7).floats(3 * k);
-    x[..k].fill(-0.0);
-    // Row 1 has a live branch, so the tile as a whole cannot be skipped.
-    let mut branch_x = vec![0.0; 3 * k];
-    branch_x[k..2 * k].fill(1.0);
-    branch_x[0] = -0.0;
-    each_tier(&workers, |cx| {
-        let w = layout.view(&blob).expect("length matches");
-        let rows = quantized(cx, &x, &layout, ActBits::Sixteen);
-        let base = product(cx, Rows::Quantized(&rows), w);
-        let (mut out, mut t) = (vec![0.0; 3 * n], vec![0.0; 3 * r]);
-        let branch = Branch {
-            x: Rows::F32 { x: &branch_x, m: 3 },
-            down: down.view(&down_blob).expect("length matches"),
-            alpha: &[1.0],
-            up: up.view(&up_blob).expect("length matches"),
-            t: &mut t,
-        };
-        linear(cx, Rows::Quantized(&rows), &mut [Part { branch: Some(branch), ..part(w, &mut out) }])
-            .expect("lengths match");
-        assert_eq!(bits(&out[..n]), bits(&base[..n]));
-        assert_ne!(bits(&out[n..2 * n]), bits(&base[n..2 * n]));
-        assert_eq!(bits(&out[2 * n..]), bits(&base[2 * n..]));
-    });
-}
-
-/// Second halves wait for the first ones: with more workers than cores, one row or many, the bits are those of one worker.
-#[test]
-fn branches_do_not_depend_on_workers() {
-    let (n, k, r) = (320, 64, 8);
-    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 32 }).expect("sizes are fine");
-    let down = PackedLayout::new(r, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
-    let up = PackedLayout::new(n, r, WeightFormat::Int8PerChannel).expect("sizes are fine");
-    let (blob, down_blob, up_blob) = (weights(&layout, 61), weights(&down, 67), weights(&up, 71));
-    let x = Noise(11).floats(130 * k);
-    let [one, many] = [1, 4].map(team);
-    for m in [1, 130] {
-        let run = |workers: &Workers| {
-            let cx = Cx { kernels: crate::Kernels::best(), workers };
-            let rows = quantized(&cx, &x[..m * k], &layout, ActBits::Sixteen);
-            let (mut outs, mut firsts) = (vec![vec![0.0; m * n]; 3], vec![vec![f32::NAN; m * r]; 3]);
-            let mut parts: Vec<Part<'_>> = outs
-                .iter_mut()
-                .zip(&mut firsts)
-                .map(|(out, t)| {
-                    let branch = Branch {
-                        x: Rows::Quantized(&rows),
-                        down: down.view(&down_blob).expect("length matches"),
-                        alpha: &[2.0],
-                        up: up.view(&up_blob).expect("length matches"),
-                        t,
-                    };
-                    Part { branch: Some(branch), ..part(layout.view(&blob).expect("length matches"), out) }
-                })
-                .collect();
-            linear(&cx, Rows::Quantized(&rows), &mut parts).expect("lengths match");
-            drop(parts);
-            bits(&outs.concat())
-        };
-        let expected = run(&one);
-        for _ in 0..if m == 1 { 200 } else { 10 } {
-            assert!(run(&many) == expected, "{m} rows");
+fn rows_of_few_and_many_blocks_agree() {
+    // One worker gets all panels as one tile.
+    let workers = team(1);
+    let offsets = [BlockOffset::Symmetric, BlockOffset::Integer, BlockOffset::Min];
+    for (block, blocks) in [(16, 81), (32, 2), (64, 21), (128, 11), (256, 1), (256, 5)] {
+        let k = block * blocks;
+        let x = Noise(15).floats(53 * k);
+        let formats = offsets.map(|offset| WeightFormat::Int4Block { block, offset });
+        for format in formats.into_iter().chain([WeightFormat::Int8Block { block }]) {
+            for (m, n) in [(53, 40), (13, 48)] {
+                let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+                let blob = weights(&layout, 73);
+                let w = layout.view(&blob).expect("length matches");
+                for act in BITS {
+                    let rows = quantized(&portable(&workers), &x[..m * k], &layout, act);
+                    let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+                    each_tier(&workers, |cx| {
+                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
+                        assert!(found == expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
+                    });
+                }
+            }
         }
     }
 }
