@@ -197,7 +197,7 @@ fn check_heads(layout: CacheLayout, heads: usize) -> Result<(), ShapeError> {
 const RANGE: usize = 256;
 
 /// Query rows of a tile.
-const TILE_ROWS: usize = 16;
+const TILE_ROWS: usize = 48;
 
 /// Pieces of neighbouring ranges for each worker, when ranges are shared out.
 const CHUNKS_PER_WORKER: usize = 4;

@@ -259,11 +259,16 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
                 key_scales: key_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
                 values: values.range(head * layout.head_value_bytes(), layout.head_value_bytes()),
                 value_scales: value_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
+                codes: [[0; MAX_HEAD_DIM]; GROUP],
             }
         };
-        for row in 0..m {
+        let mut row = 0;
+        while row < m {
             let from = row * width + head * layout.head_dim;
-            target.write(at + row, &k[from..][..layout.head_dim], &v[from..][..layout.head_dim]);
+            let is_group = layout.format == CacheFormat::Int8 && (at + row).is_multiple_of(GROUP) && m - row >= GROUP;
+            let rows = if is_group { GROUP } else { 1 };
+            target.write(at + row, rows, width, &k[from..], &v[from..]);
+            row += rows;
         }
     };
     if k.len() < PARALLEL_VALUES {
@@ -282,47 +287,74 @@ struct HeadMut<'a> {
     key_scales: &'a mut [u8],
     values: &'a mut [u8],
     value_scales: &'a mut [u8],
+    /// Int8: rows on their way.
+    codes: [[i8; MAX_HEAD_DIM]; GROUP],
 }
 
 impl HeadMut<'_> {
-    fn write(&mut self, position: usize, k: &[f32], v: &[f32]) {
-        let panel_bytes = self.layout.key_panel_bytes();
-        let panel = &mut self.keys[position / PANEL * panel_bytes..][..panel_bytes];
-        let lane = position % PANEL;
-        let row_bytes = self.layout.head_dim * self.layout.format.element_bytes();
+    /// Writes `rows` rows, `stride` apart in `k` and `v`: one, or in an int8 cache those of a whole group.
+    fn write(&mut self, position: usize, rows: usize, stride: usize, k: &[f32], v: &[f32]) {
+        let head_dim = self.layout.head_dim;
         match self.layout.format {
-            CacheFormat::F32 => {
-                let row = &mut self.values[position * row_bytes..][..row_bytes];
-                let panel = panel.as_chunks_mut::<4>().0;
-                panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = k.to_le_bytes());
-                row.as_chunks_mut().0.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_le_bytes());
-            }
+            CacheFormat::F32 => self.write_floats(position, &k[..head_dim], &v[..head_dim], |x| x.to_le_bytes()),
             CacheFormat::F16 => {
-                let row = &mut self.values[position * row_bytes..][..row_bytes];
-                let panel = panel.as_chunks_mut::<2>().0;
-                let bytes = |value: &f32| f16::from_f32(*value).to_le_bytes();
-                panel.iter_mut().skip(lane).step_by(PANEL).zip(k).for_each(|(to, k)| *to = bytes(k));
-                row.as_chunks_mut().0.iter_mut().zip(v).for_each(|(to, v)| *to = bytes(v));
+                self.write_floats(position, &k[..head_dim], &v[..head_dim], |x| f16::from_f32(x).to_le_bytes());
             }
             CacheFormat::Int8 => {
-                let mut codes = [0; MAX_HEAD_DIM];
-                let scale = quantize(self.kernels, k, &mut codes);
-                let groups = panel.chunks_exact_mut(4 * PANEL).zip(codes[..k.len()].chunks(4));
-                for (group, codes) in groups {
-                    let codes = codes.iter().map(|code| code.cast_unsigned());
-                    group[lane * 4..][..4].iter_mut().zip(codes).for_each(|(to, code)| *to = code);
+                for row in 0..rows {
+                    self.write_int8_key(position + row, &k[row * stride..][..head_dim]);
                 }
-                self.key_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
-                let scale = quantize(self.kernels, v, &mut codes);
-                let range_bytes = self.layout.value_range_bytes();
-                let range = &mut self.values[position / RANGE * range_bytes..][..range_bytes];
-                for (panel, codes) in range.chunks_exact_mut(RANGE * PANEL).zip(codes[..v.len()].chunks(PANEL)) {
-                    let group = &mut panel[position % RANGE / 4 * 64..][..64];
-                    for (to, code) in group.iter_mut().skip(position % 4).step_by(4).zip(codes) {
-                        *to = code.cast_unsigned();
-                    }
+                self.write_int8_values(position, rows, stride, v);
+            }
+        }
+    }
+
+    fn write_floats<const BYTES: usize>(
+        &mut self,
+        at: usize,
+        k: &[f32],
+        v: &[f32],
+        bytes: impl Fn(f32) -> [u8; BYTES],
+    ) {
+        let panel_bytes = self.layout.key_panel_bytes();
+        let panel = self.keys[at / PANEL * panel_bytes..][..panel_bytes].as_chunks_mut().0;
+        panel.iter_mut().skip(at % PANEL).step_by(PANEL).zip(k).for_each(|(to, k)| *to = bytes(*k));
+        let row = self.values[at * v.len() * BYTES..][..v.len() * BYTES].as_chunks_mut().0;
+        row.iter_mut().zip(v).for_each(|(to, v)| *to = bytes(*v));
+    }
+
+    fn write_int8_key(&mut self, position: usize, k: &[f32]) {
+        let scale = quantize(self.kernels, k, &mut self.codes[0]);
+        let panel_bytes = self.layout.key_panel_bytes();
+        let panel = &mut self.keys[position / PANEL * panel_bytes..][..panel_bytes];
+        let groups = panel.as_chunks_mut::<GROUP>().0.iter_mut().skip(position % PANEL).step_by(PANEL);
+        // What pads a row to whole groups is zeros.
+        self.codes[0][k.len()..k.len().next_multiple_of(GROUP)].fill(0);
+        for (to, codes) in groups.zip(self.codes[0].as_chunks::<GROUP>().0) {
+            *to = codes.map(i8::cast_unsigned);
+        }
+        self.key_scales[position * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+    }
+
+    /// The rows of a whole group meet in each four bytes; a single row has one of them.
+    fn write_int8_values(&mut self, position: usize, rows: usize, stride: usize, v: &[f32]) {
+        let head_dim = self.layout.head_dim;
+        for (row, codes) in self.codes.iter_mut().take(rows).enumerate() {
+            let scale = quantize(self.kernels, &v[row * stride..][..head_dim], codes);
+            self.value_scales[(position + row) * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+        }
+        let range_bytes = self.layout.value_range_bytes();
+        let range = &mut self.values[position / RANGE * range_bytes..][..range_bytes];
+        for (first, panel) in (0..head_dim).step_by(PANEL).zip(range.chunks_exact_mut(RANGE * PANEL)) {
+            let columns = first..head_dim.min(first + PANEL);
+            let groups = panel[position % RANGE / GROUP * GROUP * PANEL..].as_chunks_mut::<GROUP>().0;
+            let [a, b, c, d] = self.codes.each_ref().map(|codes| &codes[columns.clone()]);
+            if rows == GROUP {
+                for (((to, a), (b, c)), d) in groups.iter_mut().zip(a).zip(b.iter().zip(c)).zip(d) {
+                    *to = [*a, *b, *c, *d].map(i8::cast_unsigned);
                 }
-                self.value_scales[position * 4..position * 4 + 4].copy_from_slice(&scale.to_le_bytes());
+            } else {
+                groups.iter_mut().zip(a).for_each(|(to, code)| to[position % GROUP] = code.cast_unsigned());
             }
         }
     }
@@ -347,6 +379,9 @@ fn quantize(kernels: &Kernels, x: &[f32], codes: &mut [i8; MAX_HEAD_DIM]) -> f32
 
 /// Largest `head_dim`: keeps an integer score inside i32.
 pub const MAX_HEAD_DIM: usize = 512;
+
+/// Inputs that lie together in int8 panels.
+const GROUP: usize = 4;
 
 /// Below this many values a region costs more than it saves.
 const PARALLEL_VALUES: usize = 8192;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::scratch::WorkerScratch;
 use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE, TILE_ROWS};
-use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, ValuesTile, Weighed, WeightsMut};
+use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, ValuesTile, WeightsMut};
 use crate::matmul::Write;
 use crate::packed::{BlockOffset, PANEL};
 use crate::scratch::Disjoint;
@@ -105,40 +105,39 @@ impl Problem<'_> {
     fn integer_values(&self, tile: &Tile, span: Span, scratch: &mut WorkerScratch) {
         let layout = &self.cache.layout;
         let scales = self.cache.value_scales(tile.kv_head, span.first).as_chunks().0;
-        let visible: [Range<usize>; TILE_ROWS] =
-            std::array::from_fn(|row| if row < tile.rows { self.visible_in(row + tile.first, span) } else { 0..0 });
-        let visible = &visible[..tile.rows];
-        let mut weighed = [Weighed::default(); TILE_ROWS];
+        let rows = || (0..tile.rows).map(|row| (row, self.visible_in(row + tile.first, span)));
+        let scores =
+            |row: usize, visible: &Range<usize>| row * span.width + visible.start..row * span.width + visible.end;
         // Step by step over all rows: what ends the step of one overlaps with that of the next.
-        for ((scores, visible), totals) in
-            scratch.scores.chunks_exact_mut(span.width).zip(visible).zip(&mut scratch.totals)
-        {
-            let seen = &mut scores[visible.clone()];
+        for (row, visible) in rows() {
+            let seen = &mut scratch.scores[scores(row, &visible)];
             self.cap(seen);
             // SAFETY: the table exists only on a CPU that has its instruction set.
-            totals.max = unsafe { (self.kernels.max)(seen) };
+            scratch.totals[row].max = unsafe { (self.kernels.max)(seen) };
         }
-        for (row, (scores, visible)) in scratch.scores.chunks_exact_mut(span.width).zip(visible).enumerate() {
-            let (seen, max) = (&mut scores[visible.clone()], scratch.totals[row].max);
+        for (row, visible) in rows() {
+            let (seen, max) = (&mut scratch.scores[scores(row, &visible)], scratch.totals[row].max);
             // SAFETY: as above; there is a scale for each position, and the end of `visible` is inside the cache.
-            weighed[row] = unsafe { (self.kernels.weigh)(seen, &scales[visible.clone()], max) };
-            scratch.totals[row].sum = weighed[row].sum;
+            let weighed = unsafe { (self.kernels.weigh)(seen, &scales[visible], max) };
+            (scratch.totals[row].sum, scratch.tops[row]) = (weighed.sum, weighed.top);
         }
-        for (row, (weights, visible)) in scratch.scores.chunks_exact(span.width).zip(visible).enumerate() {
+        for (row, visible) in rows() {
             let at = row * RANGE;
             let (hi, lo) = (&mut scratch.p_hi[at..][..span.width], &mut scratch.p_lo[at..][..span.width]);
-            for outside in [0..visible.start, visible.end..span.width] {
+            for outside in [0..visible.start, visible.end..span.width].into_iter().filter(|outside| !outside.is_empty())
+            {
                 hi[outside.clone()].fill(0);
                 lo[outside].fill(0);
             }
+            let weights = &scratch.scores[scores(row, &visible)];
             let target = WeightsMut {
                 hi: &mut hi[visible.clone()],
-                lo: &mut lo[visible.clone()],
+                lo: &mut lo[visible],
                 scale: &mut scratch.p_scales[row],
                 plane_sums: &mut scratch.p_sums[row],
             };
             // SAFETY: as above; all slices are as long as `visible`.
-            unsafe { (self.kernels.quantize_weights)(&weights[visible.clone()], weighed[row].top, target) }
+            unsafe { (self.kernels.quantize_weights)(weights, scratch.tops[row], target) }
         }
         let values = IntegerTile {
             rows: tile.rows,

@@ -12,6 +12,7 @@ mod blocks;
 mod channels;
 mod unpack;
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::insn::{Shapes, TileUnit};
@@ -103,6 +104,27 @@ type SumTile = [[i32; PANEL]; ROWS];
 fn load_sums(from: &[i32; PANEL]) -> __m512i {
     // SAFETY: 64 bytes, unaligned.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+/// The order that [`times_256`] moves bytes in.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn bytes_up() -> __m512i {
+    _mm512_set4_epi32(0x0e0d_0c80, 0x0a09_0880, 0x0605_0480, 0x0201_0080)
+}
+
+/// Each 32-bit value times 256, modulo 2³²: `up`, of [`bytes_up`], moves each byte up by one. Shifts have but one port, the one that floats need;
+/// the compiler would make a shift of the intrinsic.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn times_256(x: __m512i, up: __m512i) -> __m512i {
+    let result;
+    // SAFETY: avx512bw is on, registers only.
+    unsafe {
+        asm!("vpshufb {}, {}, {}", lateout(zmm_reg) result, in(zmm_reg) x, in(zmm_reg) up,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    result
 }
 
 /// How the codes lie.

@@ -8,12 +8,11 @@
 //! The unit works on later blocks, also those of the next panel or rows, while the vector registers take in this one. Next to it
 //! one of the two ports for vectors computes no floats: what need not be floats is done as bytes or integers.
 
-use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
-use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
+use super::{PANELS, ROWS, SumTile, bytes_up, configure, load_sums, tile_fours, times_256};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::{load_f16, load_i8, store};
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
@@ -123,7 +122,7 @@ impl Product<'_> {
             store_hi::<U, 1>(unit, &mut buffers.sums[1]);
             store_lo::<U, 1, PLANES>(unit, &mut buffers.sums[1]);
         }
-        let up = _mm512_set4_epi32(0x0e0d_0c80, 0x0a09_0880, 0x0605_0480, 0x0201_0080);
+        let up = bytes_up();
         let is_last = self.blocks.end * tile.block == tile.k;
         // Blocks of all rows and panels before the current one.
         let mut before = 0_usize;
@@ -381,20 +380,6 @@ unsafe fn store_lo<U: TileUnit, const SET: usize, const PLANES: usize>(unit: &mu
     let lo = lo.as_mut_ptr().cast();
     // SAFETY: as above.
     unsafe { if SET == 0 { unit.store::<1>(lo, 64) } else { unit.store::<3>(lo, 64) } }
-}
-
-/// Each 32-bit value times 256, modulo 2³²: `up` moves each byte up by one. Shifts have but one port, the one that floats need;
-/// the compiler would make a shift of the intrinsic.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn times_256(x: __m512i, up: __m512i) -> __m512i {
-    let result;
-    // SAFETY: avx512bw is on, registers only.
-    unsafe {
-        asm!("vpshufb {}, {}, {}", lateout(zmm_reg) result, in(zmm_reg) x, in(zmm_reg) up,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    result
 }
 
 #[inline]

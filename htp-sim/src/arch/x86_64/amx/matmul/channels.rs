@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
-use super::{PANELS, ROWS, SumTile, configure, load_sums, tile_fours};
+use super::{PANELS, ROWS, SumTile, bytes_up, configure, load_sums, tile_fours, times_256};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
 use crate::arch::x86_64::avx512_vnni::vector::silu;
@@ -260,30 +260,33 @@ impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn run(&self, sums: &Sums) {
         let adds = self.pair.iter().any(|(tile, _)| tile.added.iter().any(|(row, _)| !row.is_empty()));
+        let joins = PLANES == 2 && self.pair[0].0.k <= MAX_JOINED;
         // SAFETY: the caller's promise.
         unsafe {
-            match (self.n_panels, adds) {
-                (1, false) => self.run_pair::<1, false>(sums),
-                (1, true) => self.run_pair::<1, true>(sums),
-                (_, false) => self.run_pair::<2, false>(sums),
-                (_, true) => self.run_pair::<2, true>(sums),
+            match (self.n_panels, adds, joins) {
+                (1, false, false) => self.run_pair::<1, false, false>(sums),
+                (1, false, true) => self.run_pair::<1, false, true>(sums),
+                (1, true, _) => self.run_pair::<1, true, false>(sums),
+                (_, false, false) => self.run_pair::<2, false, false>(sums),
+                (_, false, true) => self.run_pair::<2, false, true>(sums),
+                (_, true, _) => self.run_pair::<2, true, false>(sums),
             }
         }
     }
 
-    /// All rows of `W` panels. `ADDS` says whether something is added to their outputs.
+    /// All rows of `W` panels. `ADDS` says whether something is added to their outputs, `JOINS` whether planes meet as integers.
     ///
     /// # Safety
     /// Their sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn run_pair<const W: usize, const ADDS: bool>(&self, sums: &Sums) {
+    unsafe fn run_pair<const W: usize, const ADDS: bool, const JOINS: bool>(&self, sums: &Sums) {
         let columns = if GATED { PANEL } else { W * PANEL };
         let (tile, panel) = self.pair[0];
         let (first, second) = (Outputs::<ADDS>::new(self.pair[0]), Outputs::<ADDS>::new(self.pair[W - 1]));
         for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
             // One plane has its second 16 rows where two have the second plane.
-            let mut sums = [0, W - 1].map(|w| RowSums::<PLANES>::new(sums, self.slot + i, w));
+            let mut sums = [0, W - 1].map(|w| RowSums::<PLANES, JOINS>::new(sums, self.slot + i, w));
             let row = self.row + i * ROWS;
             let mut to = self.to.place(row, x_scales.len(), panel * PANEL, columns);
             for x_scale in x_scales {
@@ -351,12 +354,12 @@ impl<const ADDS: bool> Outputs<ADDS> {
 }
 
 /// Sums of a panel, row after row.
-struct RowSums<const PLANES: usize> {
+struct RowSums<const PLANES: usize, const JOINS: bool> {
     hi: *const [i32; PANEL],
     lo: *const [i32; PANEL],
 }
 
-impl<const PLANES: usize> RowSums<PLANES> {
+impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
     /// Those at `slot`, panel `w`.
     #[inline(always)]
     fn new(sums: &Sums, slot: usize, w: usize) -> Self {
@@ -372,12 +375,23 @@ impl<const PLANES: usize> RowSums<PLANES> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn next(&mut self) -> __m512 {
         // SAFETY: the caller's promise.
-        let [hi, lo] = [self.hi, self.lo].map(|sums| _mm512_cvtepi32_ps(load_sums(unsafe { &*sums })));
+        let (hi, lo) = unsafe { (load_sums(&*self.hi), load_sums(&*self.lo)) };
         (self.hi, self.lo) = (self.hi.wrapping_add(1), self.lo.wrapping_add(1));
-        // The product is exact, so that one rounding makes no difference.
-        if PLANES == 2 { _mm512_fmadd_ps(hi, _mm512_set1_ps(256.0), lo) } else { hi }
+        // The products are exact, so that there is one rounding either way.
+        if JOINS {
+            // Next to the unit floats have one port: this is two of their operations less.
+            _mm512_cvtepi32_ps(_mm512_add_epi32(times_256(hi, bytes_up()), lo))
+        } else if PLANES == 2 {
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(hi), _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(lo))
+        } else {
+            _mm512_cvtepi32_ps(hi)
+        }
     }
 }
+
+/// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes.
+const MAX_JOINED: usize = 508;
+const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
 
 /// Asks for the bytes `range` behind the start of `from`, wherever they are.
 fn ask_for(from: &[u8], range: Range<usize>) {
