@@ -21,7 +21,8 @@ use support::{Form, Rng, Tiny, tiny};
 
 const RANK: usize = 4;
 const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
-const SMOOTHING: SmoothOptions = SmoothOptions { weights: Some(Scheme::Block { bits: Bits::Eight, block_size: 16 }) };
+const SMOOTHING: SmoothOptions =
+    SmoothOptions { weights: Some(Scheme::Block { bits: Bits::Eight, block_size: 16 }), least_sqnr_db: None };
 
 /// A float model whose weights came off their four-bit grid by factors on the channels between norms and matrices.
 fn off_grid(branch: bool) -> Graph {
@@ -240,6 +241,25 @@ fn smoothing_keeps_the_function_and_saves_massive_channels() {
     assert!(distance(&logits(&smooth, Some(&folded)), &want) < 1e-3);
     let (before, after) = (largest_channel(&graph), largest_channel(&smooth));
     assert!(before > 100.0 && after < 0.2 * before, "{before} times the usual before, {after} after");
+}
+
+// Guards: inputs that lose too much at 8 bits even when smoothed, and so get 16, keep their channels as they are.
+#[test]
+fn inputs_of_16_bits_are_not_smoothed() {
+    let (graph, windows) = (massive(), windows());
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let backend = HtpBackend::new(1).expect("one thread");
+    let smooth_for = |least_sqnr_db: f64| {
+        let (mut result, options) = (graph.clone(), SmoothOptions { least_sqnr_db: Some(least_sqnr_db), ..SMOOTHING });
+        let reports = smooth(&mut result, &windows, options, &backend, &mut |_, _| {}).expect("a float graph");
+        (result, reports.iter().filter(|report| report.error_after < report.error_before).count())
+    };
+    let (all, n_all) = smooth_for(-100.0);
+    assert_eq!(all.metadata(), smoothed(&graph, 1).metadata());
+    let (none, n_none) = smooth_for(100.0);
+    assert!(n_all > 0 && n_none == 0, "{n_all} and {n_none}");
+    assert_eq!(none.metadata(), graph.metadata());
+    assert!(distance(&logits(&none, None), &logits(&graph, None)) == 0.0);
 }
 
 // Guards: a record of scales that is no such record is refused, not taken for none.

@@ -32,6 +32,9 @@ use crate::{
 pub struct SmoothOptions {
     /// How the matrices will be rounded; `None`: they stay floats.
     pub weights: Option<Scheme>,
+    /// Inputs that lose more than this at 8 bits even when scaled (dB) will get more bits: their channels stay as they are, and
+    /// the weights keep the sizes that round best. `None`: none will.
+    pub least_sqnr_db: Option<f64>,
 }
 
 /// One group that was looked at.
@@ -88,6 +91,8 @@ pub fn smooth(
         let source = group.source_matrix().map(|matrix| Matrix::read(graph, matrix.weight));
         let site = Site::new(backend.cx(), group, (&weights, source), &seen, options);
         let (error_before, best) = site.search();
+        let fits = |best: &Candidate| options.least_sqnr_db.is_none_or(|least| site.input_sqnr_db(best) >= least);
+        let best = best.filter(fits);
         let report = SmoothReport {
             source: group.source_name(graph),
             readers: group.readers.iter().map(|reader| reader.module.clone()).collect(),
@@ -119,6 +124,13 @@ struct Seen {
     /// Rows that each of the first `n_spread` stands for; the others stand for themselves.
     stride: usize,
     n_spread: usize,
+}
+
+impl Seen {
+    /// Rows of the text that row `number` stands for.
+    fn stands_for(&self, number: usize) -> f64 {
+        if number < self.n_spread { self.stride as f64 } else { 1.0 }
+    }
 }
 
 /// A row that leaves the ends behind, and how far.
@@ -157,7 +169,8 @@ fn observe(
         calibrator.run(Feed::Ids(window), &mut |rows| {
             for (i, row) in rows.values.chunks_exact(rows.width).enumerate() {
                 keep_farthest(&mut beyond[rows.tap], &ends[rows.tap], row);
-                if (before + rows.position + i).is_multiple_of(stride) {
+                // In the middle of what they stand for: the first position of a text is like no other.
+                if (before + rows.position + i) % stride == stride / 2 {
                     spread[rows.tap].extend_from_slice(row);
                 }
             }
@@ -343,6 +356,22 @@ impl<'a> Site<'a> {
         self.seen.rows.iter().enumerate().map(value).collect()
     }
 
+    /// Signal to noise of the sampled rows, scaled, on their grid of 8 bits.
+    fn input_sqnr_db(&self, candidate: &Candidate) -> f64 {
+        let by_column: Vec<f32> = (0..self.k).map(|column| candidate.factors[self.group.channel(column)]).collect();
+        let rounded = self.rounded_inputs(&by_column, &vec![1.0; candidate.factors.len()]);
+        let (mut signal, mut noise) = (0.0, 0.0);
+        for (number, (row, rounded)) in
+            self.seen.rows.chunks_exact(self.k).zip(rounded.chunks_exact(self.k)).enumerate()
+        {
+            let scaled: Vec<f32> = row.iter().zip(&by_column).map(|(v, factor)| v * factor).collect();
+            let stands_for = self.seen.stands_for(number);
+            signal += stands_for * squared_distance(&scaled, &[]);
+            noise += stands_for * squared_distance(rounded, &scaled);
+        }
+        10.0 * (signal / noise.max(f64::MIN_POSITIVE)).log10()
+    }
+
     /// The weights, scaled and as their scheme will round them in this order; columns are back in their places.
     fn rounded_weights(&self, factors: &[f32], order: Option<&[u32]>) -> Vec<f32> {
         let mut result: Vec<f32> = Vec::with_capacity(self.weights.len());
@@ -382,10 +411,7 @@ fn shares(exact: &[f32], n: usize, seen: &Seen, readers: impl Iterator<Item = us
         sorted.sort_by(f64::total_cmp);
         let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0.0).max(f64::MIN_POSITIVE);
         let all = (seen.stride * seen.n_spread).max(1) as f64;
-        let weight = |(row, energy): (usize, f64)| {
-            let stands_for = if row < seen.n_spread { seen.stride } else { 1 };
-            stands_for as f64 / all / energy.max(median)
-        };
+        let weight = |(row, energy): (usize, f64)| seen.stands_for(row) / all / energy.max(median);
         Share { columns, row_weights: energies.into_iter().enumerate().map(weight).collect() }
     };
     readers.map(share).collect()
