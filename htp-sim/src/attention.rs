@@ -1,7 +1,7 @@
 //! Grouped-query causal attention over a KV cache.
 //!
 //! ```text
-//! for each KV head, for each tile of up to 16 query rows (all query heads of the KV head, then the next position):
+//! for each KV head, for each tile of up to 48 query rows (all query heads of the KV head, then the next position):
 //!     for each range of 256 positions that the tile sees:
 //!         scores = q · Kᵀ            (the matmul kernels: keys lie in panels of 16 positions, like weights)
 //!         p = exp(scores - max), 0 where a row does not see the position
@@ -196,7 +196,8 @@ fn check_heads(layout: CacheLayout, heads: usize) -> Result<(), ShapeError> {
 /// Positions that are computed in one go, and the unit in which a long cache is shared out.
 const RANGE: usize = 256;
 
-/// Query rows of a tile.
+/// Query rows of a tile: three times what the AMX unit takes at once, so that it sleeps and wakes less often between scores and
+/// values (each time it wakes costs as much as thirty of its products).
 const TILE_ROWS: usize = 48;
 
 /// Pieces of neighbouring ranges for each worker, when ranges are shared out.
