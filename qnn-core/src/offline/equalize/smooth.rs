@@ -118,6 +118,8 @@ pub fn smooth(
 struct Seen {
     /// Smallest and largest value of each column, in the first half of the windows.
     ends: Vec<(f32, f32)>,
+    /// The same in all windows.
+    all_ends: Vec<(f32, f32)>,
     /// Rows of the other half, by which candidates are judged: evenly spread ones, then those that leave the ends behind
     /// most.
     rows: Vec<f32>,
@@ -159,6 +161,7 @@ fn observe(
             }
         })?;
     }
+    let mut all_ends = ends.clone();
     // A single window has to do both.
     let judging = if judging.is_empty() { setting } else { judging };
     let stride = judging.iter().map(|(_, window)| window.len()).sum::<usize>().div_ceil(SPREAD_ROWS).max(1);
@@ -169,6 +172,7 @@ fn observe(
         calibrator.run(Feed::Ids(window), &mut |rows| {
             for (i, row) in rows.values.chunks_exact(rows.width).enumerate() {
                 keep_farthest(&mut beyond[rows.tap], &ends[rows.tap], row);
+                all_ends[rows.tap].iter_mut().zip(row).for_each(|(ends, v)| *ends = (ends.0.min(*v), ends.1.max(*v)));
                 // In the middle of what they stand for: the first position of a text is like no other.
                 if (before + rows.position + i) % stride == stride / 2 {
                     spread[rows.tap].extend_from_slice(row);
@@ -178,10 +182,10 @@ fn observe(
         before += window.len();
     }
     let mut all = Vec::with_capacity(groups.len());
-    for ((ends, mut rows), beyond) in ends.into_iter().zip(spread).zip(beyond) {
+    for (((ends, all_ends), mut rows), beyond) in ends.into_iter().zip(all_ends).zip(spread).zip(beyond) {
         let n_spread = rows.len() / ends.len();
         beyond.into_iter().for_each(|beyond| rows.extend(beyond.row));
-        all.push(Seen { ends, rows, stride, n_spread });
+        all.push(Seen { ends, all_ends, rows, stride, n_spread });
     }
     Ok(all)
 }
@@ -302,7 +306,7 @@ impl<'a> Site<'a> {
         let by_column: Vec<f32> = (0..self.k).map(|column| factors[self.group.channel(column)]).collect();
         let order = sorted.then(|| self.order(&by_column));
         let gains = self.source_gains(&factors);
-        let inputs = self.rounded_inputs(&by_column, &gains);
+        let inputs = self.rounded_inputs(&self.seen.ends, &by_column, &gains);
         let weights = self.rounded_weights(&by_column, order.as_deref());
         let n = self.weights.len() / self.k;
         let found = product(&self.cx, &inputs, &weights, self.k);
@@ -341,9 +345,9 @@ impl<'a> Site<'a> {
         source.values.chunks_exact(source.k).zip(factors).map(gain).collect()
     }
 
-    /// The sampled rows, scaled and on a grid of 8 bits for all that calibration saw.
-    fn rounded_inputs(&self, factors: &[f32], gains: &[f32]) -> Vec<f32> {
-        let scaled = self.seen.ends.iter().zip(factors).map(|((least, most), factor)| (least * factor, most * factor));
+    /// The sampled rows, scaled and on a grid of 8 bits for what is within `ends`.
+    fn rounded_inputs(&self, ends: &[(f32, f32)], factors: &[f32], gains: &[f32]) -> Vec<f32> {
+        let scaled = ends.iter().zip(factors).map(|((least, most), factor)| (least * factor, most * factor));
         let (least, most) = scaled.fold((0.0f32, 0.0f32), |all, one| (all.0.min(one.0), all.1.max(one.1)));
         let scale = ((most - least) / 255.0).max(f32::MIN_POSITIVE);
         let offset = (least / scale).round_ties_even();
@@ -359,7 +363,7 @@ impl<'a> Site<'a> {
     /// Signal to noise of the sampled rows, scaled, on their grid of 8 bits.
     fn input_sqnr_db(&self, candidate: &Candidate) -> f64 {
         let by_column: Vec<f32> = (0..self.k).map(|column| candidate.factors[self.group.channel(column)]).collect();
-        let rounded = self.rounded_inputs(&by_column, &vec![1.0; candidate.factors.len()]);
+        let rounded = self.rounded_inputs(&self.seen.all_ends, &by_column, &vec![1.0; candidate.factors.len()]);
         let (mut signal, mut noise) = (0.0, 0.0);
         for (number, (row, rounded)) in
             self.seen.rows.chunks_exact(self.k).zip(rounded.chunks_exact(self.k)).enumerate()
