@@ -113,8 +113,8 @@ fn bytes_up() -> __m512i {
     _mm512_set4_epi32(0x0e0d_0c80, 0x0a09_0880, 0x0605_0480, 0x0201_0080)
 }
 
-/// Each 32-bit value times 256, modulo 2³²: `up`, of [`bytes_up`], moves each byte up by one. Shifts have but one port, the one that floats need;
-/// the compiler would make a shift of the intrinsic.
+/// Each 32-bit value times 256, modulo 2³²: `up`, of [`bytes_up`], moves each byte up by one. Shifts have but one port, the one
+/// that floats need; the compiler would make a shift of the intrinsic.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn times_256(x: __m512i, up: __m512i) -> __m512i {
