@@ -60,6 +60,9 @@ pub struct Part<'a> {
 
 /// An adapter's branch of a weight: `out += (alpha · (x · downᵀ)) · upᵀ`, added while the output tile is hot.
 ///
+/// Where x has integers and `up` 8 bits per channel, the first half `alpha · (x · downᵀ)` gets 16 bits and a scale per row, up to
+/// rank 256: the branch then has the same bits on every tier, and costs less than with floats.
+///
 /// Where a row of the first half is all zeros nothing is added, so strength 0 gives the base bit for bit.
 #[derive(Debug)]
 pub struct Branch<'a> {

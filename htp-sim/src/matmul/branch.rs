@@ -1,24 +1,34 @@
 //! Adapters' branches in the region of their layer.
 //!
-//! The first halves are small products. They are the first items of the region, and who has a tile of the layer waits for them
+//! The first halves are small products. Whoever has a tile of the layer helps with them first, and waits for the last of them
 //! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do.
 //!
-//! Nobody waits for ever: the calling worker takes the items in ascending order, so that it has left no first half behind when
-//! it comes to a tile, and a first half waits for nothing.
+//! Where x has integers the second half has them, too: each worker quantizes the rows of `t` that its tiles need.
+//!
+//! Nobody waits for ever: a first half is taken by a worker that computes it at once, and it waits for nothing.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::{hint, thread};
 
 use super::tile::{Tile, compute};
 use super::{Branch, Grid, Half, MAX_PARTS, PANEL, Rows, Target, VALUES, Write, with_buffer};
 use crate::Cx;
-use crate::packed::PackedWeights;
+use crate::packed::{PackedWeights, WeightFormat};
 use crate::scratch::Disjoint;
+
+mod rows;
+
+pub(super) use rows::IntegerRows;
+use rows::MAX_INTEGER_RANK;
 
 /// The first halves of all branches of a layer.
 pub(super) struct FirstHalves<'a> {
+    /// No other layer of this process has the same number.
+    layer: u64,
     halves: [Option<FirstHalf<'a>>; MAX_PARTS],
     n_items: usize,
+    /// The next one to take.
+    next: AtomicUsize,
     n_done: AtomicUsize,
 }
 
@@ -38,11 +48,14 @@ pub(super) struct SecondHalf<'a> {
     pub(super) up: PackedWeights<'a>,
     /// Number of the first half.
     first: usize,
+    /// Whether the first half is quantized.
+    pub(super) in_integers: bool,
 }
 
 impl<'a> FirstHalves<'a> {
     pub(super) fn new() -> Self {
-        Self { halves: [const { None }; MAX_PARTS], n_items: 0, n_done: AtomicUsize::new(0) }
+        let (next, n_done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { layer: 0, halves: [const { None }; MAX_PARTS], n_items: 0, next, n_done }
     }
 
     /// Takes over a branch; a layer has at most [`MAX_PARTS`].
@@ -54,22 +67,34 @@ impl<'a> FirstHalves<'a> {
         let t = Target { write: Write::Store, n: down.layout().n(), out: Disjoint::new(t) };
         self.halves[first] = Some(FirstHalf { x, down, alpha, t, grid, n_items });
         self.n_items += n_items;
-        SecondHalf { up, first }
+        if first == 0 {
+            static LAYERS: AtomicU64 = AtomicU64::new(1);
+            self.layer = LAYERS.fetch_add(1, Ordering::Relaxed);
+        }
+        let has_integers = matches!(x, Rows::Quantized(_));
+        let fits = up.layout().format() == WeightFormat::Int8PerChannel && up.layout().k() <= MAX_INTEGER_RANK;
+        SecondHalf { up, first, in_integers: has_integers && fits }
     }
 
-    /// Computes all first halves, and calls `tile` for each of `n_tiles`, in one parallel region.
+    /// Computes all first halves, and calls `tile` for each of `n_tiles`.
     pub(super) fn then_each(&self, cx: &Cx<'_>, n_tiles: usize, tile: impl Fn(usize) + Sync) {
-        let items = |item: usize, _: usize| {
+        let tiles = |item: usize, _: usize| {
             let _nobody_waits = OnPanic(&self.n_done);
-            match item.checked_sub(self.n_items) {
-                Some(item) => tile(item),
-                None => {
-                    self.compute(cx, item);
-                    self.n_done.fetch_add(1, Ordering::Release);
-                }
-            }
+            self.help(cx);
+            tile(item);
         };
-        cx.workers.for_each_then(self.n_items + n_tiles, items, cx.kernels.leave);
+        cx.workers.for_each_then(n_tiles, tiles, cx.kernels.leave);
+    }
+
+    /// Computes first halves until all have been taken.
+    fn help(&self, cx: &Cx<'_>) {
+        while self.next.load(Ordering::Relaxed) < self.n_items {
+            let item = self.next.fetch_add(1, Ordering::Relaxed);
+            if item < self.n_items {
+                self.compute(cx, item);
+                self.n_done.fetch_add(1, Ordering::Release);
+            }
+        }
     }
 
     fn compute(&self, cx: &Cx<'_>, mut item: usize) {
@@ -79,6 +104,11 @@ impl<'a> FirstHalves<'a> {
             }
             item -= half.n_items;
         }
+    }
+
+    /// Names rows of a first half: those of `tile`.
+    pub(super) fn key(&self, second: &SecondHalf<'_>, tile: &Tile) -> (u64, usize, usize, usize) {
+        (self.layer, second.first, tile.row, tile.rows)
     }
 
     /// Rows `rows` from `row` on of a first half, `[rows, r]`; waits until all first halves are done.

@@ -1,6 +1,6 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
-use super::branch::FirstHalves;
+use super::branch::{FirstHalves, IntegerRows};
 use super::{Half, PANEL, PRODUCTS, Rows, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
@@ -142,6 +142,10 @@ pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>,
     let Some(branch) = &half.branch else { return };
     let rank = branch.up.layout().k();
     let t = firsts.rows(branch, tile.row, tile.rows);
+    if branch.in_integers {
+        let key = firsts.key(branch, tile);
+        return IntegerRows::with(cx, key, t, rank, |t| add_integers(cx, t, branch.up, tile, values));
+    }
     let is_zero = |row: &[f32]| row.iter().all(|&t| t == 0.0);
     if !t.chunks_exact(rank).any(is_zero) {
         return add_floats(cx, FloatRows { x: t, stride: rank }, branch.up, tile, values);
@@ -151,6 +155,22 @@ pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>,
         let tile = Tile { row: tile.row + i, rows: 1, ..*tile };
         add_floats(cx, FloatRows { x: t, stride: rank }, branch.up, &tile, values);
     }
+}
+
+/// Adds the product with a branch's second half, in integers.
+fn add_integers(cx: &Cx<'_>, t: &IntegerRows, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
+    let width = tile.panels * PANEL;
+    let mut add = |row: usize, rows: usize| {
+        with_buffer(&PRODUCTS, rows * width, |products| {
+            t.product(cx, [row, rows], weights, tile, products);
+            // SAFETY: the table exists only on a CPU that has its instruction set; both are one row, however long.
+            unsafe { (cx.kernels.add_row)(&mut values[row * width..][..products.len()], products.len(), products, 1.0) }
+        });
+    };
+    if !(0..tile.rows).any(|row| t.is_zero(row)) {
+        return (0..tile.rows).step_by(ADDED_ROWS).for_each(|row| add(row, ADDED_ROWS.min(tile.rows - row)));
+    }
+    (0..tile.rows).filter(|row| !t.is_zero(*row)).for_each(|row| add(row, 1));
 }
 
 /// Adds the product with a branch's second half.
@@ -312,6 +332,9 @@ impl Piece<'_> {
         }
     }
 }
+
+/// Rows of a second half that are computed before they are added.
+const ADDED_ROWS: usize = 24;
 
 /// Inputs of a panel that are widened at a time, and their bytes as f32.
 const PIECE: usize = 64;

@@ -175,13 +175,20 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
 /// Adds `part`, made with the totals `new`, to `acc`, made with `totals`; both are brought to the larger maximum.
 #[inline(always)]
 pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
+    let [old, new] = merge_totals(totals, new);
+    in_lanes(acc, part, |acc, part| *acc = *acc * old + part * new);
+}
+
+/// Adds `new` to `totals`; returns the factors of what was made with each.
+#[inline(always)]
+pub(crate) fn merge_totals(totals: &mut SoftmaxTotals, new: SoftmaxTotals) -> [f32; 2] {
     // Of two powers one is that of 0.
     let (max, old_factor, new_factor) = match totals.max >= new.max {
         true => (totals.max, 1.0, exp(new.max - totals.max)),
         false => (new.max, exp(totals.max - new.max), 1.0),
     };
     *totals = SoftmaxTotals { max, sum: totals.sum * old_factor + new.sum * new_factor };
-    in_lanes(acc, part, |acc, part| *acc = *acc * old_factor + part * new_factor);
+    [old_factor, new_factor]
 }
 
 /// `out = x · factor`.

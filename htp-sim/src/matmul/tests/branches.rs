@@ -137,66 +137,117 @@ fn branches_do_not_depend_on_workers() {
 
 /// A branch adds the rounded product of its second half to each finished value, in one addition, and nothing in rows whose first
 /// half is all zeros: whatever the layout, rank and number of rows, and whatever becomes of the output; also in a gated layer.
+/// Where x has integers the first half is quantized with 16 bits a row, up to the largest rank that is.
 #[test]
 fn a_branch_is_added_last() {
     let workers = team(2);
-    let k = 64;
-    let mut noise = Noise(17);
-    for ((n, r), layout_of) in [(13, 4), (33, 65), (165, 130)].into_iter().flat_map(|s| [(s, NEW), (s, TIGHT)]) {
-        let w8c = WeightFormat::Int8PerChannel;
-        let layouts = [(n, k, w8c), (r, k, WeightFormat::F32), (n, r, w8c)]
-            .map(|(n, k, format)| layout_of(n, k, format).expect("sizes are fine"));
-        let blobs = layouts.map(|layout| weights(&layout, 79));
-        let [w, down, up] = [0, 1, 2].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
-        let bias = noise.floats(n);
-        for (m, has_zeros) in [(1, false), (3, true), (17, false), (17, true)] {
-            let (mut x, mut branch_x) = (noise.floats(m * k), noise.floats(m * k));
-            if has_zeros {
-                // Zeros of both signs in the base of row 0, and no branch there.
-                x[..k].fill(-0.0);
-                branch_x[..k].fill(-0.0);
+    for size in [(13, 4), (33, 65), (165, 130), (20, 257)] {
+        for (layout_of, integers) in [(NEW, false), (TIGHT, false), (NEW, true), (TIGHT, true)] {
+            let added = Added::new(&workers, size, layout_of, integers);
+            for (m, has_zeros) in [(1, false), (3, true), (17, false), (17, true), (70, true)] {
+                added.check(m, has_zeros);
             }
-            let before: Vec<f32> = (0..m * n).map(|i| if i % 3 == 0 { -0.0 } else { noise.float() }).collect();
-            each_tier(&workers, |cx| {
-                let name = cx.kernels.name;
-                let rows = quantized(cx, &x, &layouts[0], ActBits::Sixteen);
-                let (rows, branch_x) = (Rows::Quantized(&rows), Rows::F32 { x: &branch_x, m });
-                let t = product(cx, branch_x, down);
-                let products: Vec<f32> = t.chunks(r).flat_map(|t| product(cx, Rows::F32 { x: t, m: 1 }, up)).collect();
-                let zeros: Vec<bool> = t.chunks(r).map(|t| t.iter().all(|&t| t == 0.0)).collect();
-                assert_eq!(zeros.iter().filter(|&&zero| zero).count(), usize::from(has_zeros));
-                let with_branch = |write, bias| {
-                    let mut out = before.clone();
-                    linear(cx, rows, &mut [Part { write, bias, ..part(w, &mut out) }]).expect("lengths match");
-                    for (i, (out, product)) in out.iter_mut().zip(&products).enumerate() {
-                        if zeros[i / n] {
-                            continue;
-                        }
-                        *out += product;
-                    }
-                    out
-                };
-                for (write, bias) in [(Write::Store, None), (Write::Add, Some(&bias[..]))] {
-                    let (mut found, mut t) = (before.clone(), vec![f32::NAN; m * r]);
-                    let branch = Some(Branch { x: branch_x, down, alpha: &[1.0], up, t: &mut t });
-                    linear(cx, rows, &mut [Part { write, bias, branch, ..part(w, &mut found) }])
-                        .expect("lengths match");
-                    assert!(bits(&found) == bits(&with_branch(write, bias)), "{name} {m}x{n} rank {r} {write:?}");
-                }
-                let mut expected = vec![0.0; m * n];
-                crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..])), &mut expected)
-                    .expect("lengths match");
-                crate::elementwise::mul_assign(cx, &mut expected, &with_branch(Write::Store, None))
-                    .expect("lengths match");
-                let (mut found, mut ts) = (vec![f32::NAN; m * n], [vec![f32::NAN; m * r], vec![f32::NAN; m * r]]);
-                let [gate, up] = ts.each_mut().map(|t| Some(Branch { x: branch_x, down, alpha: &[1.0], up, t }));
-                let halves = GateUp {
-                    gate: Gate { weights: w, bias: Some(&bias), branch: gate },
-                    up: Gate { weights: w, bias: None, branch: up },
-                };
-                gated_linear(cx, rows, halves, Activation::Silu, &mut found).expect("lengths match");
-                assert!(bits(&found) == bits(&expected), "{name} {m}x{n} rank {r} gated");
-            });
         }
+    }
+}
+
+/// A layer with a branch.
+struct Added<'a> {
+    workers: &'a Workers,
+    n: usize,
+    /// Rank.
+    r: usize,
+    /// Of the base, the first half and the second.
+    layouts: [PackedLayout; 3],
+    blobs: [Vec<u8>; 3],
+    /// Whether the branch's x has integers.
+    integers: bool,
+    /// Whether its first half gets them, too.
+    quantizes: bool,
+}
+
+impl Added<'_> {
+    const K: usize = 64;
+
+    fn new(workers: &Workers, (n, r): (usize, usize), layout_of: LayoutOf, integers: bool) -> Added<'_> {
+        let w8c = WeightFormat::Int8PerChannel;
+        let down = if integers { w8c } else { WeightFormat::F32 };
+        let layouts = [(n, Self::K, w8c), (r, Self::K, down), (n, r, w8c)]
+            .map(|(n, k, format)| layout_of(n, k, format).expect("sizes are fine"));
+        Added {
+            workers,
+            n,
+            r,
+            layouts,
+            blobs: layouts.map(|layout| weights(&layout, 79)),
+            integers,
+            quantizes: integers && r <= 256,
+        }
+    }
+
+    fn check(&self, m: usize, has_zeros: bool) {
+        let Added { n, r, layouts, blobs, integers, .. } = self;
+        let (n, r) = (*n, *r);
+        let [w, down, up] = [0, 1, 2].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
+        let mut noise = Noise(17);
+        let bias = noise.floats(n);
+        let (mut x, mut branch_x) = (noise.floats(m * Self::K), noise.floats(m * Self::K));
+        if has_zeros {
+            // Zeros of both signs in the base of row 0, and no branch there.
+            x[..Self::K].fill(-0.0);
+            branch_x[..Self::K].fill(-0.0);
+        }
+        let before: Vec<f32> = (0..m * n).map(|i| if i % 3 == 0 { -0.0 } else { noise.float() }).collect();
+        let mut bits_of_tiers = Vec::new();
+        each_tier(self.workers, |cx| {
+            let name = format!("{} {m}x{n} rank {r}, integers {integers}", cx.kernels.name);
+            let rows = quantized(cx, &x, &layouts[0], ActBits::Sixteen);
+            let branch_rows = quantized(cx, &branch_x, &layouts[1], ActBits::Sixteen);
+            let rows = Rows::Quantized(&rows);
+            let branch_x = if *integers { Rows::Quantized(&branch_rows) } else { Rows::F32 { x: &branch_x, m } };
+            let t = product(cx, branch_x, down);
+            let products = self.second_half(cx, &t, up);
+            let zeros: Vec<bool> = t.chunks(r).map(|t| t.iter().all(|&t| t == 0.0)).collect();
+            assert_eq!(zeros.iter().filter(|&&zero| zero).count(), usize::from(has_zeros));
+            let with_branch = |write, bias| {
+                let mut out = before.clone();
+                linear(cx, rows, &mut [Part { write, bias, ..part(w, &mut out) }]).expect("lengths match");
+                let added = out.iter_mut().zip(&products).enumerate().filter(|(i, _)| !zeros[i / n]);
+                added.for_each(|(_, (out, product))| *out += product);
+                out
+            };
+            for (write, bias) in [(Write::Store, None), (Write::Add, Some(&bias[..]))] {
+                let (mut found, mut t) = (before.clone(), vec![f32::NAN; m * r]);
+                let branch = Some(Branch { x: branch_x, down, alpha: &[1.0], up, t: &mut t });
+                linear(cx, rows, &mut [Part { write, bias, branch, ..part(w, &mut found) }]).expect("lengths match");
+                assert!(bits(&found) == bits(&with_branch(write, bias)), "{name} {write:?}");
+                bits_of_tiers.push(bits(&found));
+            }
+            let mut expected = vec![0.0; m * n];
+            crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..])), &mut expected)
+                .expect("lengths match");
+            crate::elementwise::mul_assign(cx, &mut expected, &with_branch(Write::Store, None)).expect("lengths match");
+            let (mut found, mut ts) = (vec![f32::NAN; m * n], [vec![f32::NAN; m * r], vec![f32::NAN; m * r]]);
+            let [gate, up] = ts.each_mut().map(|t| Some(Branch { x: branch_x, down, alpha: &[1.0], up, t }));
+            let halves = GateUp {
+                gate: Gate { weights: w, bias: Some(&bias), branch: gate },
+                up: Gate { weights: w, bias: None, branch: up },
+            };
+            gated_linear(cx, rows, halves, Activation::Silu, &mut found).expect("lengths match");
+            assert!(bits(&found) == bits(&expected), "{name} gated");
+        });
+        if self.quantizes {
+            // The same on every tier.
+            assert!(bits_of_tiers.iter().skip(2).zip(&bits_of_tiers).all(|(a, b)| a == b), "{m}x{n} rank {r}");
+        }
+    }
+
+    /// The product of each row of `t` with the second half.
+    fn second_half(&self, cx: &Cx<'_>, t: &[f32], up: PackedWeights<'_>) -> Vec<f32> {
+        if !self.quantizes {
+            return t.chunks(self.r).flat_map(|t| product(cx, Rows::F32 { x: t, m: 1 }, up)).collect();
+        }
+        let t = quantized(cx, t, &self.layouts[2], ActBits::Sixteen);
+        product(cx, Rows::Quantized(&t), up)
     }
 }

@@ -21,6 +21,9 @@ pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if many_rows::fits(tile) {
         return many_rows::product::<{ many_rows::EIGHT_BIT }>(tile, out);
     }
+    if one_row::has_few_inputs(tile) {
+        return one_row::few_inputs(tile, out);
+    }
     per_channel::<false>(tile, out);
 }
 

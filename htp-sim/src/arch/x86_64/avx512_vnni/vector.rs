@@ -55,9 +55,30 @@ pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[
     vector::rotate(first, second, cos, sin);
 }
 
+/// `$to = $f($to, $from)` for each pair of `$to` and `$from`, in whole registers. Compiled from the portable functions it became
+/// gathers and scatters. (A function with a closure would not be compiled for this tier.)
+macro_rules! in_registers {
+    ($to:expr, $from:expr, |$a:ident, $b:ident| $value:expr) => {{
+        let (to, from): (&mut [f32], &[f32]) = ($to, $from);
+        let len = to.len().min(from.len());
+        let (to, from) = (to.as_mut_ptr(), from.as_ptr());
+        for at in (0..len).step_by(LANES) {
+            let mask = mask(len - at);
+            // SAFETY: `mask` names the values from `at` on that exist, in both slices.
+            let ($a, $b) =
+                unsafe { (_mm512_maskz_loadu_ps(mask, to.add(at)), _mm512_maskz_loadu_ps(mask, from.add(at))) };
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(to.add(at), mask, $value) };
+        }
+    }};
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32) {
-    vector::add_row(values, width, row, factor);
+    let factor = _mm512_set1_ps(factor);
+    for values in values.chunks_exact_mut(width) {
+        in_registers!(values, row, |value, x| _mm512_add_ps(value, _mm512_mul_ps(factor, x)));
+    }
 }
 
 /// The portable function, by hand: compiled from there, each row became a call of `memcpy`.
@@ -84,12 +105,14 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
-    vector::merge(acc, totals, part, new);
+    let [old, new] = vector::merge_totals(totals, new).map(|factor| _mm512_set1_ps(factor));
+    in_registers!(acc, part, |acc, part| _mm512_add_ps(_mm512_mul_ps(acc, old), _mm512_mul_ps(part, new)));
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
-    vector::scale(x, factor, out);
+    let factor = _mm512_set1_ps(factor);
+    in_registers!(out, x, |_out, x| _mm512_mul_ps(x, factor));
 }
 
 /// The portable function, step for step: compiled from there, half of it came out in smaller registers. So are the next two.

@@ -1,0 +1,124 @@
+//! First halves as integers.
+
+use std::cell::RefCell;
+
+use crate::Cx;
+use crate::kernels::{IntegerTile, MAX_TILE_ROWS, QuantizedRowMut, RowValues};
+use crate::packed::{BlockOffset, PackedWeights};
+use crate::scratch::LINE_BYTES;
+
+use super::super::tile::Tile;
+
+/// Which rows: those that [`super::FirstHalves::key`] names.
+type Key = (u64, usize, usize, usize);
+
+/// Rows of a first half with 16 bits and a scale per row, as [`QuantizedRows`](crate::QuantizedRows) has them.
+///
+/// Each worker keeps those of its last tiles: the next tile mostly has the same rows and other panels.
+#[repr(C, align(64))]
+pub(in crate::matmul) struct IntegerRows {
+    hi: [i8; PLANE],
+    lo: [i8; PLANE],
+    scales: [f32; MAX_TILE_ROWS],
+    plane_sums: [[i32; 2]; MAX_TILE_ROWS],
+    key: Key,
+}
+
+thread_local! {
+    /// Two, since a gated layer goes to and fro between its halves.
+    static ROWS: RefCell<[IntegerRows; 2]> = const { RefCell::new([IntegerRows::NONE, IntegerRows::NONE]) };
+}
+
+impl IntegerRows {
+    /// No layer has number 0.
+    const NONE: Self = Self {
+        hi: [0; PLANE],
+        lo: [0; PLANE],
+        scales: [0.0; MAX_TILE_ROWS],
+        plane_sums: [[0; 2]; MAX_TILE_ROWS],
+        key: (0, 0, 0, 0),
+    };
+
+    /// Calls `f` with the rows of `t`, `[_, rank]`, which `key` names.
+    pub(in crate::matmul) fn with(cx: &Cx<'_>, key: Key, t: &[f32], rank: usize, f: impl FnOnce(&Self)) {
+        ROWS.with_borrow_mut(|rows| {
+            let rows = &mut rows[key.1 % 2];
+            if rows.key != key {
+                rows.quantize(cx, t, rank);
+                rows.key = key;
+            }
+            f(rows);
+        });
+    }
+
+    fn quantize(&mut self, cx: &Cx<'_>, t: &[f32], rank: usize) {
+        let (stride, padded) = (stride(rank), rank.next_multiple_of(8));
+        for (row, x) in t.chunks_exact(rank).enumerate() {
+            let at = row * stride;
+            self.hi[at + rank..at + padded].fill(0);
+            self.lo[at + rank..at + padded].fill(0);
+            let mut sum = 0;
+            let target = QuantizedRowMut {
+                hi: &mut self.hi[at..at + rank],
+                lo: &mut self.lo[at..at + rank],
+                scale: &mut self.scales[row],
+                sums: std::slice::from_mut(&mut sum),
+                sum_block: rank,
+                plane_sums: &mut self.plane_sums[row],
+                steps: None,
+            };
+            // SAFETY: the table exists only on a CPU that has its instruction set; both planes are as long as x.
+            unsafe { (cx.kernels.quantize)(RowValues { x, norm: None }, target) }
+        }
+    }
+
+    /// Whether row `row` is all zeros.
+    pub(in crate::matmul) fn is_zero(&self, row: usize) -> bool {
+        self.scales[row] == 0.0
+    }
+
+    /// The product of rows `row..row + rows` with the panels of `tile`; `out` is `[rows, 16 · panels]`.
+    pub(in crate::matmul) fn product(
+        &self,
+        cx: &Cx<'_>,
+        [row, rows]: [usize; 2],
+        weights: PackedWeights<'_>,
+        tile: &Tile,
+        out: &mut [f32],
+    ) {
+        let (layout, stride) = (weights.layout(), stride(weights.layout().k()));
+        let tile = IntegerTile {
+            rows,
+            panels: tile.panels,
+            k: layout.k_padded(),
+            hi: &self.hi[row * stride..],
+            lo: &self.lo[row * stride..],
+            x_stride: stride,
+            x_scales: &self.scales[row..],
+            sums: &[],
+            plane_sums: &self.plane_sums[row..],
+            codes: weights.codes_from(tile.panel),
+            panel_bytes: layout.panel_code_bytes(),
+            width: layout.width(tile.panel),
+            scales: weights.scales_from(tile.panel),
+            offsets: &[],
+            block: layout.k_padded(),
+            offset: BlockOffset::Symmetric,
+            added: [(&[], 0.0); 2],
+        };
+        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote, zeros
+        // up to the stored k; the grid bounded rows and panels, and `out` has their length.
+        unsafe { (cx.kernels.matmul_q_w8c)(&tile, out) }
+    }
+}
+
+/// Bytes from one row to the next.
+fn stride(rank: usize) -> usize {
+    rank.next_multiple_of(LINE_BYTES)
+}
+
+/// Ranks above this are multiplied as floats.
+pub(super) const MAX_INTEGER_RANK: usize = 256;
+
+/// Bytes of a plane.
+const PLANE: usize = MAX_TILE_ROWS * MAX_INTEGER_RANK;
