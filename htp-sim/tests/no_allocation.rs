@@ -39,6 +39,12 @@ fn main() {
     let down_blob = pack_float(&down, &vec![0.5; k * 8]).expect("lengths match");
     let up = PackedLayout::new(k, 8, WeightFormat::F16).expect("sizes are fine");
     let up_blob = pack_float(&up, &vec![0.5; k * 8]).expect("lengths match");
+    // And in integers.
+    let [down8, up8] =
+        [(8, k), (k, 8)].map(|(n, k)| PackedLayout::new(n, k, WeightFormat::Int8PerChannel).expect("sizes are fine"));
+    let [down8_blob, up8_blob] = [(down8, 8), (up8, k)].map(|(layout, n)| {
+        pack_quantized(&layout, &vec![5; k * 8], &vec![0.1; n], Offsets::None).expect("lengths match")
+    });
     for kernels in Kernels::available() {
         let cx = Cx { kernels, workers: &workers };
         for m in [1, 150] {
@@ -47,7 +53,7 @@ fn main() {
             let mut value = vec![0; cache_layout.value_bytes()];
             let mut scratch = AttentionScratch::new(workers.count(), cache_layout, heads).expect("fits");
             let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, 32).expect("sizes are fine");
-            let (x, weight, mut t) = (vec![0.5; m * k], vec![1.0; k], vec![0.0; m * 8]);
+            let (x, weight, mut t, mut t8) = (vec![0.5; m * k], vec![1.0; k], vec![0.0; m * 8], vec![0.0; m * 8]);
             let (mut q, mut out) = (vec![0.0; m * k], vec![0.0; m * k]);
             let half = head_dim / 2;
             let (positions, inv_freq) = (vec![3; m], vec![0.1; half]);
@@ -68,7 +74,9 @@ fn main() {
                 attention(&cx, &cache.as_ref(), 400, &q, &params, &mut scratch, &mut out)?;
                 let branch = Some(Branch { x: rows_of_x, down, alpha: &[0.5], up, t: &mut t });
                 let gate = Gate { weights, bias: None, branch };
-                let up = Gate { weights, bias: None, branch: None };
+                let (down, up) = (down8.view(&down8_blob)?, up8.view(&up8_blob)?);
+                let branch = Some(Branch { x: Rows::Quantized(&rows), down, alpha: &[0.5], up, t: &mut t8 });
+                let up = Gate { weights, bias: None, branch };
                 gated_linear(&cx, Rows::Quantized(&rows), GateUp { gate, up }, Activation::Silu, &mut q)?;
                 elementwise::gelu_erf(&cx, &q, &mut out)?;
                 elementwise::softmax_rows(&cx, &mut out, k)?;

@@ -3,12 +3,13 @@
 //! The first halves are small products. Whoever has a tile of the layer helps with them first, and waits for the last of them
 //! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do.
 //!
-//! Where x has integers the second half has them, too: each worker quantizes the rows of `t` that its tiles need.
+//! Where x and the second half's weights have integers, `t` gets them, too: each worker quantizes the rows that its tiles need.
 //!
-//! Nobody waits for ever: a first half is taken by a worker that computes it at once, and it waits for nothing.
+//! Nobody waits for ever: a first half is taken by a worker that computes it at once, and it waits for nothing. If that panics,
+//! those who wait leave their tiles as they are: the region is lost.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::{hint, thread};
+use std::{hint, mem, thread};
 
 use super::tile::{Tile, compute};
 use super::{Branch, Grid, Half, MAX_PARTS, PANEL, Rows, Target, VALUES, Write, with_buffer};
@@ -19,11 +20,11 @@ use crate::scratch::Disjoint;
 mod rows;
 
 pub(super) use rows::IntegerRows;
-use rows::MAX_INTEGER_RANK;
+use rows::{Key, MAX_INTEGER_RANK};
 
 /// The first halves of all branches of a layer.
 pub(super) struct FirstHalves<'a> {
-    /// No other layer of this process has the same number.
+    /// No other call with a branch has the same number in this process.
     layer: u64,
     halves: [Option<FirstHalf<'a>>; MAX_PARTS],
     n_items: usize,
@@ -79,7 +80,6 @@ impl<'a> FirstHalves<'a> {
     /// Computes all first halves, and calls `tile` for each of `n_tiles`.
     pub(super) fn then_each(&self, cx: &Cx<'_>, n_tiles: usize, tile: impl Fn(usize) + Sync) {
         let tiles = |item: usize, _: usize| {
-            let _nobody_waits = OnPanic(&self.n_done);
             self.help(cx);
             tile(item);
         };
@@ -91,7 +91,9 @@ impl<'a> FirstHalves<'a> {
         while self.next.load(Ordering::Relaxed) < self.n_items {
             let item = self.next.fetch_add(1, Ordering::Relaxed);
             if item < self.n_items {
+                let unless_done = Abandon(&self.n_done);
                 self.compute(cx, item);
+                mem::forget(unless_done);
                 self.n_done.fetch_add(1, Ordering::Release);
             }
         }
@@ -106,15 +108,22 @@ impl<'a> FirstHalves<'a> {
         }
     }
 
-    /// Names rows of a first half: those of `tile`.
-    pub(super) fn key(&self, second: &SecondHalf<'_>, tile: &Tile) -> (u64, usize, usize, usize) {
-        (self.layer, second.first, tile.row, tile.rows)
+    /// Names the rows of a first half that `tile` needs.
+    pub(super) fn key(&self, second: &SecondHalf<'_>, tile: &Tile) -> Key {
+        Key { layer: self.layer, first: second.first, row: tile.row, rows: tile.rows }
     }
 
-    /// Rows `rows` from `row` on of a first half, `[rows, r]`; waits until all first halves are done.
-    pub(super) fn rows(&self, second: &SecondHalf<'_>, row: usize, rows: usize) -> &[f32] {
+    /// Rows `rows` from `row` on of a first half, `[rows, r]`; waits until all first halves are done. `None` if one panicked.
+    pub(super) fn rows(&self, second: &SecondHalf<'_>, row: usize, rows: usize) -> Option<&[f32]> {
         let mut spins = 0;
-        while self.n_done.load(Ordering::Acquire) < self.n_items {
+        loop {
+            let n_done = self.n_done.load(Ordering::Acquire);
+            if n_done == self.n_items {
+                break;
+            }
+            if n_done >= ABANDONED {
+                return None;
+            }
             if spins < SPINS {
                 spins += 1;
                 hint::spin_loop();
@@ -124,7 +133,7 @@ impl<'a> FirstHalves<'a> {
         }
         let t = &self.halves[second.first].as_ref().expect("`add` gave this number").t;
         // SAFETY: all first halves are done, so nobody writes t any more in this region.
-        unsafe { t.out.finished(row * t.n, rows * t.n) }
+        Some(unsafe { t.out.finished(row * t.n, rows * t.n) })
     }
 }
 
@@ -148,16 +157,17 @@ impl FirstHalf<'_> {
     }
 }
 
-/// Lets everybody go on when the item that it is made for panics: what they compute is dropped with the region.
-struct OnPanic<'a>(&'a AtomicUsize);
+/// Lets nobody wait any longer: dropped when a first half panics.
+struct Abandon<'a>(&'a AtomicUsize);
 
-impl Drop for OnPanic<'_> {
+impl Drop for Abandon<'_> {
     fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.store(usize::MAX / 2, Ordering::Release);
-        }
+        self.0.store(ABANDONED, Ordering::Relaxed);
     }
 }
+
+/// More first halves than there can be.
+const ABANDONED: usize = usize::MAX / 2;
 
 /// Pauses before a waiting worker gives its core away.
 const SPINS: u32 = 2000;
@@ -170,7 +180,7 @@ mod tests {
     use crate::workers::Workers;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
-    /// A worker that panics leaves nobody waiting for a first half, whether it had one or a tile.
+    /// Nobody waits for a first half that panicked, and whoever needs it is told.
     #[test]
     fn a_panic_ends_the_wait() {
         let workers = Workers::new(3).expect("threads can be started");
@@ -178,20 +188,14 @@ mod tests {
         let layout = PackedLayout::new(16, 16, WeightFormat::F32).expect("sizes are fine");
         let blob = weights(&layout, 3);
         let w = layout.view(&blob).expect("length matches");
-        for (rows, name) in [(2, "a tile"), (3, "a first half")] {
-            // Too little room for three rows: the first half panics as it is written.
-            let (x, mut t) = (vec![1.0; 16 * rows], [0.0; 32]);
-            let x = Rows::F32 { x: &x, m: rows };
-            let mut branch = Branch { x, down: w, alpha: &[1.0], up: w, t: &mut t };
-            let mut firsts = FirstHalves::new();
-            let second = firsts.add(&cx, &mut branch);
-            let run = || {
-                firsts.then_each(&cx, 64, |tile| {
-                    assert!(rows != 2 || tile != 40, "as the test wants it");
-                    firsts.rows(&second, 0, 1);
-                });
-            };
-            assert!(catch_unwind(AssertUnwindSafe(run)).is_err(), "{name}");
-        }
+        // Too little room for three rows: the first half panics as it is written.
+        let (x, mut t) = ([1.0; 48], [0.0; 32]);
+        let mut branch = Branch { x: Rows::F32 { x: &x, m: 3 }, down: w, alpha: &[1.0], up: w, t: &mut t };
+        let mut firsts = FirstHalves::new();
+        let second = firsts.add(&cx, &mut branch);
+        let run = || firsts.then_each(&cx, 64, |_| assert!(firsts.rows(&second, 0, 1).is_none(), "it never was"));
+        let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("the first half panics");
+        let message = panic.downcast_ref::<String>().expect("a message");
+        assert!(message.starts_with("range "), "{message}");
     }
 }

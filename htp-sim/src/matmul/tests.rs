@@ -143,21 +143,36 @@ fn few_steps_are_eight_bits_wherever_they_are_kept() {
 /// Every tier gives the bits of `portable` for integer weights, at every edge of a tile.
 #[test]
 fn tiers_agree_on_integer_products() {
-    let workers = team(2);
+    // One worker has tiles of many panels.
+    let (one, two) = (team(1), team(2));
     let mut noise = Noise(2);
-    let rows_and_columns =
-        [(0, 5), (1, 1), (1, 15), (2, 16), (3, 17), (4, 31), (5, 67), (7, 48), (8, 16), (9, 33), (13, 130), (131, 19)];
+    let rows_and_columns = [
+        (0, 5),
+        (1, 1),
+        (1, 15),
+        (1, 112),
+        (2, 16),
+        (3, 17),
+        (4, 31),
+        (5, 67),
+        (7, 48),
+        (8, 16),
+        (9, 33),
+        (13, 130),
+        (131, 19),
+    ];
     for k in [32, 36, 72, 100, 256, 576] {
         for format in integer_formats(k) {
             for (m, n) in rows_and_columns {
+                let workers = if m == 1 { &one } else { &two };
                 let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
                 let blob = weights(&layout, 11);
                 let w = layout.view(&blob).expect("length matches");
                 let x: Vec<f32> = (0..m * k).map(|_| f32::from(noise.code(-1, 1)) * 2.0 + noise.float()).collect();
                 for act in BITS {
-                    let rows = quantized(&portable(&workers), &x, &layout, act);
-                    let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
-                    each_tier(&workers, |cx| {
+                    let rows = quantized(&portable(workers), &x, &layout, act);
+                    let expected = bits(&product(&portable(workers), Rows::Quantized(&rows), w));
+                    each_tier(workers, |cx| {
                         let found = bits(&product(cx, Rows::Quantized(&rows), w));
                         assert_eq!(found, expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
                     });

@@ -141,7 +141,7 @@ pub(super) fn prefetch_branch(cx: &Cx<'_>, half: &Half<'_>, tile: &Tile) {
 pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile, values: &mut [f32]) {
     let Some(branch) = &half.branch else { return };
     let rank = branch.up.layout().k();
-    let t = firsts.rows(branch, tile.row, tile.rows);
+    let Some(t) = firsts.rows(branch, tile.row, tile.rows) else { return };
     if branch.in_integers {
         let key = firsts.key(branch, tile);
         return IntegerRows::with(cx, key, t, rank, |t| add_integers(cx, t, branch.up, tile, values));
@@ -157,14 +157,15 @@ pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>,
     }
 }
 
-/// Adds the product with a branch's second half, in integers.
+/// Adds the product of a first half's integers with the second half.
 fn add_integers(cx: &Cx<'_>, t: &IntegerRows, weights: PackedWeights<'_>, tile: &Tile, values: &mut [f32]) {
     let width = tile.panels * PANEL;
     let mut add = |row: usize, rows: usize| {
-        with_buffer(&PRODUCTS, rows * width, |products| {
-            t.product(cx, [row, rows], weights, tile, products);
+        let values = &mut values[row * width..][..rows * width];
+        with_buffer(&PRODUCTS, values.len(), |products| {
+            t.product(cx, row..row + rows, weights, tile, products);
             // SAFETY: the table exists only on a CPU that has its instruction set; both are one row, however long.
-            unsafe { (cx.kernels.add_row)(&mut values[row * width..][..products.len()], products.len(), products, 1.0) }
+            unsafe { (cx.kernels.add_row)(values, products.len(), products, 1.0) }
         });
     };
     if !(0..tile.rows).any(|row| t.is_zero(row)) {
@@ -333,8 +334,9 @@ impl Piece<'_> {
     }
 }
 
-/// Rows of a second half that are computed before they are added.
-const ADDED_ROWS: usize = 24;
+/// Rows of a second half that are computed before they are added: few enough that they stay in the first cache, and a multiple of
+/// what kernels take at a time.
+const ADDED_ROWS: usize = 48;
 
 /// Inputs of a panel that are widened at a time, and their bytes as f32.
 const PIECE: usize = 64;

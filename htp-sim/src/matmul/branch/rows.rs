@@ -1,6 +1,7 @@
 //! First halves as integers.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::Cx;
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS, QuantizedRowMut, RowValues};
@@ -9,8 +10,16 @@ use crate::scratch::LINE_BYTES;
 
 use super::super::tile::Tile;
 
-/// Which rows: those that [`super::FirstHalves::key`] names.
-type Key = (u64, usize, usize, usize);
+/// Names some rows of a first half.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::matmul) struct Key {
+    /// Number of the layer, from 1 on.
+    pub(super) layer: u64,
+    /// Number of the first half in it.
+    pub(super) first: usize,
+    pub(super) row: usize,
+    pub(super) rows: usize,
+}
 
 /// Rows of a first half with 16 bits and a scale per row, as [`QuantizedRows`](crate::QuantizedRows) has them.
 ///
@@ -36,13 +45,13 @@ impl IntegerRows {
         lo: [0; PLANE],
         scales: [0.0; MAX_TILE_ROWS],
         plane_sums: [[0; 2]; MAX_TILE_ROWS],
-        key: (0, 0, 0, 0),
+        key: Key { layer: 0, first: 0, row: 0, rows: 0 },
     };
 
     /// Calls `f` with the rows of `t`, `[_, rank]`, which `key` names.
     pub(in crate::matmul) fn with(cx: &Cx<'_>, key: Key, t: &[f32], rank: usize, f: impl FnOnce(&Self)) {
         ROWS.with_borrow_mut(|rows| {
-            let rows = &mut rows[key.1 % 2];
+            let rows = &mut rows[key.first % 2];
             if rows.key != key {
                 rows.quantize(cx, t, rank);
                 rows.key = key;
@@ -72,23 +81,23 @@ impl IntegerRows {
         }
     }
 
-    /// Whether row `row` is all zeros.
+    /// Whether row `row` is all zeros, or so small that its scale is.
     pub(in crate::matmul) fn is_zero(&self, row: usize) -> bool {
         self.scales[row] == 0.0
     }
 
-    /// The product of rows `row..row + rows` with the panels of `tile`; `out` is `[rows, 16 · panels]`.
+    /// The product of some rows with the panels of `tile`; `out` is `[rows, 16 · panels]`.
     pub(in crate::matmul) fn product(
         &self,
         cx: &Cx<'_>,
-        [row, rows]: [usize; 2],
+        Range { start: row, end }: Range<usize>,
         weights: PackedWeights<'_>,
         tile: &Tile,
         out: &mut [f32],
     ) {
         let (layout, stride) = (weights.layout(), stride(weights.layout().k()));
         let tile = IntegerTile {
-            rows,
+            rows: end - row,
             panels: tile.panels,
             k: layout.k_padded(),
             hi: &self.hi[row * stride..],
@@ -106,8 +115,8 @@ impl IntegerRows {
             offset: BlockOffset::Symmetric,
             added: [(&[], 0.0); 2],
         };
-        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote, zeros
-        // up to the stored k; the grid bounded rows and panels, and `out` has their length.
+        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote, with
+        // zeros up to the stored k; the grid bounded rows and panels, and `out` has their length.
         unsafe { (cx.kernels.matmul_q_w8c)(&tile, out) }
     }
 }
@@ -117,8 +126,8 @@ fn stride(rank: usize) -> usize {
     rank.next_multiple_of(LINE_BYTES)
 }
 
-/// Ranks above this are multiplied as floats.
-pub(super) const MAX_INTEGER_RANK: usize = 256;
+/// Ranks above this are multiplied as floats: each thread of the process has the room for the rows.
+pub(super) const MAX_INTEGER_RANK: usize = 128;
 
 /// Bytes of a plane.
 const PLANE: usize = MAX_TILE_ROWS * MAX_INTEGER_RANK;

@@ -1,4 +1,5 @@
-//! The portable vector functions, compiled for this tier's registers; the one that attention is made of by hand.
+//! The portable vector functions, compiled for this tier's registers; those that take time, or that the compiler made little of,
+//! by hand.
 
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
@@ -55,8 +56,8 @@ pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[
     vector::rotate(first, second, cos, sin);
 }
 
-/// `$to = $f($to, $from)` for each pair of `$to` and `$from`, in whole registers. Compiled from the portable functions it became
-/// gathers and scatters. (A function with a closure would not be compiled for this tier.)
+/// `$a = $value` for each `$a` of `$to` and `$b` of `$from`, in whole registers. Compiled from the portable functions it became
+/// gathers and scatters.
 macro_rules! in_registers {
     ($to:expr, $from:expr, |$a:ident, $b:ident| $value:expr) => {{
         let (to, from): (&mut [f32], &[f32]) = ($to, $from);
@@ -65,8 +66,9 @@ macro_rules! in_registers {
         for at in (0..len).step_by(LANES) {
             let mask = mask(len - at);
             // SAFETY: `mask` names the values from `at` on that exist, in both slices.
-            let ($a, $b) =
-                unsafe { (_mm512_maskz_loadu_ps(mask, to.add(at)), _mm512_maskz_loadu_ps(mask, from.add(at))) };
+            let $a = unsafe { _mm512_maskz_loadu_ps(mask, to.add(at)) };
+            // SAFETY: as above.
+            let $b = unsafe { _mm512_maskz_loadu_ps(mask, from.add(at)) };
             // SAFETY: as above.
             unsafe { _mm512_mask_storeu_ps(to.add(at), mask, $value) };
         }
