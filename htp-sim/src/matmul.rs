@@ -60,8 +60,8 @@ pub struct Part<'a> {
 
 /// An adapter's branch of a weight: `out += (alpha · (x · downᵀ)) · upᵀ`, added while the output tile is hot.
 ///
-/// Where x has integers and `up` 8 bits per channel, the first half `t = alpha · (x · downᵀ)` gets 16 bits and a scale per row, up
-/// to rank 128. The branch then has the same bits on every tier, costs less than with floats, and is off by up to
+/// Where x has integers and `up` 8 bits per channel, the first half `t = alpha · (x · downᵀ)` gets 16 bits and a scale per row,
+/// up to rank 128. The branch then has the same bits on every tier, costs less than with floats, and is off by up to
 /// `max |t| / 65024 · Σ |up|` of an output's row, and by what rounding to f32 adds.
 ///
 /// Where a row of the first half is all zeros nothing is added, so strength 0 gives the base bit for bit.

@@ -115,8 +115,8 @@ impl IntegerRows {
             offset: BlockOffset::Symmetric,
             added: [(&[], 0.0); 2],
         };
-        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote, with
-        // zeros up to the stored k; the grid bounded rows and panels, and `out` has their length.
+        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote,
+        // with zeros up to the stored k; the grid bounded rows and panels, and `out` has their length.
         unsafe { (cx.kernels.matmul_q_w8c)(&tile, out) }
     }
 }
