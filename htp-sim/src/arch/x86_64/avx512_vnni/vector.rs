@@ -9,6 +9,25 @@ use crate::elementwise::{Activation, Unary};
 use crate::kernels::{RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 use crate::matmul::Write;
 
+/// `$a = $value` for each `$a` of `$to` and `$b` of `$from`, in whole registers. Compiled from the portable functions it became
+/// gathers and scatters, or calls of `memcpy`.
+macro_rules! in_registers {
+    ($to:expr, $from:expr, |$a:ident, $b:ident| $value:expr) => {{
+        let (to, from): (&mut [f32], &[f32]) = ($to, $from);
+        let len = to.len().min(from.len());
+        let (to, from) = (to.as_mut_ptr(), from.as_ptr());
+        for at in (0..len).step_by(LANES) {
+            let mask = mask(len - at);
+            // SAFETY: `mask` names the values from `at` on that exist, in both slices.
+            let $a = unsafe { _mm512_maskz_loadu_ps(mask, to.add(at)) };
+            // SAFETY: as above.
+            let $b = unsafe { _mm512_maskz_loadu_ps(mask, from.add(at)) };
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(to.add(at), mask, $value) };
+        }
+    }};
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
     vector::softmax(scores)
@@ -40,39 +59,12 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     if activation != Activation::Silu {
         return vector::gate(activation, gate, up);
     }
-    let len = gate.len().min(up.len());
-    let (gate, up) = (gate.as_mut_ptr(), up.as_ptr());
-    for at in (0..len).step_by(LANES) {
-        let mask = mask(len - at);
-        // SAFETY: `mask` names the values from `at` on that exist.
-        let (x, up) = unsafe { (_mm512_maskz_loadu_ps(mask, gate.add(at)), _mm512_maskz_loadu_ps(mask, up.add(at))) };
-        // SAFETY: as above.
-        unsafe { _mm512_mask_storeu_ps(gate.add(at), mask, _mm512_mul_ps(silu(x), up)) };
-    }
+    in_registers!(gate, up, |x, up| _mm512_mul_ps(silu(x), up));
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     vector::rotate(first, second, cos, sin);
-}
-
-/// `$a = $value` for each `$a` of `$to` and `$b` of `$from`, in whole registers. Compiled from the portable functions it became
-/// gathers and scatters.
-macro_rules! in_registers {
-    ($to:expr, $from:expr, |$a:ident, $b:ident| $value:expr) => {{
-        let (to, from): (&mut [f32], &[f32]) = ($to, $from);
-        let len = to.len().min(from.len());
-        let (to, from) = (to.as_mut_ptr(), from.as_ptr());
-        for at in (0..len).step_by(LANES) {
-            let mask = mask(len - at);
-            // SAFETY: `mask` names the values from `at` on that exist, in both slices.
-            let $a = unsafe { _mm512_maskz_loadu_ps(mask, to.add(at)) };
-            // SAFETY: as above.
-            let $b = unsafe { _mm512_maskz_loadu_ps(mask, from.add(at)) };
-            // SAFETY: as above.
-            unsafe { _mm512_mask_storeu_ps(to.add(at), mask, $value) };
-        }
-    }};
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -83,24 +75,15 @@ pub(crate) fn add_row(values: &mut [f32], width: usize, row: &[f32], factor: f32
     }
 }
 
-/// The portable function, by hand: compiled from there, each row became a call of `memcpy`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
     assert!(to.columns <= width);
     for (i, values) in values.chunks_exact(width).enumerate() {
         // SAFETY: the ranges of a tile are its own.
-        let out = unsafe { to.out.range(to.first + i * to.stride, to.columns) }.as_mut_ptr();
-        let values = values.as_ptr();
-        for at in (0..to.columns).step_by(LANES) {
-            let mask = mask(to.columns - at);
-            // SAFETY: `mask` names the columns from `at` on that exist, in both rows (asserted).
-            unsafe {
-                let mut value = _mm512_maskz_loadu_ps(mask, values.add(at));
-                if to.write == Write::Add {
-                    value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out.add(at)), value);
-                }
-                _mm512_mask_storeu_ps(out.add(at), mask, value);
-            }
+        let out = unsafe { to.out.range(to.first + i * to.stride, to.columns) };
+        match to.write {
+            Write::Store => in_registers!(out, values, |_out, value| value),
+            Write::Add => in_registers!(out, values, |out, value| _mm512_add_ps(out, value)),
         }
     }
 }

@@ -134,7 +134,7 @@ fn sum(x: &[i8]) -> i32 {
     _mm_cvtsi128_si32(total) - 128 * x.len() as i32
 }
 
-/// With more inputs a panel is a stream of its own. (Ranks 16 and 64: a fifth of an adapter's time in decode on Zen 4.)
+/// With more inputs a panel is a stream of its own. (Ranks 16 and 64: a sixth of an adapter's time on a core of Zen 4.)
 const FEW_INPUTS: usize = 128;
 
 /// Bytes that [`sum`] takes at a time.
