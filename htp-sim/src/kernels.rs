@@ -23,8 +23,10 @@ pub struct Kernels {
     /// Quantized rows by per-channel weights, 8 and 4 bit.
     pub(crate) matmul_q_w8c: IntegerFn,
     pub(crate) matmul_q_w4c: IntegerFn,
-    /// Quantized rows by block weights, 8 and 4 bit.
+    /// Quantized rows by block weights, 8, 6, 5 and 4 bit.
     pub(crate) matmul_q_w8b: IntegerFn,
+    pub(crate) matmul_q_w6b: IntegerFn,
+    pub(crate) matmul_q_w5b: IntegerFn,
     pub(crate) matmul_q_w4b: IntegerFn,
     /// Quantized rows by 4-bit weights with a whole step per block and a scale per channel.
     pub(crate) matmul_q_w4e: IntegerFn,
@@ -100,7 +102,7 @@ pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].
     pub(crate) rows: usize,
     pub(crate) panels: usize,
-    /// Inputs to sum over: a multiple of 4 (8 for 4-bit codes).
+    /// Inputs to sum over: a multiple of 4, or of 8, 32 and 16 where codes have 4, 5 and 6 bits.
     pub(crate) k: usize,
     /// The planes of x: row `i` starts at `i * x_stride`. `lo` is empty when x has 8 bits.
     pub(crate) hi: &'a [i8],

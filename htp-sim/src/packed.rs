@@ -10,11 +10,18 @@
 //! | Int4PerChannel | `[n/16][k/8][16][4]` bytes | `[n]` f32 | none |
 //! | Int8Block | as Int8PerChannel | `[n/16][k/block][16]` f16 | none |
 //! | Int4Block | as Int4PerChannel | as Int8Block | none, i8 or f16, shaped as the scales |
+//! | Int5Block | `[n/16][k/32][4 + 1][16][4]` bytes | as Int8Block | as Int4Block |
+//! | Int6Block | `[n/16][k/16][2 + 1][16][4]` bytes | as Int8Block | none |
 //! | Int4Expansion | as Int4PerChannel | `[n]` f32 | steps, `[n/16][k/block][16]` u8 |
 //!
 //! A 4-bit byte holds two codes `u = 0..=15`: with `k` cut in groups of four, row `j` of 64 bytes has group `2j` in its
 //! low nibbles and group `2j + 1` in its high nibbles. In the integer formats `k` is padded to a multiple of 8 with codes
 //! that mean 0.
+//!
+//! Codes of five and six bits, `u = 0..=31` and `0..=63`, are cut in two. Their lower four bits lie as 4-bit codes do, in
+//! rows of which four, or two, are followed by one with the upper bits of all their groups: those of group `g` are bit
+//! `(4 + g) % 8`, or bits `(4 + 2g) % 8` and the next, of the byte that is the code's place in its group. (A shift or two
+//! bring them to bit 4.)
 //!
 //! A *tight* matrix ([`PackedLayout::tight`]) has less padding, for the few rows of an adapter's first half and the few
 //! columns of its second: its last panel is `width` outputs wide, what is left of `n` padded to 4, so that 16 in the codes'
@@ -53,6 +60,18 @@ pub enum WeightFormat {
         /// Where zero lies.
         offset: BlockOffset,
     },
+    /// 5-bit codes, otherwise as [`Int4Block`](Self::Int4Block).
+    Int5Block {
+        /// Inputs per scale: a multiple of 32, at most [`MAX_BLOCK`], a divisor of `k`.
+        block: usize,
+        /// Where zero lies.
+        offset: BlockOffset,
+    },
+    /// Symmetric 6-bit codes (`float = (u - 32) * scale`), one f16 scale for each `block` inputs of an output.
+    Int6Block {
+        /// Inputs per scale: a multiple of 16, at most [`MAX_BLOCK`], a divisor of `k`.
+        block: usize,
+    },
     /// Symmetric 4-bit codes, a whole step of 1 to [`MAX_STEP`] for each `block` inputs of an output, one f32 scale per
     /// output: `float = (u - 8) * step * scale` (QNN `BLOCKWISE_EXPANSION`, LPBQ).
     ///
@@ -63,10 +82,10 @@ pub enum WeightFormat {
     },
 }
 
-/// Where zero lies in a block of 4-bit codes `u`.
+/// Where zero lies in a block of 4-bit or 5-bit codes `u`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockOffset {
-    /// `float = (u - 8) * scale`.
+    /// `float = (u - 8) * scale`, or `u - 16` where codes have 5 bits.
     Symmetric,
     /// `float = (u + offset) * scale`, one i8 offset per block.
     Integer,
@@ -78,7 +97,10 @@ impl WeightFormat {
     /// Inputs per scale of a block format.
     pub fn block(self) -> Option<usize> {
         match self {
-            Self::Int8Block { block } | Self::Int4Block { block, .. } => Some(block),
+            Self::Int8Block { block }
+            | Self::Int4Block { block, .. }
+            | Self::Int5Block { block, .. }
+            | Self::Int6Block { block } => Some(block),
             _ => None,
         }
     }
@@ -91,25 +113,75 @@ impl WeightFormat {
         }
     }
 
+    /// Where zero lies in each block.
+    pub fn block_offset(self) -> BlockOffset {
+        match self {
+            Self::Int4Block { offset, .. } | Self::Int5Block { offset, .. } => offset,
+            _ => BlockOffset::Symmetric,
+        }
+    }
+
     /// Whether the elements are floats (no codes, no scales).
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
-    /// Whether two codes share a byte.
-    pub fn is_4bit(self) -> bool {
-        matches!(self, Self::Int4PerChannel | Self::Int4Block { .. } | Self::Int4Expansion { .. })
-    }
-
-    /// Bytes that 16 outputs take per input, times two (4-bit codes take half a byte).
-    fn double_bytes_per_k(self) -> usize {
+    /// Bits of an element or code.
+    pub fn bits(self) -> usize {
         match self {
-            Self::F32 => 128,
-            Self::F16 | Self::Bf16 => 64,
-            Self::Int8PerChannel | Self::Int8Block { .. } => 32,
-            Self::Int4PerChannel | Self::Int4Block { .. } | Self::Int4Expansion { .. } => 16,
+            Self::F32 => 32,
+            Self::F16 | Self::Bf16 => 16,
+            Self::Int8PerChannel | Self::Int8Block { .. } => 8,
+            Self::Int6Block { .. } => 6,
+            Self::Int5Block { .. } => 5,
+            Self::Int4PerChannel | Self::Int4Block { .. } | Self::Int4Expansion { .. } => 4,
         }
     }
+
+    /// The codes of an integer format: of 8 bits with a sign, of fewer without.
+    pub fn codes(self) -> std::ops::RangeInclusive<i8> {
+        if self.bits() < 8 { 0..=((1 << self.bits()) - 1) } else { i8::MIN..=i8::MAX }
+    }
+
+    /// The code that means 0 in a symmetric encoding; 0 of float formats.
+    pub fn zero_code(self) -> i8 {
+        if self.bits() < 8 { 1 << (self.bits() - 1) } else { 0 }
+    }
+
+    /// What the number of inputs in a block is a multiple of: what a row of codes holds, or rows that share upper bits.
+    fn block_step(self) -> usize {
+        match self.bits() {
+            4 => 8,
+            5 | 6 => shared_inputs(self.bits() - 4),
+            _ => 4,
+        }
+    }
+}
+
+/// Inputs whose codes share a row of upper bits, `high` (1 or 2) of each.
+fn shared_inputs(high: usize) -> usize {
+    32 / high
+}
+
+/// Where the lower four bits of group `group` of four inputs lie, and where its upper `high` bits do, if it has any: rows of 64
+/// bytes, and how far the bits are shifted up. This is where the head of this module says that they are.
+pub(crate) fn code_places(group: usize, high: usize) -> [Place; 2] {
+    let low = Place { row: group / 2, shift: group % 2 * 4 };
+    if high == 0 {
+        return [low; 2];
+    }
+    let groups = shared_inputs(high) / 4;
+    let rows = groups / 2 + 1;
+    let first = group / groups * rows;
+    let low = Place { row: first + group % groups / 2, ..low };
+    [low, Place { row: first + rows - 1, shift: (4 + group % groups * high) % 8 }]
+}
+
+/// See [`code_places`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) row: usize,
+    pub(crate) shift: usize,
 }
 
 /// The shape and format of a packed matrix, with every size checked.
@@ -135,7 +207,7 @@ impl PackedLayout {
             expect_at_most("inputs of an integer weight", k, MAX_INTEGER_K)?;
         }
         if let Some(block) = format.block().or(format.step_block()) {
-            let step = if format.is_4bit() { 8 } else { 4 };
+            let step = format.block_step();
             expect_at_most("weight block", block, MAX_BLOCK)?;
             if block == 0 || block % step != 0 {
                 return Err(ShapeError::new("weight block", block, Needed::MultipleOf(step)));
@@ -191,7 +263,7 @@ impl PackedLayout {
 
     /// Inputs as stored: `k` padded to 8 in the integer formats, to 4 in tight 8-bit ones.
     pub fn k_padded(&self) -> usize {
-        match (self.format.is_float(), self.tight && !self.format.is_4bit()) {
+        match (self.format.is_float(), self.tight && self.format.bits() == 8) {
             (true, _) => self.k,
             (false, true) => self.k.next_multiple_of(4),
             (false, false) => self.k.next_multiple_of(8),
@@ -230,7 +302,7 @@ impl PackedLayout {
 
     /// Bytes of a full panel's codes: where the next panel starts.
     pub(crate) fn panel_code_bytes(&self) -> usize {
-        self.k_padded() * self.format.double_bytes_per_k() / 2
+        self.k_padded() * PANEL * self.format.bits() / 8
     }
 
     fn code_bytes(&self) -> usize {
@@ -244,16 +316,18 @@ impl PackedLayout {
             WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel | WeightFormat::Int4Expansion { .. } => {
                 PANEL * 4
             }
-            WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => self.blocks() * PANEL * 2,
+            WeightFormat::Int8Block { .. }
+            | WeightFormat::Int4Block { .. }
+            | WeightFormat::Int5Block { .. }
+            | WeightFormat::Int6Block { .. } => self.blocks() * PANEL * 2,
         }
     }
 
     pub(crate) fn panel_offset_bytes(&self) -> usize {
-        match self.format {
-            WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => self.blocks() * PANEL,
-            WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => self.blocks() * PANEL * 2,
-            WeightFormat::Int4Expansion { .. } => self.steps() * PANEL,
-            _ => 0,
+        match self.format.block_offset() {
+            BlockOffset::Symmetric => self.steps() * PANEL,
+            BlockOffset::Integer => self.blocks() * PANEL,
+            BlockOffset::Min => self.blocks() * PANEL * 2,
         }
     }
 
@@ -329,20 +403,21 @@ impl<'a> PackedWeights<'a> {
         }
     }
 
-    /// The integer code at (`row`, `k`): `-128..=127`, or `0..=15` for 4 bit; 0 for float formats.
+    /// The integer code at (`row`, `k`), one of the format's [`codes`](WeightFormat::codes); 0 for float formats.
     pub fn code(&self, row: usize, k: usize) -> i32 {
         let (panel, lane) = (row / PANEL, row % PANEL);
         let codes = &self.codes[panel * self.layout.panel_code_bytes()..];
         let row_bytes = self.layout.width(panel) * 4;
-        match self.layout.format {
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
-            WeightFormat::Int8PerChannel | WeightFormat::Int8Block { .. } => {
-                i32::from(codes[k / 4 * row_bytes + lane * 4 + k % 4].cast_signed())
+        let byte = |row: usize| codes[row * row_bytes + lane * 4 + k % 4];
+        let bits = self.layout.format.bits();
+        match bits {
+            8 => i32::from(byte(k / 4).cast_signed()),
+            4..8 => {
+                let [low, high] = code_places(k / 4, bits - 4);
+                let mask = (1 << (bits - 4)) - 1;
+                i32::from(byte(low.row) >> low.shift & 15 | (byte(high.row) >> high.shift & mask) << 4)
             }
-            WeightFormat::Int4PerChannel | WeightFormat::Int4Block { .. } | WeightFormat::Int4Expansion { .. } => {
-                let pair = codes[k / 8 * row_bytes + lane * 4 + k % 4];
-                i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 })
-            }
+            _ => 0,
         }
     }
 
@@ -365,9 +440,10 @@ impl<'a> PackedWeights<'a> {
             WeightFormat::Int8PerChannel | WeightFormat::Int4PerChannel | WeightFormat::Int4Expansion { .. } => {
                 f32_at(self.scales, row)
             }
-            WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } => {
-                f16_at(self.scales, self.block_index(row, k))
-            }
+            WeightFormat::Int8Block { .. }
+            | WeightFormat::Int4Block { .. }
+            | WeightFormat::Int5Block { .. }
+            | WeightFormat::Int6Block { .. } => f16_at(self.scales, self.block_index(row, k)),
         }
     }
 
@@ -414,17 +490,11 @@ impl<'a> PackedWeights<'a> {
     }
 
     fn min_of_code_zero(&self, row: usize, k: usize) -> Zero {
-        match self.layout.format {
-            WeightFormat::Int4PerChannel
-            | WeightFormat::Int4Block { offset: BlockOffset::Symmetric, .. }
-            | WeightFormat::Int4Expansion { .. } => Zero::Offset(-8),
-            WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => {
-                Zero::Offset(i32::from(self.offsets[self.block_index(row, k)].cast_signed()))
-            }
-            WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => {
-                Zero::Min(f16_at(self.offsets, self.block_index(row, k)))
-            }
-            _ => Zero::Offset(0),
+        let format = self.layout.format;
+        match format.block_offset() {
+            BlockOffset::Symmetric => Zero::Offset(-i32::from(format.zero_code())),
+            BlockOffset::Integer => Zero::Offset(i32::from(self.offsets[self.block_index(row, k)].cast_signed())),
+            BlockOffset::Min => Zero::Min(f16_at(self.offsets, self.block_index(row, k))),
         }
     }
 

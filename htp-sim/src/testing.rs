@@ -32,6 +32,11 @@ impl Noise {
         };
         i8::try_from(code).expect("codes are i8")
     }
+
+    /// One of the codes of an integer format.
+    pub(crate) fn code_of(&mut self, format: WeightFormat) -> i8 {
+        self.code(i32::from(*format.codes().start()), i32::from(*format.codes().end()))
+    }
 }
 
 /// Weights of a layout, packed, with every kind of code and offset in them.
@@ -41,38 +46,46 @@ pub(crate) fn weights(layout: &PackedLayout, seed: u64) -> Vec<u8> {
     if format.is_float() {
         return pack_float(layout, &noise.floats(n * k)).expect("lengths match");
     }
-    let (from, to) = if format.is_4bit() { (0, 15) } else { (-128, 127) };
-    let codes: Vec<i8> = (0..n * k).map(|_| noise.code(from, to)).collect();
+    let codes: Vec<i8> = (0..n * k).map(|_| noise.code_of(format)).collect();
     let scales: Vec<f32> = (0..n * layout.blocks()).map(|_| noise.float() * 0.1).collect();
     let integers: Vec<i8> = scales.iter().map(|_| noise.code(-128, 127)).collect();
     let minima = noise.floats(scales.len());
     let steps: Vec<u8> = (0..n * layout.steps()).map(|_| noise.code(1, 16).cast_unsigned()).collect();
-    let offsets = match format {
-        WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => Offsets::Integer(&integers),
-        WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => Offsets::Min(&minima),
-        WeightFormat::Int4Expansion { .. } => Offsets::Steps(&steps),
-        _ => Offsets::None,
+    let offsets = match format.block_offset() {
+        BlockOffset::Integer => Offsets::Integer(&integers),
+        BlockOffset::Min => Offsets::Min(&minima),
+        BlockOffset::Symmetric if layout.steps() > 0 => Offsets::Steps(&steps),
+        BlockOffset::Symmetric => Offsets::None,
     };
     pack_quantized(layout, &codes, &scales, offsets).expect("lengths match")
 }
 
 /// The formats that meet quantized rows, with block sizes that divide `k`.
 pub(crate) fn integer_formats(k: usize) -> Vec<WeightFormat> {
-    let mut formats = vec![WeightFormat::Int8PerChannel, WeightFormat::Int4PerChannel];
-    for block in [4, 8, 32, 64, 72, 256] {
-        if !k.is_multiple_of(block) {
-            continue;
-        }
-        formats.push(WeightFormat::Int8Block { block });
-        if block % 8 == 0 {
-            formats.push(WeightFormat::Int4Expansion { block });
-            for offset in [BlockOffset::Symmetric, BlockOffset::Integer, BlockOffset::Min] {
-                formats.push(WeightFormat::Int4Block { block, offset });
-            }
-        }
+    let blocks = [4, 8, 16, 32, 64, 72, 256].into_iter().filter(|block| k.is_multiple_of(*block));
+    [WeightFormat::Int8PerChannel, WeightFormat::Int4PerChannel]
+        .into_iter()
+        .chain(blocks.flat_map(block_formats))
+        .collect()
+}
+
+/// The integer formats that have a scale or step for each block of this size.
+pub(crate) fn block_formats(block: usize) -> Vec<WeightFormat> {
+    let mut formats = vec![WeightFormat::Int8Block { block }];
+    if block.is_multiple_of(8) {
+        formats.push(WeightFormat::Int4Expansion { block });
+        formats.extend(BLOCK_OFFSETS.map(|offset| WeightFormat::Int4Block { block, offset }));
+    }
+    if block.is_multiple_of(16) {
+        formats.push(WeightFormat::Int6Block { block });
+    }
+    if block.is_multiple_of(32) {
+        formats.extend(BLOCK_OFFSETS.map(|offset| WeightFormat::Int5Block { block, offset }));
     }
     formats
 }
+
+const BLOCK_OFFSETS: [BlockOffset; 3] = [BlockOffset::Symmetric, BlockOffset::Integer, BlockOffset::Min];
 
 /// The float formats.
 pub(crate) const FLOAT_FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];

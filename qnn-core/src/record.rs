@@ -161,10 +161,12 @@ pub enum PanelsRecord {
     Int4PerChannel,
     Int8Block { block: usize },
     Int4Block { block: usize, offset: PanelOffset },
+    Int5Block { block: usize, offset: PanelOffset },
+    Int6Block { block: usize },
     Int4Expansion { block: usize },
 }
 
-/// Where zero lies in a 4-bit block of a panel.
+/// Where zero lies in a 4-bit or 5-bit block of a panel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[allow(missing_docs, reason = "the names are those of `htp_sim::BlockOffset`")]

@@ -206,13 +206,14 @@ pub(crate) fn format_name(format: WeightFormat) -> String {
         WeightFormat::Int4PerChannel => "int4 per channel".to_owned(),
         WeightFormat::Int8Block { block } => format!("int8 block {block}"),
         WeightFormat::Int4Expansion { block } => format!("int4 block {block} steps"),
-        WeightFormat::Int4Block { block, offset } => {
+        WeightFormat::Int6Block { block } => format!("int6 block {block}"),
+        WeightFormat::Int4Block { block, offset } | WeightFormat::Int5Block { block, offset } => {
             let offset = match offset {
                 BlockOffset::Symmetric => "symmetric",
                 BlockOffset::Integer => "whole offsets",
                 BlockOffset::Min => "float minima",
             };
-            format!("int4 block {block}, {offset}")
+            format!("int{} block {block}, {offset}", format.bits())
         }
     }
 }

@@ -18,10 +18,13 @@ enum Form {
     F16,
     Int8Channel,
     Int8Block(usize),
+    Int6Block(usize),
+    Int5Block(usize),
+    Int5Min(usize),
     Int4Block(usize),
     Int4Integer(usize),
     Int4Min(usize),
-    /// 4 bit in blocks of 32 and 8 bit in blocks of 16, by turns: as a Q4_K_M file has them.
+    /// 4 bit in blocks of 32 and 6 bit in blocks of 16, by turns: as a Q4_K_M file has them.
     Mixed,
 }
 
@@ -76,6 +79,8 @@ fn cases() -> impl Strategy<Value = Case> {
         Just(Form::Int8Channel),
         Just(Form::Int8Block(32)),
         Just(Form::Int8Block(16)),
+        Just(Form::Int5Block(32)),
+        Just(Form::Int5Min(32)),
         Just(Form::Int4Block(32)),
         Just(Form::Int4Integer(32)),
         Just(Form::Int4Min(32)),
@@ -511,7 +516,7 @@ impl Builder {
         let spread = 1.0 / (k as f32).sqrt();
         let values: Vec<f32> = (0..n * k).map(|_| self.random()).collect();
         let form = match self.form {
-            Form::Mixed if self.graph.tensors().len().is_multiple_of(2) => Form::Int8Block(16),
+            Form::Mixed if self.graph.tensors().len().is_multiple_of(2) => Form::Int6Block(16),
             Form::Mixed => Form::Int4Min(32),
             form => form,
         };
@@ -552,6 +557,19 @@ fn store(form: Form, k: usize, n: usize, values: &[f32], spread: f32) -> (DataTy
         }
         Form::Int8Block(size) => {
             (DataType::SFixedPoint8, block(8, size, 1.0 / 127.0, BlockOffsets::Symmetric), bytes8())
+        }
+        Form::Int6Block(size) => {
+            let codes = values.iter().map(|v| (v * 31.9) as i8 as u8).collect();
+            (DataType::SFixedPoint8, block(6, size, 1.0 / 32.0, BlockOffsets::Symmetric), codes)
+        }
+        Form::Int5Block(size) => {
+            let codes = values.iter().map(|v| (v * 15.9) as i8 as u8).collect();
+            (DataType::SFixedPoint8, block(5, size, 1.0 / 16.0, BlockOffsets::Symmetric), codes)
+        }
+        Form::Int5Min(size) => {
+            let mins: Vec<f32> = (0..n * k / size).map(|i| -spread * (0.9 + 0.03 * (i % 5) as f32)).collect();
+            let encoding = block(5, size, 1.0 / 16.0, BlockOffsets::Min(Floats::from_f16(&mins)));
+            (DataType::UFixedPoint8, encoding, values.iter().map(|v| ((v + 1.0) * 15.5) as u8).collect())
         }
         Form::Int4Block(size) => {
             let codes = nibbles(&|v| (v * 7.9) as i8 as u8);

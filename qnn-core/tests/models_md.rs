@@ -55,10 +55,14 @@ fn formats() -> String {
         let (shape, bytes) = (vec![1, ggml.block_elements()], vec![0; ggml.block_bytes()]);
         let block = SourceTensor::new("block", shape, ElementFormat::Ggml(*ggml), bytes.into()).unwrap();
         let kept = ggml.keep_grid(&block, &workers).unwrap();
-        let Encoding::Block { block_size, offsets, .. } = kept.encoding else { panic!("{}: no blocks", ggml.name()) };
+        let Encoding::Block { bitwidth, block_size, offsets, .. } = kept.encoding else {
+            panic!("{}: no blocks", ggml.name())
+        };
+        let fills = usize::from(bitwidth) == kept.data_type.bits();
+        let bits = if fills { String::new() } else { format!(" of {bitwidth} bits,") };
         let offsets = if matches!(offsets, BlockOffsets::Min(_)) { ", float minima" } else { "" };
         let change = ggml.change().name();
-        writeln!(out, "| {} | {} block {block_size}{offsets} | {change} |", ggml.name(), kept.data_type).unwrap();
+        writeln!(out, "| {} | {}{bits} block {block_size}{offsets} | {change} |", ggml.name(), kept.data_type).unwrap();
     }
     out
 }

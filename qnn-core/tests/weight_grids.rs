@@ -15,6 +15,7 @@ fn dequantize(quantized: &Quantized, k: usize) -> Vec<f64> {
         let nibble = byte >> (i % 2 * 4) & 15;
         match quantized.data_type {
             DataType::UFixedPoint4 => f64::from(nibble),
+            DataType::UFixedPoint8 => f64::from(byte),
             DataType::SFixedPoint4 => f64::from((nibble << 4).cast_signed() >> 4),
             _ => f64::from(byte.cast_signed()),
         }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::packed::{BlockOffset, PackedLayout, WeightFormat};
 use crate::quantize::{ActBits, quantize_rows};
-use crate::testing::{FLOAT_FORMATS, Noise, bits, each_tier, integer_formats, portable, team, weights};
+use crate::testing::{FLOAT_FORMATS, Noise, bits, block_formats, each_tier, integer_formats, portable, team, weights};
 use crate::{Kernels, Workers};
 
 mod branches;
@@ -71,7 +71,7 @@ fn integer_products_mean_what_the_encoding_says() {
                 let expected = oracle(|r, i| f64::from(rows.code(r, i)) * f64::from(rows.scale(r)), m, w);
                 let found = product(&cx, Rows::Quantized(&rows), w);
                 // Minima and offsets make large terms that cancel; the bound is relative to the terms, not the sum.
-                let bound = if matches!(format, WeightFormat::Int4Block { .. }) { 4e-5 } else { 2e-6 };
+                let bound = if format.block().is_some() && format.bits() < 8 { 4e-5 } else { 2e-6 };
                 assert_near(&found, &expected, bound, &format!("{m}x{n}x{k} {format:?} {act:?}"));
             }
         }
@@ -215,21 +215,15 @@ fn extreme_codes_do_not_saturate() {
     let k = 512;
     for format in integer_formats(k) {
         let layout = PackedLayout::new(16, k, format).expect("sizes are fine");
-        let (least, most) = if format.is_4bit() { (0, 15) } else { (-128, 127) };
-        for code in [least, most] {
+        for code in [*format.codes().start(), *format.codes().end()] {
             let scales = vec![1.0; 16 * layout.blocks()];
-            let offsets = match format {
-                WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => {
-                    vec![if code == 0 { -128 } else { 127 }; scales.len()]
-                }
-                _ => vec![],
-            };
+            let integers = vec![if code == 0 { -128 } else { 127 }; scales.len()];
             let steps = vec![crate::packed::MAX_STEP; 16 * layout.steps()];
-            let offsets = match format {
-                WeightFormat::Int4Expansion { .. } => crate::Offsets::Steps(&steps),
-                WeightFormat::Int4Block { offset: BlockOffset::Integer, .. } => crate::Offsets::Integer(&offsets),
-                WeightFormat::Int4Block { offset: BlockOffset::Min, .. } => crate::Offsets::Min(&scales),
-                _ => crate::Offsets::None,
+            let offsets = match format.block_offset() {
+                BlockOffset::Integer => crate::Offsets::Integer(&integers),
+                BlockOffset::Min => crate::Offsets::Min(&scales),
+                BlockOffset::Symmetric if layout.steps() > 0 => crate::Offsets::Steps(&steps),
+                BlockOffset::Symmetric => crate::Offsets::None,
             };
             let blob = crate::pack_quantized(&layout, &vec![code; 16 * k], &scales, offsets).expect("lengths match");
             let w = layout.view(&blob).expect("length matches");
@@ -312,6 +306,8 @@ fn real_layers_agree() {
     let workers = team(2);
     let formats = [
         WeightFormat::Int4Block { block: 32, offset: BlockOffset::Symmetric },
+        WeightFormat::Int5Block { block: 32, offset: BlockOffset::Symmetric },
+        WeightFormat::Int6Block { block: 16 },
         WeightFormat::Int4Expansion { block: 32 },
         WeightFormat::Int8PerChannel,
     ];
@@ -358,12 +354,10 @@ fn long_rows_agree() {
 fn rows_of_few_and_many_blocks_agree() {
     // One worker gets all panels as one tile.
     let workers = team(1);
-    let offsets = [BlockOffset::Symmetric, BlockOffset::Integer, BlockOffset::Min];
     for (block, blocks) in [(16, 81), (32, 2), (64, 21), (128, 11), (256, 1), (256, 5)] {
         let k = block * blocks;
         let x = Noise(15).floats(53 * k);
-        let formats = offsets.map(|offset| WeightFormat::Int4Block { block, offset });
-        for format in formats.into_iter().chain([WeightFormat::Int8Block { block }]) {
+        for format in block_formats(block).into_iter().filter(|format| format.block().is_some()) {
             for (m, n) in [(53, 40), (13, 48)] {
                 let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
                 let blob = weights(&layout, 73);

@@ -5,7 +5,7 @@ use super::{Half, PANEL, PRODUCTS, Rows, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::kernels::{FloatFn, FloatTile, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight};
-use crate::packed::{BlockOffset, PackedWeights, WeightFormat};
+use crate::packed::{PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
 
 /// A rectangle of the output, in rows and panels.
@@ -194,6 +194,8 @@ fn integer_kernel(cx: &Cx<'_>, weights: PackedWeights<'_>) -> IntegerFn {
         WeightFormat::Int4PerChannel => cx.kernels.matmul_q_w4c,
         WeightFormat::Int4Expansion { .. } => cx.kernels.matmul_q_w4e,
         WeightFormat::Int8Block { .. } => cx.kernels.matmul_q_w8b,
+        WeightFormat::Int6Block { .. } => cx.kernels.matmul_q_w6b,
+        WeightFormat::Int5Block { .. } => cx.kernels.matmul_q_w5b,
         WeightFormat::Int4Block { .. } => cx.kernels.matmul_q_w4b,
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => unreachable!("`check` refused float weights"),
     }
@@ -220,10 +222,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
         scales: weights.scales_from(tile.panel),
         offsets: weights.offsets_from(tile.panel),
         block: format.block().or(format.step_block()).unwrap_or(k),
-        offset: match format {
-            WeightFormat::Int4Block { offset, .. } => offset,
-            _ => BlockOffset::Symmetric,
-        },
+        offset: format.block_offset(),
         added: [(&[], 0.0); 2],
     }
 }

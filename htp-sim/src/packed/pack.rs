@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{BlockOffset, MAX_STEP, PANEL, PackedLayout, WeightFormat};
+use super::{BlockOffset, MAX_STEP, PANEL, PackedLayout, WeightFormat, code_places};
 use crate::error::{Needed, ShapeError, expect_len};
 
 /// Where zero lies, as given to [`pack_quantized`]; must suit the layout's [`BlockOffset`].
@@ -42,12 +42,12 @@ pub fn pack_float(layout: &PackedLayout, values: &[f32]) -> Result<Vec<u8>, Shap
 
 /// Packs quantized weights.
 ///
-/// `codes` is row-major `[n, k]`: `-128..=127`, or `0..=15` for the 4-bit formats. `scales` is `[n]` for the per-channel
+/// `codes` is row-major `[n, k]`, of the format's [`codes`](WeightFormat::codes). `scales` is `[n]` for the per-channel
 /// formats and row-major `[n, k/block]` for the block formats, where they are rounded to f16.
 ///
 /// # Errors
 /// [`ShapeError`] if the layout is a float format, a length differs, `offsets` is of another kind than the layout's, a
-/// 4-bit code is outside `0..=15`, or a scale or minimum is not finite in its format.
+/// code is outside those of the format, or a scale or minimum is not finite in its format.
 pub fn pack_quantized(
     layout: &PackedLayout,
     codes: &[i8],
@@ -170,23 +170,35 @@ impl<'a> Packer<'a> {
     fn write_codes(&mut self, panel: usize, codes: &[i8]) -> Result<(), ShapeError> {
         let (k, width, bytes) = (self.layout.k, self.layout.width(panel), self.layout.panel_code_bytes());
         let panel_codes = &mut self.blob[panel * bytes..][..bytes / PANEL * width];
-        if !self.layout.format.is_4bit() {
+        let format = self.layout.format;
+        if format.bits() == 8 {
             for (i, &code) in codes.iter().enumerate() {
                 let (row, k) = (i / k, i % k);
                 panel_codes[(k / 4 * width + row) * 4 + k % 4] = code.cast_unsigned();
             }
             return Ok(());
         }
-        if let Some(at) = codes.iter().position(|code| !(0..16).contains(code)) {
-            let row = panel * PANEL + at / k;
-            return Err(ShapeError::new("4-bit code in row", row, Needed::Rule("codes from 0 to 15")));
+        if let Some(at) = codes.iter().position(|code| !format.codes().contains(code)) {
+            let (what, rule) = match format.bits() {
+                4 => ("4-bit code in row", "codes from 0 to 15"),
+                5 => ("5-bit code in row", "codes from 0 to 31"),
+                _ => ("6-bit code in row", "codes from 0 to 63"),
+            };
+            return Err(ShapeError::new(what, panel * PANEL + at / k, Needed::Rule(rule)));
         }
-        panel_codes.fill(0x88);
-        for (i, &code) in codes.iter().enumerate() {
-            let (row, k) = (i / k, i % k);
-            let pair = &mut panel_codes[(k / 8 * width + row) * 4 + k % 4];
-            let code = code.cast_unsigned();
-            *pair = if k % 8 < 4 { *pair & 0xf0 | code } else { *pair & 0x0f | code << 4 };
+        panel_codes.fill(0);
+        for row in 0..width {
+            let codes = codes.chunks_exact(k).nth(row).unwrap_or(&[]);
+            for group in 0..self.layout.k_padded() / 4 {
+                let places = code_places(group, format.bits() - 4);
+                for i in 0..4 {
+                    // Rows and inputs that only fill up mean 0.
+                    let code = codes.get(group * 4 + i).map_or(format.zero_code(), |code| *code).cast_unsigned();
+                    for (place, part) in places.into_iter().zip([code & 15, code >> 4]) {
+                        panel_codes[(place.row * width + row) * 4 + i] |= part << place.shift;
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -210,11 +222,7 @@ impl<'a> Packer<'a> {
         let (count, steps) = (rows * self.layout.blocks(), self.layout.steps());
         let (blocks, bytes) = (self.layout.blocks(), self.layout.panel_offset_bytes());
         let section = &mut self.blob[self.layout.offsets_at_bytes() + panel * bytes..][..bytes];
-        let kind = match self.layout.format {
-            WeightFormat::Int4Block { offset, .. } => offset,
-            _ => BlockOffset::Symmetric,
-        };
-        match (kind, offsets) {
+        match (self.layout.format.block_offset(), offsets) {
             (BlockOffset::Symmetric, Offsets::Steps(values)) if steps > 0 => {
                 expect_len("steps of a panel", values.len(), rows * steps)?;
                 for (i, &step) in values.iter().enumerate() {

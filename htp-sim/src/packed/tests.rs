@@ -10,28 +10,23 @@ fn packed_values_come_back() {
         for (format, tight) in integer_formats(k).into_iter().flat_map(|f| [(f, false), (f, true)]) {
             let layout = if tight { PackedLayout::tight(n, k, format) } else { PackedLayout::new(n, k, format) };
             let layout = layout.expect("sizes are fine");
-            let four_bit = format.is_4bit();
             let mut noise = Noise(9);
-            let codes: Vec<i8> =
-                (0..n * k).map(|_| if four_bit { noise.code(0, 15) } else { noise.code(-128, 127) }).collect();
+            let codes: Vec<i8> = (0..n * k).map(|_| noise.code_of(format)).collect();
             let blocks = layout.blocks();
             let scales: Vec<f32> = (0..n * blocks).map(|_| round_to_f16(noise.float()).expect("small")).collect();
             let integers: Vec<i8> = scales.iter().map(|_| noise.code(-128, 127)).collect();
             let minima: Vec<f32> = scales.iter().map(|_| round_to_f16(noise.float()).expect("small")).collect();
-            let offset = match format {
-                WeightFormat::Int4Block { offset, .. } => Some(offset),
-                _ => None,
-            };
+            let (offset, zero) = (format.block_offset(), if format.bits() < 8 { 1 << (format.bits() - 1) } else { 0 });
             let steps: Vec<u8> = (0..n * layout.steps()).map(|_| noise.code(1, 16).cast_unsigned()).collect();
             let step_of = |row: usize, k: usize| {
                 let step = |block| i32::from(steps[row * layout.steps() + k / block]);
                 format.step_block().map_or(1, step)
             };
             let offsets = match offset {
-                None if layout.steps() > 0 => Offsets::Steps(&steps),
-                Some(BlockOffset::Integer) => Offsets::Integer(&integers),
-                Some(BlockOffset::Min) => Offsets::Min(&minima),
-                _ => Offsets::None,
+                BlockOffset::Symmetric if layout.steps() > 0 => Offsets::Steps(&steps),
+                BlockOffset::Symmetric => Offsets::None,
+                BlockOffset::Integer => Offsets::Integer(&integers),
+                BlockOffset::Min => Offsets::Min(&minima),
             };
             let blob = pack_quantized(&layout, &codes, &scales, offsets).expect("lengths match");
             let w = layout.view(&blob).expect("length matches");
@@ -44,10 +39,9 @@ fn packed_values_come_back() {
                     let step = step_of(row, i);
                     assert_eq!((w.code(row, i), w.scale(row, i)), (code, scale * step as f32), "{format:?}");
                     let expected = match offset {
-                        Some(BlockOffset::Integer) => (code + i32::from(integers[block])) as f32 * scale,
-                        Some(BlockOffset::Min) => code as f32 * scale + minima[block],
-                        _ if four_bit => ((code - 8) * step) as f32 * scale,
-                        _ => code as f32 * scale,
+                        BlockOffset::Integer => (code + i32::from(integers[block])) as f32 * scale,
+                        BlockOffset::Min => code as f32 * scale + minima[block],
+                        BlockOffset::Symmetric => ((code - zero) * step) as f32 * scale,
                     };
                     assert_eq!(float, expected, "{format:?} row {row} k {i}");
                     assert!(
@@ -100,6 +94,9 @@ fn layout_is_as_documented() {
         (1, 8, block, 64 + 64 + 16),
         // 128 bytes of codes, 64 of scales, 32 of steps.
         (16, 16, WeightFormat::Int4Expansion { block: 8 }, 128 + 64 + 32),
+        // 5 rows of codes, then scales and minima, each padded to 64; 3 rows of codes for each 16 inputs, then scales.
+        (16, 32, WeightFormat::Int5Block { block: 32, offset: BlockOffset::Min }, 320 + 64 + 32),
+        (16, 32, WeightFormat::Int6Block { block: 16 }, 384 + 64),
     ] {
         assert_eq!(PackedLayout::new(n, k, format).expect("sizes are fine").size_bytes(), bytes, "{format:?}");
     }
@@ -123,6 +120,19 @@ fn layout_is_as_documented() {
     (codes[3 * 16 + 2], codes[3 * 16 + 6], codes[3 * 16 + 13]) = (1, 2, 3);
     let blob = pack_quantized(&layout, &codes, &[1.0; 16], Offsets::None).expect("lengths match");
     assert_eq!((blob[3 * 4 + 2], blob[64 + 3 * 4 + 1]), (0x21, 0x38));
+    // Inputs 2, 6, 13 and 22 of output 3, groups 0, 1, 3 and 5: upper bits in the row after those of their nibbles.
+    let at = |row: usize, input: usize| row * 64 + 3 * 4 + input % 4;
+    let upper = |format, code: i8, last: usize| {
+        let layout = PackedLayout::new(16, 32, format).expect("sizes are fine");
+        let mut codes = vec![0; 16 * 32];
+        [2, 6, 13, 22].into_iter().for_each(|input| codes[3 * 32 + input] = code);
+        let scales = vec![1.0; 16 * layout.blocks()];
+        let blob = pack_quantized(&layout, &codes, &scales, Offsets::None).expect("lengths match");
+        [(0, 2), (1, 13), (last, 2), (last, 13)].map(|(row, input)| blob[at(row, input)])
+    };
+    let int5 = WeightFormat::Int5Block { block: 32, offset: BlockOffset::Symmetric };
+    assert_eq!(upper(int5, 0x1a, 4), [0xaa, 0xa0, 0b0011_0010, 0b1000_0000]);
+    assert_eq!(upper(WeightFormat::Int6Block { block: 16 }, 0x2a, 2), [0xaa, 0xa0, 0b1010_0000, 0b0000_1000]);
 }
 
 /// Layouts that the kernels could not take, and values that the formats cannot hold, are refused.
@@ -139,6 +149,8 @@ fn wrong_layouts_and_values_are_refused() {
         (1, 64, int8(24)),
         (1, 512, int8(512)),
         (1, 36, int4(12)),
+        (1, 48, WeightFormat::Int5Block { block: 16, offset: BlockOffset::Symmetric }),
+        (1, 48, WeightFormat::Int6Block { block: 24 }),
         (usize::MAX, 64, int4(32)),
         (1 << 40, 1 << 40, WeightFormat::F16),
         (1, 64, WeightFormat::Int4Expansion { block: 12 }),
@@ -155,6 +167,16 @@ fn wrong_layouts_and_values_are_refused() {
     let mut bad = good.clone();
     bad[40] = 16;
     assert_eq!(refused(&bad, &[1.0; 2], Offsets::None), "4-bit code in row: found 1, need codes from 0 to 15");
+    for (format, code, want) in [
+        (WeightFormat::Int5Block { block: 32, offset: BlockOffset::Min }, 32, "codes from 0 to 31"),
+        (WeightFormat::Int6Block { block: 32 }, 64, "codes from 0 to 63"),
+        (WeightFormat::Int6Block { block: 32 }, -1, "codes from 0 to 63"),
+    ] {
+        bad[40] = code;
+        let layout = PackedLayout::new(2, 32, format).expect("sizes are fine");
+        let error = pack_quantized(&layout, &bad, &[1.0; 2], Offsets::Min(&[0.0; 2])).expect_err("must be refused");
+        assert!(error.to_string().contains(want), "{error}");
+    }
     assert_eq!(refused(&good, &[1.0; 3], Offsets::None), "scales: found 3, need 2");
     assert_eq!(refused(&good[1..], &[1.0; 2], Offsets::None), "codes: found 63, need 64");
     for scale in [f32::NAN, f32::INFINITY, 70_000.0] {

@@ -27,6 +27,7 @@ mod place;
 mod run;
 mod step;
 
+pub(crate) use pack::Packing;
 pub use pack::{pack_constant, pack_update};
 
 use floats::Floats;

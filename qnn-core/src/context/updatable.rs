@@ -168,7 +168,11 @@ pub(crate) fn data_type_of(format: WeightFormat) -> Option<DataType> {
         WeightFormat::Bf16 => Some(DataType::BFloat16),
         WeightFormat::Int8PerChannel => Some(DataType::SFixedPoint8),
         WeightFormat::Int4PerChannel => Some(DataType::SFixedPoint4),
-        WeightFormat::Int8Block { .. } | WeightFormat::Int4Block { .. } | WeightFormat::Int4Expansion { .. } => None,
+        WeightFormat::Int8Block { .. }
+        | WeightFormat::Int6Block { .. }
+        | WeightFormat::Int5Block { .. }
+        | WeightFormat::Int4Block { .. }
+        | WeightFormat::Int4Expansion { .. } => None,
     }
 }
 

@@ -10,10 +10,11 @@ use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use htp_sim::{ShapeError, WeightFormat, Workers};
+use htp_sim::{WeightFormat, Workers};
 
 use crate::{
     atomic_file,
+    backend::{PrepareError, htp::Packing},
     binary::{BinaryError, BinaryWriter, Identity, MAX_GRAPHS, Meta, SectionKind, write_file},
     context::{WEIGHT_SHARING, kind_of, write_records},
     error::Error,
@@ -26,7 +27,6 @@ use crate::{
 
 mod adapters;
 mod config_file;
-mod pack;
 mod split;
 
 pub use adapters::{AdapterError, SectionReport};
@@ -34,7 +34,6 @@ pub use config_file::ConfigFile;
 
 use adapters::Adapters;
 pub(in crate::offline) use adapters::listed_adapters;
-pub(crate) use pack::Packing;
 pub(crate) use split::{LAYER_OUTPUTS, between};
 
 /// What to make of a DLC.
@@ -102,12 +101,8 @@ pub struct Progress<'a> {
 pub enum GenerateError {
     #[error("tensor {tensor}: {have}, the kernels need {want}")]
     Unpackable { tensor: String, have: String, want: String },
-    #[error("tensor {tensor}")]
-    Pack {
-        tensor: String,
-        #[source]
-        why: ShapeError,
-    },
+    #[error(transparent)]
+    Pack(#[from] PrepareError),
     #[error("{have} splits of a model with {layers} layers that can be told apart")]
     TooManySplits { have: usize, layers: usize },
     #[error("cannot cut at tensor {tensor}: {why}")]
@@ -292,7 +287,9 @@ impl Split {
             });
             for ((_, tensor), packed) in batch.iter().zip(packed) {
                 match packed.into_inner().expect("no worker panicked") {
-                    Some(panels) => writer.add(SectionKind::Tensor, &tensor.name, &panels?)?,
+                    Some(panels) => {
+                        writer.add(SectionKind::Tensor, &tensor.name, &panels.map_err(GenerateError::Pack)?)?
+                    }
                     None => record::parts(tensor)
                         .into_iter()
                         .try_for_each(|(part, bytes)| writer.add(kind_of(part), &tensor.name, &bytes))?,
@@ -305,7 +302,7 @@ impl Split {
 }
 
 /// The panels of one constant.
-type Packed = Result<Vec<u8>, GenerateError>;
+type Packed = Result<Vec<u8>, PrepareError>;
 
 /// Why constants could not be written.
 enum Failed {

@@ -49,14 +49,19 @@ impl From<WeightFormat> for PanelsRecord {
             WeightFormat::Int4PerChannel => PanelsRecord::Int4PerChannel,
             WeightFormat::Int8Block { block } => PanelsRecord::Int8Block { block },
             WeightFormat::Int4Expansion { block } => PanelsRecord::Int4Expansion { block },
-            WeightFormat::Int4Block { block, offset } => PanelsRecord::Int4Block {
-                block,
-                offset: match offset {
-                    BlockOffset::Symmetric => PanelOffset::Symmetric,
-                    BlockOffset::Integer => PanelOffset::Integer,
-                    BlockOffset::Min => PanelOffset::Min,
-                },
-            },
+            WeightFormat::Int6Block { block } => PanelsRecord::Int6Block { block },
+            WeightFormat::Int5Block { block, offset } => PanelsRecord::Int5Block { block, offset: offset.into() },
+            WeightFormat::Int4Block { block, offset } => PanelsRecord::Int4Block { block, offset: offset.into() },
+        }
+    }
+}
+
+impl From<BlockOffset> for PanelOffset {
+    fn from(offset: BlockOffset) -> PanelOffset {
+        match offset {
+            BlockOffset::Symmetric => PanelOffset::Symmetric,
+            BlockOffset::Integer => PanelOffset::Integer,
+            BlockOffset::Min => PanelOffset::Min,
         }
     }
 }
@@ -71,14 +76,19 @@ impl From<PanelsRecord> for WeightFormat {
             PanelsRecord::Int4PerChannel => WeightFormat::Int4PerChannel,
             PanelsRecord::Int8Block { block } => WeightFormat::Int8Block { block },
             PanelsRecord::Int4Expansion { block } => WeightFormat::Int4Expansion { block },
-            PanelsRecord::Int4Block { block, offset } => WeightFormat::Int4Block {
-                block,
-                offset: match offset {
-                    PanelOffset::Symmetric => BlockOffset::Symmetric,
-                    PanelOffset::Integer => BlockOffset::Integer,
-                    PanelOffset::Min => BlockOffset::Min,
-                },
-            },
+            PanelsRecord::Int6Block { block } => WeightFormat::Int6Block { block },
+            PanelsRecord::Int5Block { block, offset } => WeightFormat::Int5Block { block, offset: offset.into() },
+            PanelsRecord::Int4Block { block, offset } => WeightFormat::Int4Block { block, offset: offset.into() },
+        }
+    }
+}
+
+impl From<PanelOffset> for BlockOffset {
+    fn from(offset: PanelOffset) -> BlockOffset {
+        match offset {
+            PanelOffset::Symmetric => BlockOffset::Symmetric,
+            PanelOffset::Integer => BlockOffset::Integer,
+            PanelOffset::Min => BlockOffset::Min,
         }
     }
 }

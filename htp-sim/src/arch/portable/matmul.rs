@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::kernels::{FloatTile, IntegerTile};
 use crate::matmul::Write;
-use crate::packed::{BlockOffset, PANEL};
+use crate::packed::{BlockOffset, PANEL, code_places};
 
 /// 8-bit codes, one scale per output.
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
@@ -19,6 +19,16 @@ pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
 /// 8-bit codes, one scale per block.
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
     per_block::<Bits8>(tile, out);
+}
+
+/// 6-bit codes, one scale per block.
+pub(crate) fn q_w6b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Split<2>>(tile, out);
+}
+
+/// 5-bit codes, one scale per block.
+pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Split<1>>(tile, out);
 }
 
 /// 4-bit codes, one scale per block.
@@ -75,46 +85,64 @@ pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
     }
 }
 
-/// How codes lie in their 64-byte rows.
+/// How the codes of a panel lie, in rows of 64 bytes, or fewer where it is narrow.
 trait CodeBits {
-    /// 64-byte rows per group of four inputs, times two.
-    const HALF_ROWS_PER_GROUP: usize;
     /// Where zero lies in a symmetric encoding.
     const ZERO: i32;
-    /// The code of byte `i` of group `group`'s row.
-    fn code(row: &[u8], group: usize, i: usize) -> i32;
+    /// The codes of group `group` of four inputs, `WIDTH` outputs.
+    fn group<const WIDTH: usize>(codes: &[u8], group: usize) -> [[i32; 4]; WIDTH];
 }
 
 struct Bits8;
 struct Bits4;
 /// 4-bit codes with their zero taken off.
 struct Signed4;
+/// Codes of `4 + HIGH` bits.
+struct Split<const HIGH: usize>;
 
 impl CodeBits for Bits8 {
-    const HALF_ROWS_PER_GROUP: usize = 2;
     const ZERO: i32 = 0;
     #[inline(always)]
-    fn code(row: &[u8], _: usize, i: usize) -> i32 {
-        i32::from(row[i].cast_signed())
+    fn group<const WIDTH: usize>(codes: &[u8], group: usize) -> [[i32; 4]; WIDTH] {
+        let row = fours::<WIDTH>(codes, group);
+        std::array::from_fn(|lane| row[lane].map(|code| i32::from(code.cast_signed())))
     }
 }
 
 impl CodeBits for Bits4 {
-    const HALF_ROWS_PER_GROUP: usize = 1;
     const ZERO: i32 = 8;
     #[inline(always)]
-    fn code(row: &[u8], group: usize, i: usize) -> i32 {
-        i32::from(row[i] >> (group % 2 * 4) & 15)
+    fn group<const WIDTH: usize>(codes: &[u8], group: usize) -> [[i32; 4]; WIDTH] {
+        let row = fours::<WIDTH>(codes, group / 2);
+        std::array::from_fn(|lane| row[lane].map(|pair| i32::from(pair >> (group % 2 * 4) & 15)))
     }
 }
 
 impl CodeBits for Signed4 {
-    const HALF_ROWS_PER_GROUP: usize = 1;
     const ZERO: i32 = 0;
     #[inline(always)]
-    fn code(row: &[u8], group: usize, i: usize) -> i32 {
-        Bits4::code(row, group, i) - Bits4::ZERO
+    fn group<const WIDTH: usize>(codes: &[u8], group: usize) -> [[i32; 4]; WIDTH] {
+        Bits4::group(codes, group).map(|codes: [i32; 4]| codes.map(|code| code - Bits4::ZERO))
     }
+}
+
+impl<const HIGH: usize> CodeBits for Split<HIGH> {
+    const ZERO: i32 = 8 << HIGH;
+    #[inline(always)]
+    fn group<const WIDTH: usize>(codes: &[u8], group: usize) -> [[i32; 4]; WIDTH] {
+        let [low, high] = code_places(group, HIGH);
+        let (lows, highs) = (fours::<WIDTH>(codes, low.row), fours::<WIDTH>(codes, high.row));
+        let code = |low_byte: u8, high_byte: u8| {
+            i32::from(low_byte >> low.shift & 15 | (high_byte >> high.shift & ((1 << HIGH) - 1)) << 4)
+        };
+        std::array::from_fn(|lane| std::array::from_fn(|i| code(lows[lane][i], highs[lane][i])))
+    }
+}
+
+/// Row `row` of some codes, four bytes for each output.
+#[inline(always)]
+fn fours<const WIDTH: usize>(codes: &[u8], row: usize) -> &[[u8; 4]] {
+    &codes[row * WIDTH * 4..].as_chunks().0[..WIDTH]
 }
 
 /// `Σ x · code` of one row of x and one panel, `WIDTH` outputs wide, over the groups of four inputs from `from` to `to`.
@@ -122,12 +150,11 @@ impl CodeBits for Signed4 {
 fn dot<B: CodeBits, const WIDTH: usize>(codes: &[u8], plane: &[i8], from: usize, to: usize) -> [i32; PANEL] {
     let mut acc = [0_i32; PANEL];
     for group in from..to {
-        let row = &codes[group * B::HALF_ROWS_PER_GROUP / 2 * WIDTH * 4..][..WIDTH * 4];
         let x = &plane[group * 4..group * 4 + 4];
-        for (lane, acc) in acc[..WIDTH].iter_mut().enumerate() {
+        for (acc, codes) in acc.iter_mut().zip(B::group::<WIDTH>(codes, group)) {
             let mut sum = 0;
-            for (i, &x) in x.iter().enumerate() {
-                sum += i32::from(x) * B::code(row, group, lane * 4 + i);
+            for (code, &x) in codes.into_iter().zip(x) {
+                sum += i32::from(x) * code;
             }
             *acc = acc.wrapping_add(sum);
         }

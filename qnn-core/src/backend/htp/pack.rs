@@ -1,11 +1,12 @@
-//! Constants in the kernels' layout: done once, when a context binary is generated.
+//! From a constant as a DLC stores it (rows of elements, an encoding) to the kernels' panels: done once, when a context binary
+//! or an adapter's section is generated, or when a graph is prepared that was not packed before.
 
 use half::{bf16, f16};
-use htp_sim::{BlockOffset, Offsets, PackedLayout, Packer, ShapeError, WeightFormat};
+use htp_sim::{BlockOffset, Offsets, PackedLayout, Packer, ShapeError, WeightFormat, packed::PANEL};
 
 use crate::{
     backend::PrepareError,
-    encoding::{BlockOffsets, Encoding},
+    encoding::{BlockOffsets, Encoding, Floats},
     map::Bytes,
     tensor::{Panels, Tensor, TensorData},
     types::DataType,
@@ -13,8 +14,8 @@ use crate::{
 
 /// The weight `tensor` (a constant `[n, k]`) in panels; one that is packed already is shared.
 ///
-/// Encodings that the kernels have are kept as they are: symmetric 4 and 8 bit per channel and per block, and 4 bit per
-/// block with whole-number or float offsets. f32, f16 and bf16 keep their type.
+/// Encodings keep their values: 4 and 8 bits per tensor and channel, 4, 5, 6 and 8 bits per block, 4 bits per block with steps.
+/// f32, f16 and bf16 keep their type.
 ///
 /// # Errors
 /// [`PrepareError::Tensor`] if it is no matrix, or its type and encoding have no kernel.
@@ -31,32 +32,16 @@ pub fn pack_update(tensor: &Tensor) -> Result<Panels, PrepareError> {
     pack_as(tensor, PackedLayout::tight)
 }
 
-fn pack_as(
-    tensor: &Tensor,
-    layout: fn(usize, usize, WeightFormat) -> Result<PackedLayout, ShapeError>,
-) -> Result<Panels, PrepareError> {
-    let refuse = |why: String| PrepareError::Tensor { tensor: tensor.name.clone(), why };
-    let bytes = match &tensor.data {
-        Some(TensorData::Panels(panels)) => return Ok(panels.clone()),
-        Some(TensorData::Flat(bytes)) => bytes,
-        None => return Err(refuse(format!("{} where a constant is needed", tensor.tensor_type))),
-    };
-    let [n, k] = tensor.shape.max_dims()[..] else {
-        return Err(refuse(format!("a weight of shape {}, need two dimensions", tensor.shape)));
-    };
-    let format = weight_format(tensor).map_err(refuse)?;
-    let pack = || -> Result<Panels, ShapeError> {
-        let layout = layout(n, k, format)?;
-        let mut blob = vec![0; layout.size_bytes()];
-        let mut packer = Packer::new(layout, &mut blob)?;
-        let source = Source { tensor, bytes, k };
-        for panel in 0..layout.panels() {
-            source.pack_panel(&mut packer, panel, format, panel * PANEL..n.min((panel + 1) * PANEL))?;
-        }
-        Panels::new(layout, Bytes::from(blob))
-    };
-    pack().map_err(|e| refuse(e.to_string()))
+fn pack_as(tensor: &Tensor, layout: LayoutFn) -> Result<Panels, PrepareError> {
+    if let Some(TensorData::Panels(panels)) = &tensor.data {
+        return Ok(panels.clone());
+    }
+    let packing = Packing::with_layout(tensor, layout)?;
+    Panels::new(packing.layout(), Bytes::from(packing.pack()?)).map_err(at(&tensor.name))
 }
+
+/// [`PackedLayout::new`] or [`PackedLayout::tight`].
+type LayoutFn = fn(usize, usize, WeightFormat) -> Result<PackedLayout, ShapeError>;
 
 /// A float constant's values.
 ///
@@ -74,102 +59,288 @@ pub(super) fn floats_of(tensor: &Tensor) -> Result<Vec<f32>, PrepareError> {
     }
 }
 
-/// The kernels' format for a constant, or why there is none.
-fn weight_format(tensor: &Tensor) -> Result<WeightFormat, String> {
-    let four = matches!(tensor.data_type, DataType::SFixedPoint4 | DataType::UFixedPoint4);
-    Ok(match (&tensor.encoding, tensor.data_type) {
-        (None, DataType::Float32) => WeightFormat::F32,
-        (None, DataType::Float16) => WeightFormat::F16,
-        (None, DataType::BFloat16) => WeightFormat::Bf16,
-        (Some(Encoding::AxisScaleOffset { axis: 0, offsets, .. }), DataType::SFixedPoint4 | DataType::SFixedPoint8)
-            if offsets.iter().all(|o| *o == 0) =>
-        {
-            if four {
-                WeightFormat::Int4PerChannel
-            } else {
-                WeightFormat::Int8PerChannel
+/// A constant `[n, k]` and how its panels are filled. Codes, scales and offsets keep their values: the panels stand for
+/// the same numbers, except that block scales and minima given as f32 are rounded to f16.
+#[derive(Debug)]
+pub(crate) struct Packing<'a> {
+    layout: PackedLayout,
+    name: &'a str,
+    data_type: DataType,
+    data: &'a [u8],
+    codes: Option<Codes<'a>>,
+}
+
+/// What an integer format needs besides the elements.
+#[derive(Debug)]
+struct Codes<'a> {
+    /// Added to an element to give the code that is stored.
+    shift: i32,
+    scales: Scales<'a>,
+    offsets: PackOffsets<'a>,
+}
+
+#[derive(Debug)]
+enum Scales<'a> {
+    /// One for the whole tensor.
+    One(f32),
+    /// One per row or block.
+    Each(&'a Floats),
+}
+
+#[derive(Debug)]
+enum PackOffsets<'a> {
+    None,
+    /// The same whole number for every block.
+    Same(i8),
+    /// One i8 per block, and what is added to each to make up for `shift`.
+    Whole(&'a [u8], i32),
+    Min(&'a Floats),
+    /// A step per block, beside a scale per row.
+    Steps(&'a [u8]),
+}
+
+impl<'a> Packing<'a> {
+    /// Chooses the panels for `tensor`.
+    ///
+    /// # Errors
+    /// [`PrepareError::Tensor`] if no format of the kernels can hold it exactly.
+    pub(crate) fn of(tensor: &'a Tensor) -> Result<Packing<'a>, PrepareError> {
+        Packing::with_layout(tensor, PackedLayout::new)
+    }
+
+    fn with_layout(tensor: &'a Tensor, layout: LayoutFn) -> Result<Packing<'a>, PrepareError> {
+        let name = tensor.name.as_str();
+        let Some(TensorData::Flat(data)) = &tensor.data else {
+            return Err(unpackable(name, "is in panels already, or no constant", "row-major elements"));
+        };
+        let dims = tensor.shape.max_dims();
+        let [n, k] = dims[..] else {
+            return Err(unpackable(name, &format!("shape {}", tensor.shape), "two dimensions"));
+        };
+        let (format, codes) = match &tensor.encoding {
+            None => (float_format(tensor)?, None),
+            Some(encoding) => {
+                let (format, codes) = integer_format(tensor, encoding)?;
+                (format, Some(codes))
             }
-        }
-        (Some(Encoding::Block { block_size, offsets, .. }), data_type) => match (offsets, data_type) {
-            (BlockOffsets::Symmetric, DataType::SFixedPoint8) => WeightFormat::Int8Block { block: *block_size },
-            (BlockOffsets::Symmetric, DataType::SFixedPoint4) => int4(*block_size, BlockOffset::Symmetric),
-            (BlockOffsets::Integer(_), DataType::UFixedPoint4) => int4(*block_size, BlockOffset::Integer),
-            (BlockOffsets::Min(_), DataType::UFixedPoint4) => int4(*block_size, BlockOffset::Min),
-            _ => return Err(format!("{data_type} with these block offsets has no kernel")),
-        },
-        (Some(Encoding::BlockExpansion { block_size, .. }), DataType::SFixedPoint4) => {
-            WeightFormat::Int4Expansion { block: *block_size }
-        }
-        (encoding, data_type) => {
-            let encoded = if encoding.is_some() { "with this encoding" } else { "without encoding" };
-            return Err(format!("{data_type} {encoded} has no kernel"));
-        }
-    })
-}
+        };
+        let layout = layout(n, k, format).map_err(at(name))?;
+        Ok(Packing { layout, name, data_type: tensor.data_type, data, codes })
+    }
 
-fn int4(block: usize, offset: BlockOffset) -> WeightFormat {
-    WeightFormat::Int4Block { block, offset }
-}
+    /// Shape and format of the panels.
+    pub(crate) fn layout(&self) -> PackedLayout {
+        self.layout
+    }
 
-/// A flat constant being packed.
-struct Source<'a> {
-    tensor: &'a Tensor,
-    bytes: &'a Bytes,
-    k: usize,
-}
+    /// Makes the panels. Beside the result, only one panel is held.
+    pub(crate) fn pack(&self) -> Result<Vec<u8>, PrepareError> {
+        let mut blob = vec![0; self.layout.size_bytes()];
+        let mut packer = Packer::new(self.layout, &mut blob).map_err(at(self.name))?;
+        for panel in 0..self.layout.panels() {
+            let rows = panel * PANEL..self.layout.n().min((panel + 1) * PANEL);
+            match &self.codes {
+                None => self.float_panel(&mut packer, panel, rows),
+                Some(codes) => self.integer_panel(&mut packer, panel, rows, codes),
+            }
+            .map_err(at(self.name))?;
+        }
+        Ok(blob)
+    }
 
-impl Source<'_> {
-    fn pack_panel(
+    fn float_panel(
         &self,
         packer: &mut Packer<'_>,
         panel: usize,
-        format: WeightFormat,
         rows: std::ops::Range<usize>,
     ) -> Result<(), ShapeError> {
-        let elements = rows.start * self.k..rows.end * self.k;
-        let (scales, offsets, block) = match &self.tensor.encoding {
-            Some(Encoding::AxisScaleOffset { scales, .. }) => (scales, &BlockOffsets::Symmetric, self.k),
-            Some(Encoding::Block { block_size, scales, offsets, .. }) => (scales, offsets, *block_size),
-            Some(Encoding::BlockExpansion { block_size, scales, steps, .. }) => {
-                let row_blocks = self.k / block_size;
-                let steps = &steps[rows.start * row_blocks..rows.end * row_blocks];
-                let scales: Vec<f32> = rows.map(|row| scales.get(row)).collect();
-                let codes: Vec<i8> = elements.map(|i| self.code(i, format)).collect();
-                return packer.quantized_panel(panel, &codes, &scales, Offsets::Steps(steps));
+        let elements = rows.start * self.layout.k()..rows.end * self.layout.k();
+        let values: Vec<f32> = elements.map(|i| float(self.data, self.data_type, i)).collect();
+        packer.float_panel(panel, &values)
+    }
+
+    fn integer_panel(
+        &self,
+        packer: &mut Packer<'_>,
+        panel: usize,
+        rows: std::ops::Range<usize>,
+        codes: &Codes<'_>,
+    ) -> Result<(), ShapeError> {
+        let k = self.layout.k();
+        let stored = self.stored_codes(rows.start * k..rows.end * k, codes.shift);
+        let blocks = rows.start * self.layout.blocks()..rows.end * self.layout.blocks();
+        let scales: Vec<f32> = blocks.clone().map(|i| codes.scales.at(i)).collect();
+        match &codes.offsets {
+            PackOffsets::None => packer.quantized_panel(panel, &stored, &scales, Offsets::None),
+            PackOffsets::Same(offset) => {
+                let offsets = vec![*offset; blocks.len()];
+                packer.quantized_panel(panel, &stored, &scales, Offsets::Integer(&offsets))
             }
-            _ => {
-                let values: Vec<f32> = elements.map(|i| float(self.bytes, self.tensor.data_type, i)).collect();
-                return packer.float_panel(panel, &values);
+            PackOffsets::Whole(all, add) => {
+                let offset = |byte: &u8| (i32::from(byte.cast_signed()) + add) as i8;
+                let offsets: Vec<i8> = all[blocks].iter().map(offset).collect();
+                packer.quantized_panel(panel, &stored, &scales, Offsets::Integer(&offsets))
             }
-        };
-        let blocks = elements.start / block..elements.end / block;
-        let codes: Vec<i8> = elements.map(|i| self.code(i, format)).collect();
-        let scales: Vec<f32> = blocks.clone().map(|b| scales.get(b)).collect();
-        match offsets {
-            BlockOffsets::Symmetric => packer.quantized_panel(panel, &codes, &scales, Offsets::None),
-            BlockOffsets::Integer(all) => {
-                let offsets: Vec<i8> = all[blocks].iter().map(|b| *b as i8).collect();
-                packer.quantized_panel(panel, &codes, &scales, Offsets::Integer(&offsets))
+            PackOffsets::Steps(all) => {
+                let steps = &all[rows.start * self.layout.steps()..rows.end * self.layout.steps()];
+                packer.quantized_panel(panel, &stored, &scales, Offsets::Steps(steps))
             }
-            BlockOffsets::Min(all) => {
-                let mins: Vec<f32> = blocks.map(|b| all.get(b)).collect();
-                packer.quantized_panel(panel, &codes, &scales, Offsets::Min(&mins))
+            PackOffsets::Min(all) => {
+                let minima: Vec<f32> = blocks.map(|i| all.get(i)).collect();
+                packer.quantized_panel(panel, &stored, &scales, Offsets::Min(&minima))
             }
         }
     }
 
-    /// Code number `at` as the kernels store it: 4-bit codes are unsigned there, symmetric ones moved up by 8.
-    fn code(&self, at: usize, format: WeightFormat) -> i8 {
-        if !format.is_4bit() {
-            return self.bytes[at] as i8;
+    /// The codes of these elements as the panels keep them, some of those of the format if the elements are as narrow as the
+    /// encoding says.
+    fn stored_codes(&self, elements: std::ops::Range<usize>, shift: i32) -> Vec<i8> {
+        // A sum that does not fit is none of the format's codes, of 5 or 6 bits then, and the packer refuses it.
+        let shifted = |code: i32| (code + shift).clamp(-128, 127) as i8;
+        let nibble = |i: usize| (self.data[i / 2] >> (i % 2 * 4)) & 15;
+        match self.data_type {
+            DataType::UFixedPoint4 => elements.map(|i| shifted(i32::from(nibble(i)))).collect(),
+            DataType::SFixedPoint4 => elements.map(|i| shifted(i32::from((nibble(i) ^ 8).cast_signed()) - 8)).collect(),
+            DataType::UFixedPoint8 => self.data[elements].iter().map(|b| shifted(i32::from(*b))).collect(),
+            _ => self.data[elements].iter().map(|b| shifted(i32::from(b.cast_signed()))).collect(),
         }
-        let nibble = (self.bytes[at / 2] >> (at % 2 * 4) & 15) as i8;
-        if self.tensor.data_type == DataType::SFixedPoint4 { nibble ^ 8 } else { nibble }
     }
 }
 
+impl Scales<'_> {
+    fn at(&self, index: usize) -> f32 {
+        match self {
+            Scales::One(scale) => *scale,
+            Scales::Each(scales) => scales.get(index),
+        }
+    }
+}
+
+fn float_format(tensor: &Tensor) -> Result<WeightFormat, PrepareError> {
+    match tensor.data_type {
+        DataType::Float32 => Ok(WeightFormat::F32),
+        DataType::Float16 => Ok(WeightFormat::F16),
+        DataType::BFloat16 => Ok(WeightFormat::Bf16),
+        other => Err(unpackable(&tensor.name, &format!("{other} without encoding"), "a float type or an encoding")),
+    }
+}
+
+fn integer_format<'a>(tensor: &'a Tensor, encoding: &'a Encoding) -> Result<(WeightFormat, Codes<'a>), PrepareError> {
+    use DataType::{SFixedPoint4, SFixedPoint8, UFixedPoint4, UFixedPoint8};
+    let refuse = |have: String, want: &str| Err(unpackable(&tensor.name, &have, want));
+    let data_type = tensor.data_type;
+    let signed = match data_type {
+        SFixedPoint8 | SFixedPoint4 => true,
+        UFixedPoint8 | UFixedPoint4 => false,
+        other => return refuse(format!("{other}"), "a fixed-point type of 4 or 8 bits"),
+    };
+    let bits = stored_bits(data_type, encoding).map_err(|(have, want)| unpackable(&tensor.name, &have, want))?;
+    // What turns an element into the code that is stored, signed if it has 8 bits, and the offset that an unsigned element has
+    // if it is symmetric.
+    let half = 1 << (bits - 1);
+    let shift = match (signed, bits) {
+        (true, 8) => 0,
+        (false, 8) => -half,
+        (true, _) => half,
+        (false, _) => 0,
+    };
+    let symmetric = if signed { 0 } else { -half };
+    let per_channel = if bits == 4 { WeightFormat::Int4PerChannel } else { WeightFormat::Int8PerChannel };
+    let none = PackOffsets::None;
+    match encoding {
+        Encoding::ScaleOffset { scale, offset, .. } if *offset == symmetric => {
+            Ok((per_channel, Codes { shift, scales: Scales::One(*scale), offsets: none }))
+        }
+        Encoding::AxisScaleOffset { axis: 0, scales, offsets, .. }
+            if offsets.iter().all(|o| *o == symmetric) && (symmetric == 0 || !offsets.is_empty()) =>
+        {
+            Ok((per_channel, Codes { shift, scales: Scales::Each(scales), offsets: none }))
+        }
+        Encoding::AxisScaleOffset { axis, .. } if *axis != 0 => {
+            refuse(format!("scales along axis {axis}"), "scales along axis 0")
+        }
+        Encoding::ScaleOffset { .. } | Encoding::AxisScaleOffset { .. } => {
+            refuse(format!("{data_type} with another offset"), &format!("offset {symmetric} (symmetric)"))
+        }
+        Encoding::Block { block_size, scales, offsets, .. } => {
+            let block = *block_size;
+            let (offset, offsets) = block_offsets(tensor, shift, symmetric, bits, offsets)?;
+            let format = match bits {
+                4 => WeightFormat::Int4Block { block, offset },
+                5 => WeightFormat::Int5Block { block, offset },
+                6 => WeightFormat::Int6Block { block },
+                _ => WeightFormat::Int8Block { block },
+            };
+            Ok((format, Codes { shift, scales: Scales::Each(scales), offsets }))
+        }
+        Encoding::BlockExpansion { block_size, scales, steps, .. } if data_type == SFixedPoint4 => {
+            let format = WeightFormat::Int4Expansion { block: *block_size };
+            Ok((format, Codes { shift, scales: Scales::Each(scales), offsets: PackOffsets::Steps(steps) }))
+        }
+        Encoding::BlockExpansion { .. } => refuse(format!("{data_type} with block steps"), "SFIXED_POINT_4"),
+    }
+}
+
+/// Bits of the codes that are stored: those of the elements, or fewer where the true width allows it and there is a format.
+fn stored_bits(data_type: DataType, encoding: &Encoding) -> Result<usize, (String, &'static str)> {
+    let (Encoding::ScaleOffset { bitwidth, .. }
+    | Encoding::AxisScaleOffset { bitwidth, .. }
+    | Encoding::Block { bitwidth, .. }
+    | Encoding::BlockExpansion { bitwidth, .. }) = encoding;
+    match (usize::from(*bitwidth), encoding) {
+        (bits, _) if bits == data_type.bits() => Ok(bits),
+        (2..=5, Encoding::Block { block_size, .. }) if data_type.bits() == 8 && block_size % 32 == 0 => Ok(5),
+        (2..=6, Encoding::Block { block_size, .. }) if data_type.bits() == 8 && block_size % 16 == 0 => Ok(6),
+        (2..8, Encoding::Block { .. }) if data_type.bits() == 8 => Ok(8),
+        (bits, _) => Err((format!("{bits} bits in {data_type}"), "a bit width that fills the type, or blocks")),
+    }
+}
+
+/// Offsets of a block encoding as the panels keep them. With `u = q + shift`, `(q + o) * scale` is
+/// `(u + o - shift) * scale`.
+fn block_offsets<'a>(
+    tensor: &Tensor,
+    shift: i32,
+    symmetric: i32,
+    bits: usize,
+    offsets: &'a BlockOffsets,
+) -> Result<(BlockOffset, PackOffsets<'a>), PrepareError> {
+    let refuse = |have: &str, want: &str| {
+        Err(unpackable(&tensor.name, &format!("{} blocks with {have}", tensor.data_type), want))
+    };
+    let is_symmetric = match offsets {
+        BlockOffsets::Symmetric => symmetric == 0,
+        BlockOffsets::Integer(all) => all.iter().all(|o| i32::from(o.cast_signed()) == symmetric),
+        BlockOffsets::Min(_) => false,
+    };
+    if is_symmetric {
+        return Ok((BlockOffset::Symmetric, PackOffsets::None));
+    }
+    match (offsets, bits) {
+        (_, 6..) => refuse("offsets", "symmetric blocks, or at most 5 bits in blocks of a multiple of 32"),
+        (BlockOffsets::Symmetric, _) => Ok((BlockOffset::Integer, PackOffsets::Same(0))),
+        (BlockOffsets::Integer(all), _) => {
+            let fits = |o: &u8| i8::try_from(i32::from(o.cast_signed()) - shift).is_ok();
+            if !all.iter().all(fits) {
+                return refuse("large offsets", &format!("offsets from {} to 127", -128 + shift));
+            }
+            Ok((BlockOffset::Integer, PackOffsets::Whole(all, -shift)))
+        }
+        (BlockOffsets::Min(all), _) if shift == 0 => Ok((BlockOffset::Min, PackOffsets::Min(all))),
+        (BlockOffsets::Min(_), _) => refuse("float minima", "unsigned elements"),
+    }
+}
+
+fn unpackable(tensor: &str, have: &str, want: &str) -> PrepareError {
+    PrepareError::Tensor { tensor: tensor.to_owned(), why: format!("{have}, the kernels need {want}") }
+}
+
+fn at(tensor: &str) -> impl Fn(ShapeError) -> PrepareError {
+    move |why| PrepareError::Tensor { tensor: tensor.to_owned(), why: why.to_string() }
+}
+
 /// Element number `at` of a flat float constant.
-fn float(bytes: &Bytes, data_type: DataType, at: usize) -> f32 {
+fn float(bytes: &[u8], data_type: DataType, at: usize) -> f32 {
     match data_type {
         DataType::Float16 => f16::from_le_bytes([bytes[at * 2], bytes[at * 2 + 1]]).to_f32(),
         DataType::BFloat16 => bf16::from_le_bytes([bytes[at * 2], bytes[at * 2 + 1]]).to_f32(),
@@ -177,5 +348,5 @@ fn float(bytes: &Bytes, data_type: DataType, at: usize) -> f32 {
     }
 }
 
-/// Rows of a panel.
-const PANEL: usize = 16;
+#[cfg(test)]
+mod tests;

@@ -256,13 +256,15 @@ impl Constant {
             None => self.data_type.name().to_owned(),
             Some(Encoding::ScaleOffset { .. }) => format!("{} per tensor", self.data_type),
             Some(Encoding::AxisScaleOffset { .. }) => format!("{} per channel", self.data_type),
-            Some(Encoding::Block { block_size, offsets, .. }) => {
+            Some(Encoding::Block { bitwidth, block_size, offsets, .. }) => {
+                let fills = usize::from(*bitwidth) == self.data_type.bits();
+                let bits = if fills { String::new() } else { format!(" of {bitwidth} bits,") };
                 let offsets = match offsets {
                     BlockOffsets::Symmetric => "",
                     BlockOffsets::Integer(_) => ", whole offsets",
                     BlockOffsets::Min(_) => ", float minima",
                 };
-                format!("{} block {block_size}{offsets}", self.data_type)
+                format!("{}{bits} block {block_size}{offsets}", self.data_type)
             }
             Some(Encoding::BlockExpansion { block_size, .. }) => {
                 format!("{} block {block_size}, whole steps", self.data_type)

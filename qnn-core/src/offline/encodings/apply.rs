@@ -189,12 +189,15 @@ impl WeightGrid {
     fn of(integers: &Integers, n: usize, k: usize) -> Result<Self, String> {
         let bits = match integers.bits {
             4 => Bits::Four,
-            8 => Bits::Eight,
-            other => return Err(format!("{other} bits, need 4 or 8 for a weight")),
+            5..=8 => Bits::Eight,
+            other => return Err(format!("{other} bits, need 4 to 8 for a weight")),
         };
         let is_symmetric = integers.is_symmetric();
         let (block, scales) = scales_of_blocks(integers, n, k)?;
         let per_channel = block == k && matches!(integers.layout, Layout::PerTensor | Layout::PerChannel);
+        if per_channel && matches!(integers.bits, 5..8) {
+            return Err(format!("{} bits with a scale per row, need 4 or 8, or blocks", integers.bits));
+        }
         if !per_channel && !block_sizes(bits, k).contains(&block) {
             return Err(format!("blocks of {block} in rows of {k}, need one of {:?}", block_sizes(bits, k)));
         }

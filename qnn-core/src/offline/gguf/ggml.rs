@@ -8,7 +8,7 @@ use htp_sim::{Workers, round_to_f16};
 use crate::{
     encoding::{BlockOffsets, Encoding, Floats},
     offline::{
-        quantize_weights::{Bits, QuantizeError, Quantized, Scheme, pack_nibbles, quantize},
+        quantize_weights::{QuantizeError, Quantized, pack_nibbles},
         source::{Change, SourceTensor},
     },
     types::DataType,
@@ -47,10 +47,14 @@ enum Grid {
     Four,
     /// Four bits and a float minimum.
     FourMin,
+    /// Five bits, symmetric.
+    Five,
+    /// Five bits and a float minimum.
+    FiveMin,
+    /// Six bits, symmetric.
+    Six,
     /// Eight bits, symmetric.
     Eight,
-    /// None: five bits and a float minimum. Rounded to [`Grid::Eight`].
-    FiveMin,
 }
 
 impl GgmlType {
@@ -129,9 +133,12 @@ impl GgmlType {
     /// What [`GgmlType::keep_grid`] does to the numbers.
     pub fn change(self) -> Change {
         match self {
-            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q8_0 | GgmlType::Iq4Nl => Change::None,
-            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q4K | GgmlType::Q6K | GgmlType::Iq4Xs => Change::ScalesToF16,
-            GgmlType::Q5_1 | GgmlType::Q5K => Change::Rounded,
+            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0 | GgmlType::Iq4Nl => {
+                Change::None
+            }
+            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q4K | GgmlType::Q5K | GgmlType::Q6K | GgmlType::Iq4Xs => {
+                Change::ScalesToF16
+            }
         }
     }
 
@@ -139,8 +146,10 @@ impl GgmlType {
         match self {
             GgmlType::Q4_0 | GgmlType::Q3K => Grid::Four,
             GgmlType::Q4_1 | GgmlType::Q2K | GgmlType::Q4K => Grid::FourMin,
-            GgmlType::Q5_0 | GgmlType::Q8_0 | GgmlType::Q6K | GgmlType::Iq4Nl | GgmlType::Iq4Xs => Grid::Eight,
+            GgmlType::Q5_0 => Grid::Five,
             GgmlType::Q5_1 | GgmlType::Q5K => Grid::FiveMin,
+            GgmlType::Q6K => Grid::Six,
+            GgmlType::Q8_0 | GgmlType::Iq4Nl | GgmlType::Iq4Xs => Grid::Eight,
         }
     }
 
@@ -158,18 +167,13 @@ impl GgmlType {
 
     /// Brings `tensor`, which is in this format, to an encoding of ours that has the same grid.
     ///
-    /// Q4_0, Q4_1, Q5_0, Q8_0 and IQ4_NL come out exactly. Q2_K, Q3_K, Q4_K, Q6_K and IQ4_XS keep their codes; their scales
-    /// (and minima), products of two numbers, are rounded to f16: a relative error of at most 2^-11 in the normal range.
-    /// Q5_1 and Q5_K have no such encoding and are rounded to symmetric eight bits in blocks of 32: an error of at most
-    /// 1/254 of the block's largest magnitude, below an eighth of the step of a block that has both signs.
+    /// Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and IQ4_NL come out exactly. The K formats and IQ4_XS keep their codes; their scales (and
+    /// minima), products of two numbers, are rounded to f16: a relative error of at most 2^-11 in the normal range.
     ///
     /// # Errors
     /// [`QuantizeError`] if a scale is not finite or too large for f16.
     pub fn keep_grid(self, tensor: &SourceTensor, workers: &Workers) -> Result<Quantized, QuantizeError> {
         let grid = self.grid();
-        if let Grid::FiveMin = grid {
-            return quantize(tensor, Scheme::Block { bits: Bits::Eight, block_size: self.run() }, workers);
-        }
         let four = matches!(grid, Grid::Four | Grid::FourMin);
         let (n, k, runs) = (tensor.n(), tensor.k(), tensor.k() / self.run());
         let row_codes = if four { k / 2 } else { k };
@@ -191,12 +195,16 @@ impl GgmlType {
                 return Err(QuantizeError::TooLarge { tensor: tensor.name.clone(), row });
             }
         }
-        let (data_type, offsets) = match grid {
-            Grid::Four => (DataType::SFixedPoint4, BlockOffsets::Symmetric),
-            Grid::FourMin => (DataType::UFixedPoint4, BlockOffsets::Min(Floats::from_f16(&mins))),
-            Grid::Eight | Grid::FiveMin => (DataType::SFixedPoint8, BlockOffsets::Symmetric),
+        let minima = || BlockOffsets::Min(Floats::from_f16(&mins));
+        let (bitwidth, data_type, offsets) = match grid {
+            Grid::Four => (4, DataType::SFixedPoint4, BlockOffsets::Symmetric),
+            Grid::FourMin => (4, DataType::UFixedPoint4, minima()),
+            Grid::Five => (5, DataType::SFixedPoint8, BlockOffsets::Symmetric),
+            Grid::FiveMin => (5, DataType::UFixedPoint8, minima()),
+            Grid::Six => (6, DataType::SFixedPoint8, BlockOffsets::Symmetric),
+            Grid::Eight => (8, DataType::SFixedPoint8, BlockOffsets::Symmetric),
         };
-        let (bitwidth, block_size, scales) = (data_type.bits() as u8, self.run(), Floats::from_f16(&scales));
+        let (block_size, scales) = (self.run(), Floats::from_f16(&scales));
         let encoding = Encoding::Block { bitwidth, block_size, scales, offsets };
         Ok(Quantized { data_type, data: codes.into(), encoding, squared_error: 0.0 })
     }

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use crate::arch::aarch64::insn::sdot_lane;
-use crate::arch::aarch64::neon::matmul::{CODES_4, CODES_8, Dot, per_block, per_channel, per_step};
+use crate::arch::aarch64::neon::matmul::{CODES_4, CODES_5, CODES_6, CODES_8, Dot, per_block, per_channel, per_step};
 use crate::kernels::IntegerTile;
 
 #[target_feature(enable = "neon,dotprod")]
@@ -19,6 +19,16 @@ pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
     per_block::<Sdot, CODES_8>(tile, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn q_w6b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Sdot, CODES_6>(tile, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Sdot, CODES_5>(tile, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]

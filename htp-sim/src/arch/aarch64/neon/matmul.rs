@@ -2,15 +2,17 @@
 //! tiers are here, but for the one step in which they differ.
 //!
 //! Vectors of x are taken in pairs: the two planes of a row, or two rows of 8 bits. Codes are used as they lie, signed or
-//! 0 to 15. What the 4-bit codes are too large by, `8 · Σx`, is taken off afterwards: exact, since all sums are modulo 2^32
+//! from 0. What these are too large by, as `8 · Σx` where they have 4 bits, is taken off afterwards: exact, since all sums are modulo 2^32
 //! and the true ones fit.
+
+mod float;
 
 use std::arch::aarch64::*;
 
 use crate::arch::aarch64::insn::widen_f16;
-use crate::kernels::{FloatTile, IntegerTile};
-use crate::matmul::Write;
+use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
+pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
@@ -25,6 +27,16 @@ pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
 #[target_feature(enable = "neon")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
     per_block::<Smull, CODES_8>(tile, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(crate) fn q_w6b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Smull, CODES_6>(tile, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    per_block::<Smull, CODES_5>(tile, out);
 }
 
 #[target_feature(enable = "neon")]
@@ -246,6 +258,40 @@ unsafe fn dots<D: Dot, const CODES: u8, const PAIRS: usize, const QUARTERS: usiz
     sums.map(|sums| sums.map(D::finish))
 }
 
+/// The same for whole panels and codes of `4 + HIGH` bits, see [`crate::packed`].
+///
+/// # Safety
+/// As for [`dots`].
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn split_dots<D: Dot, const HIGH: usize, const PAIRS: usize>(
+    codes: &[u8],
+    pairs: &Pairs<PAIRS>,
+    mut k: usize,
+) -> [[[int32x4_t; 2]; 4]; PAIRS] {
+    let mut sums = [[D::zero(); 4]; PAIRS];
+    let high_mask = vdupq_n_u8(if HIGH == 1 { 0x10 } else { 0x30 });
+    for rows in codes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
+        for (i, row) in rows[..4 / HIGH].iter().enumerate() {
+            // What moves the upper bits of the two groups to bit 4.
+            let shifts = [2 * i, 2 * i + 1].map(|group| vdupq_n_s8(4 - ((4 + group * HIGH) % 8) as i8));
+            for quarter in 0..4 {
+                let nibbles = vreinterpretq_u8_s8(load_bytes(&row[quarter * 16..]));
+                let upper = vreinterpretq_u8_s8(load_bytes(&rows[4 / HIGH][quarter * 16..]));
+                let lower = [vandq_u8(nibbles, vdupq_n_u8(15)), vshrq_n_u8::<4>(nibbles)];
+                let join = |i: usize| vorrq_u8(lower[i], vandq_u8(vshlq_u8(upper, shifts[i]), high_mask));
+                let codes = [vreinterpretq_s8_u8(join(0)), vreinterpretq_s8_u8(join(1))];
+                for (pair, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: the caller's promise: `codes` still holds these eight inputs.
+                    sums[quarter] = D::add(sums[quarter], codes, unsafe { pairs.load(pair, k, false) });
+                }
+            }
+            k += 8;
+        }
+    }
+    sums.map(|sums| sums.map(D::finish))
+}
+
 /// `QUARTERS` quarters of a panel, from quarter `first` on, by `PAIRS` pairs, per-channel weights.
 #[inline]
 #[target_feature(enable = "neon")]
@@ -329,8 +375,15 @@ fn block_quarters<D: Dot, const CODES: u8, const PAIRS: usize>(tile: &IntegerTil
     let mut acc = [[[vdupq_n_f32(0.0); 2]; 4]; PAIRS];
     for (block, bytes) in codes.chunks_exact(block_bytes).enumerate() {
         let codes = Codes { bytes, row_bytes: 64, at: 0 };
+        let k = block * tile.block;
         // SAFETY: `Pairs::new` checked that each vector has `tile.k` bytes, and this block is inside them.
-        let dots = unsafe { dots::<D, CODES, PAIRS, 4>(codes, &pairs, block * tile.block) };
+        let dots = unsafe {
+            match CODES {
+                CODES_6 => split_dots::<D, 2, PAIRS>(bytes, &pairs, k),
+                CODES_5 => split_dots::<D, 1, PAIRS>(bytes, &pairs, k),
+                _ => dots::<D, CODES, PAIRS, 4>(codes, &pairs, k),
+            }
+        };
         for (pair, dots) in dots.into_iter().enumerate() {
             let sums = pairs.rows[pair].map(|row| tile.sums[row * blocks + block]);
             for (quarter, dots) in dots.into_iter().enumerate() {
@@ -363,10 +416,10 @@ fn drain<const CODES: u8>(
     dot: int32x4_t,
     acc: float32x4_t,
 ) -> float32x4_t {
-    let offset = match (tile.offset, CODES) {
-        (BlockOffset::Symmetric, CODES_4) => vdupq_n_s32(-8),
-        (BlockOffset::Integer, CODES_4) => load_i8(&tile.offsets[at..]),
-        _ => vdupq_n_s32(0),
+    let offset = match tile.offset {
+        BlockOffset::Symmetric => vdupq_n_s32(if CODES == CODES_8 { 0 } else { -(1 << (bits::<CODES>() - 1)) }),
+        BlockOffset::Integer => load_i8(&tile.offsets[at..]),
+        BlockOffset::Min => vdupq_n_s32(0),
     };
     let dot = vmlaq_s32(dot, offset, vdupq_n_s32(sum));
     let acc = vfmaq_f32(acc, load_f16(&tile.scales[at * 2..]), vcvtq_f32_s32(dot));
@@ -378,104 +431,17 @@ fn drain<const CODES: u8>(
 
 /// Bytes of 16 outputs' codes for `k` inputs.
 fn code_bytes<const CODES: u8>(k: usize) -> usize {
-    if CODES == CODES_8 { k * PANEL } else { k * PANEL / 2 }
+    k * PANEL * bits::<CODES>() / 8
 }
 
-#[target_feature(enable = "neon")]
-pub(crate) fn f32_f32(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<F32>(tile, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(crate) fn f32_f16(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<F16>(tile, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(crate) fn f32_bf16(tile: &FloatTile<'_>, out: &mut [f32]) {
-    float::<BF16>(tile, out);
-}
-
-/// Float rows by 8-bit per-channel weights.
-#[target_feature(enable = "neon")]
-pub(crate) fn f32_w8c(tile: &FloatTile<'_>, out: &mut [f32]) {
-    for panel in 0..tile.panels {
-        let codes = &tile.codes[panel * tile.panel_bytes..][..tile.panel_bytes].as_chunks::<64>().0;
-        for row in 0..tile.rows {
-            let x = &tile.x[row * tile.x_stride..][..tile.k];
-            for quarter in 0..4 {
-                let mut acc = vdupq_n_f32(0.0);
-                for (x, codes) in x.chunks(4).zip(codes.iter()) {
-                    let codes = vreinterpretq_s32_s8(load_bytes(&codes[quarter * 16..]));
-                    // Byte i of each lane, moved to the top and shifted down with its sign.
-                    let bytes = [vshlq_n_s32::<24>(codes), vshlq_n_s32::<16>(codes), vshlq_n_s32::<8>(codes), codes];
-                    for (x, byte) in x.iter().zip(bytes) {
-                        acc = vfmaq_n_f32(acc, vcvtq_f32_s32(vshrq_n_s32::<24>(byte)), *x);
-                    }
-                }
-                let column = panel * PANEL + quarter * LANES;
-                let scales = load_f32(&tile.scales[column * 4..]);
-                let (out, mut value) = (&mut out[row * tile.panels * PANEL + column..], vmulq_f32(acc, scales));
-                if tile.write == Write::Add {
-                    // SAFETY: the slice has four values (checked here).
-                    value = vaddq_f32(unsafe { vld1q_f32(out[..LANES].as_ptr()) }, value);
-                }
-                store(out, value);
-            }
-        }
+/// Bits of a code.
+const fn bits<const CODES: u8>() -> usize {
+    match CODES {
+        CODES_8 => 8,
+        CODES_6 => 6,
+        CODES_5 => 5,
+        _ => 4,
     }
-}
-
-/// Float rows by float weights: up to four rows share each load of weights.
-#[target_feature(enable = "neon")]
-fn float<const ELEMENT: u8>(tile: &FloatTile<'_>, out: &mut [f32]) {
-    for panel in 0..tile.panels {
-        let mut row = 0;
-        while row < tile.rows {
-            row += match tile.rows - row {
-                4.. => float_rows::<ELEMENT, 4>(tile, panel, row, out),
-                2.. => float_rows::<ELEMENT, 2>(tile, panel, row, out),
-                _ => float_rows::<ELEMENT, 1>(tile, panel, row, out),
-            };
-        }
-    }
-}
-
-/// One panel by `ROWS` rows; returns `ROWS`.
-#[target_feature(enable = "neon")]
-fn float_rows<const ELEMENT: u8, const ROWS: usize>(
-    tile: &FloatTile<'_>,
-    panel: usize,
-    row: usize,
-    out: &mut [f32],
-) -> usize {
-    let row_bytes = PANEL * if ELEMENT == F32 { 4 } else { 2 };
-    let codes = &tile.codes[panel * tile.panel_bytes..][..tile.k * row_bytes];
-    let mut x = [tile.x; ROWS];
-    for (i, x) in x.iter_mut().enumerate() {
-        *x = &tile.x[(row + i) * tile.x_stride..][..tile.k];
-    }
-    let mut acc = [[vdupq_n_f32(0.0); 4]; ROWS];
-    for (k, codes) in codes.chunks_exact(row_bytes).enumerate() {
-        let quarters = codes.chunks_exact(row_bytes / 4);
-        for (quarter, codes) in quarters.enumerate() {
-            let w = match ELEMENT {
-                F32 => load_f32(codes),
-                F16 => load_f16(codes),
-                _ => load_bf16(codes),
-            };
-            for (acc, x) in acc.iter_mut().zip(x) {
-                acc[quarter] = vfmaq_n_f32(acc[quarter], w, x[k]);
-            }
-        }
-    }
-    for (i, acc) in acc.into_iter().enumerate() {
-        let out = &mut out[((row + i) * tile.panels + panel) * PANEL..][..PANEL];
-        for (out, acc) in out.chunks_exact_mut(LANES).zip(acc) {
-            store(out, acc);
-        }
-    }
-    ROWS
 }
 
 #[inline]
@@ -501,14 +467,6 @@ fn load_f16(from: &[u8]) -> float32x4_t {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn load_bf16(from: &[u8]) -> float32x4_t {
-    // SAFETY: the slice has 8 bytes (checked here); the load is of bytes, unaligned.
-    let halves = vreinterpret_u16_u8(unsafe { vld1_u8(from[..8].as_ptr()) });
-    vreinterpretq_f32_u32(vshll_n_u16::<16>(halves))
-}
-
-#[inline]
-#[target_feature(enable = "neon")]
 fn load_i8(from: &[u8]) -> int32x4_t {
     let lanes = from[..LANES].as_chunks::<LANES>().0[0].map(|byte| i32::from(byte.cast_signed()));
     // SAFETY: four values.
@@ -530,15 +488,12 @@ fn store(to: &mut [f32], values: float32x4_t) {
     unsafe { vst1q_f32(to[..LANES].as_mut_ptr(), values) }
 }
 
-/// Codes: of 8 bits, of 4 as they lie, and of 4 with their zero taken off.
+/// Codes: of 8 bits, of 4 as they lie, of 4 with their zero taken off, and of 5 and 6.
 pub(crate) const CODES_8: u8 = 0;
 pub(crate) const CODES_4: u8 = 1;
 const CODES_4_SIGNED: u8 = 2;
-
-/// Elements of float weights.
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
+pub(crate) const CODES_5: u8 = 3;
+pub(crate) const CODES_6: u8 = 4;
 
 /// Outputs in a register.
 const LANES: usize = 4;

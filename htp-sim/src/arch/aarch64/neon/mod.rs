@@ -13,6 +13,8 @@ pub(crate) const KERNELS: Kernels = Kernels {
     matmul_q_w8c: matmul::q_w8c,
     matmul_q_w4c: matmul::q_w4c,
     matmul_q_w8b: matmul::q_w8b,
+    matmul_q_w6b: matmul::q_w6b,
+    matmul_q_w5b: matmul::q_w5b,
     matmul_q_w4b: matmul::q_w4b,
     matmul_q_w4e: matmul::q_w4e,
     matmul_f32_f32: matmul::f32_f32,

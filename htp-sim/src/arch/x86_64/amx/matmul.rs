@@ -54,21 +54,22 @@ pub(crate) fn fits_channels(tile: &IntegerTile<'_>) -> bool {
     fits(tile, tile.k)
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w8b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits(tile, tile.block) {
-        return avx512_vnni::matmul::q_w8b(tile, out);
-    }
-    blocks::product::<U, EIGHT_BIT>(tile, out);
+macro_rules! blocks {
+    ($codes:ident, $name:ident) => {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        pub(crate) fn $name<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+            if !fits(tile, tile.block) {
+                return avx512_vnni::matmul::$name(tile, out);
+            }
+            blocks::product::<U, $codes>(tile, out);
+        }
+    };
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn q_w4b<U: TileUnit>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if !fits(tile, tile.block) {
-        return avx512_vnni::matmul::q_w4b(tile, out);
-    }
-    blocks::product::<U, FOUR_BIT_BLOCKS>(tile, out);
-}
+blocks!(EIGHT_BIT, q_w8b);
+blocks!(SIX_BIT_BLOCKS, q_w6b);
+blocks!(FIVE_BIT_BLOCKS, q_w5b);
+blocks!(FOUR_BIT_BLOCKS, q_w4b);
 
 /// The rows of a tile side by side, as a kernel leaves them that knows no other place.
 fn in_buffer<'a>(tile: &IntegerTile<'_>, out: &'a Disjoint<'a, f32>) -> RowsMut<'a> {
@@ -133,6 +134,9 @@ const FOUR_BIT: u8 = 1;
 const FOUR_BIT_STEPS: u8 = 2;
 /// Codes as they are where there is an offset, minus 8 where there is none.
 const FOUR_BIT_BLOCKS: u8 = 3;
+/// The same with upper bits apart, minus 16 and 32.
+const FIVE_BIT_BLOCKS: u8 = 4;
+const SIX_BIT_BLOCKS: u8 = 5;
 
 /// Rows of a tile.
 const ROWS: usize = 16;

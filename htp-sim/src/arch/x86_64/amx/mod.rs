@@ -27,6 +27,8 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w4c: matmul::q_w4c::<U>,
         matmul_q_w4e: matmul::q_w4e::<U>,
         matmul_q_w8b: matmul::q_w8b::<U>,
+        matmul_q_w6b: matmul::q_w6b::<U>,
+        matmul_q_w5b: matmul::q_w5b::<U>,
         matmul_q_w4b: matmul::q_w4b::<U>,
         straight: Some(Straight {
             fits: matmul::fits_channels,

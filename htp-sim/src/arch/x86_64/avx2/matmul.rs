@@ -16,37 +16,47 @@ pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Maddubs, false>(tile, out);
+    per_channel::<Maddubs, 8>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Maddubs, true>(tile, out);
+    per_channel::<Maddubs, 4>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<Maddubs, false, BLOCKS>(tile, out);
+    integer::<Maddubs, 8, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w6b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<Maddubs, 6, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<Maddubs, 5, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<Maddubs, true, BLOCKS>(tile, out);
+    integer::<Maddubs, 4, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<Maddubs, true, STEPS>(tile, out);
+    integer::<Maddubs, 4, STEPS>(tile, out);
 }
 
 /// How a tier multiplies bytes.
 pub(crate) trait Dot {
     /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x. An unsigned
-    /// code is the 4-bit one, or the 8-bit one plus 128.
+    /// code is the stored one, or the 8-bit one plus 128. `NARROW` panels have 8 or 4 bits.
     ///
     /// # Safety
     /// Each plane of each row has the inputs from `k` on that `codes` holds, and the CPU has the instructions of the tier.
-    unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
@@ -59,39 +69,45 @@ struct Maddubs;
 
 impl Dot for Maddubs {
     #[inline(always)]
-    unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
         start: [[__m256i; PLANES]; ROWS],
     ) -> [[__m256i; PLANES]; ROWS] {
         // SAFETY: the caller's promise.
-        unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, planes, k, start) }
+        unsafe {
+            match BITS {
+                6 => split_dots::<2, PLANES, ROWS>(codes, planes, k, start),
+                5 => split_dots::<1, PLANES, ROWS>(codes, planes, k, start),
+                _ => dots::<BITS, NARROW, PLANES, ROWS>(codes, planes, k, start),
+            }
+        }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn per_channel<D: Dot, const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn per_channel<D: Dot, const BITS: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if tile.width == PANEL {
-        integer::<D, FOUR_BIT, CHANNELS>(tile, out);
+        integer::<D, BITS, CHANNELS>(tile, out);
     } else {
-        integer::<D, FOUR_BIT, NARROW_CHANNELS>(tile, out);
+        integer::<D, BITS, NARROW_CHANNELS>(tile, out);
     }
 }
 
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn integer<D: Dot, const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+pub(crate) fn integer<D: Dot, const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
             let at = Place { panel, row };
             row += match (tile.lo.is_empty(), tile.rows - row) {
-                (true, 4..) => panel_rows::<D, FOUR_BIT, SCALES, 1, 4>(tile, at, out),
-                (true, 2..) => panel_rows::<D, FOUR_BIT, SCALES, 1, 2>(tile, at, out),
-                (true, _) => panel_rows::<D, FOUR_BIT, SCALES, 1, 1>(tile, at, out),
-                (false, 2..) => panel_rows::<D, FOUR_BIT, SCALES, 2, 2>(tile, at, out),
-                (false, _) => panel_rows::<D, FOUR_BIT, SCALES, 2, 1>(tile, at, out),
+                (true, 4..) => panel_rows::<D, BITS, SCALES, 1, 4>(tile, at, out),
+                (true, 2..) => panel_rows::<D, BITS, SCALES, 1, 2>(tile, at, out),
+                (true, _) => panel_rows::<D, BITS, SCALES, 1, 1>(tile, at, out),
+                (false, 2..) => panel_rows::<D, BITS, SCALES, 2, 2>(tile, at, out),
+                (false, _) => panel_rows::<D, BITS, SCALES, 2, 1>(tile, at, out),
             };
         }
     }
@@ -106,7 +122,7 @@ struct Place {
 
 /// One panel by `ROWS` rows; returns `ROWS`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn panel_rows<D: Dot, const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
+fn panel_rows<D: Dot, const BITS: usize, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     out: &mut [f32],
@@ -118,9 +134,9 @@ fn panel_rows<D: Dot, const FOUR_BIT: bool, const SCALES: u8, const PLANES: usiz
     let halves = if SCALES == NARROW_CHANNELS { tile.width.div_ceil(LANES) } else { 2 };
     for half in 0..halves {
         let values = match SCALES {
-            BLOCKS => block_floats::<D, FOUR_BIT, PLANES, ROWS>(tile, at, half),
-            CHANNELS => channel_floats::<D, FOUR_BIT, false, PLANES, ROWS>(tile, at, half),
-            _ => channel_floats::<D, FOUR_BIT, true, PLANES, ROWS>(tile, at, half),
+            BLOCKS => block_floats::<D, BITS, PLANES, ROWS>(tile, at, half),
+            CHANNELS => channel_floats::<D, BITS, false, PLANES, ROWS>(tile, at, half),
+            _ => channel_floats::<D, BITS, true, PLANES, ROWS>(tile, at, half),
         };
         for (i, values) in values.into_iter().enumerate() {
             store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
@@ -131,15 +147,15 @@ fn panel_rows<D: Dot, const FOUR_BIT: bool, const SCALES: u8, const PLANES: usiz
 
 /// The finished floats of half a panel and `ROWS` rows, per-channel weights.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channel_floats<D: Dot, const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+fn channel_floats<D: Dot, const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
 ) -> [__m256; ROWS] {
-    let zero = if FOUR_BIT { 8 } else { 128 };
+    let zero = 1 << (BITS - 1);
     let planes = Planes::<PLANES>::new(tile, at.row);
     let width = if NARROW { tile.width } else { PANEL };
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k) / PANEL * width];
+    let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<BITS>(tile.k) / PANEL * width];
     let codes = Codes { bytes: codes, row_bytes: width * 4, half };
     let mut start = [[_mm256_setzero_si256(); PLANES]; ROWS];
     for (row, start) in start.iter_mut().enumerate() {
@@ -148,7 +164,7 @@ fn channel_floats<D: Dot, const FOUR_BIT: bool, const NARROW: bool, const PLANES
         }
     }
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); the table's `D` is one that the CPU has.
-    let dots = unsafe { D::dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    let dots = unsafe { D::dots::<BITS, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
     channel_finish(tile, at, half, dots)
 }
 
@@ -183,7 +199,7 @@ fn channel_finish<const PLANES: usize, const ROWS: usize>(
 fn step_rows<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at: Place, out: &mut [f32]) {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<true>(tile.block);
+    let block_bytes = code_bytes::<4>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
     let flip = _mm256_set1_epi8(-128);
@@ -256,28 +272,30 @@ fn signed_codes(from: &[u8; 32]) -> [__m256i; 2] {
 /// The finished floats of half a panel and `ROWS` rows, block weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block_floats<D: Dot, const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+fn block_floats<D: Dot, const BITS: usize, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
 ) -> [__m256; ROWS] {
     match tile.offset {
-        BlockOffset::Symmetric => offset_floats::<D, FOUR_BIT, SYMMETRIC, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Integer => offset_floats::<D, FOUR_BIT, INTEGER, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Min => offset_floats::<D, FOUR_BIT, MIN, PLANES, ROWS>(tile, at, half),
+        // These have no other.
+        _ if BITS == 8 || BITS == 6 => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Symmetric => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Integer => offset_floats::<D, BITS, INTEGER, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Min => offset_floats::<D, BITS, MIN, PLANES, ROWS>(tile, at, half),
     }
 }
 
 /// As [`block_floats`], for one kind of offsets.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn offset_floats<D: Dot, const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
+fn offset_floats<D: Dot, const BITS: usize, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
 ) -> [__m256; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
+    let block_bytes = code_bytes::<BITS>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let first = at.panel * blocks * PANEL;
     let scales = &tile.scales[first * 2..][..blocks * PANEL * 2];
@@ -290,7 +308,7 @@ fn offset_floats<D: Dot, const FOUR_BIT: bool, const OFFSET: u8, const PLANES: u
         let codes = Codes { bytes: codes, row_bytes: 64, half };
         let start = [[_mm256_setzero_si256(); PLANES]; ROWS];
         // SAFETY: as in `channel_floats`; this block is inside these bytes.
-        let dots = unsafe { D::dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        let dots = unsafe { D::dots::<BITS, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
         let scale = load_f16(&scales[half * LANES * 2..]);
         let lanes_at = first + block * PANEL + half * LANES;
         for row in 0..ROWS {
@@ -299,12 +317,10 @@ fn offset_floats<D: Dot, const FOUR_BIT: bool, const OFFSET: u8, const PLANES: u
                 1 => dots[row][0],
                 _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[row][0]), dots[row][PLANES - 1]),
             };
-            // Stored codes are unsigned: 128 too large with 8 bits, 8 too large with 4 bits and no offset. With 4 bits and an
-            // offset, the offset is that of the stored codes.
-            if !FOUR_BIT {
-                dot = _mm256_sub_epi32(dot, _mm256_slli_epi32::<7>(sum));
-            } else if OFFSET == SYMMETRIC {
-                dot = _mm256_sub_epi32(dot, _mm256_slli_epi32::<3>(sum));
+            // Codes are unsigned here, and too large by half of what they can be: 8-bit codes were made so, others are stored
+            // so. An offset is that of the stored codes.
+            if OFFSET == SYMMETRIC {
+                dot = _mm256_sub_epi32(dot, _mm256_sll_epi32(sum, _mm_cvtsi32_si128(BITS as i32 - 1)));
             }
             if OFFSET == INTEGER {
                 dot = _mm256_add_epi32(dot, _mm256_mullo_epi32(load_i8(&tile.offsets[lanes_at..]), sum));
@@ -364,7 +380,7 @@ pub(crate) struct Codes<'a> {
 /// Each plane of each row has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
@@ -374,7 +390,7 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
     let low_mask = _mm256_set1_epi8(15);
     // The top bit of an 8-bit code is the top bit of its high nibble: adding 128 flips it.
     let flip = _mm256_set1_epi8(8);
-    let (step, high_weight) = if FOUR_BIT { (8, 1) } else { (4, 16) };
+    let (step, high_weight) = if BITS == 4 { (8, 1) } else { (4, 16) };
     // 32 inputs: as many sums as 16 bits hold.
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
     let half = codes.half * LANES * 4;
@@ -388,7 +404,7 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
             let codes = load_half::<NARROW>(&codes[half..]);
             let first = _mm256_and_si256(codes, low_mask);
             let mut second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
-            if !FOUR_BIT {
+            if BITS == 8 {
                 second = _mm256_xor_si256(second, flip);
             }
             for r in 0..ROWS {
@@ -396,11 +412,11 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
                     // SAFETY: the caller's promise: `codes` still holds these inputs, eight or four.
                     let x = unsafe { planes.broadcast(plane, r, k) };
                     // SAFETY: as above.
-                    let second_x = if FOUR_BIT { unsafe { planes.broadcast(plane, r, k + 4) } } else { x };
+                    let second_x = if BITS == 4 { unsafe { planes.broadcast(plane, r, k + 4) } } else { x };
                     let (low, high) = (&mut low[r][plane], &mut high[r][plane]);
                     *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first, x));
                     let products = _mm256_maddubs_epi16(second, second_x);
-                    let second_sum = if FOUR_BIT { low } else { high };
+                    let second_sum = if BITS == 4 { low } else { high };
                     *second_sum = _mm256_add_epi16(*second_sum, products);
                 }
             }
@@ -410,7 +426,7 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
             for plane in 0..PLANES {
                 let acc = &mut acc[r][plane];
                 *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(low[r][plane], _mm256_set1_epi16(1)));
-                if !FOUR_BIT {
+                if BITS == 8 {
                     *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(high[r][plane], _mm256_set1_epi16(high_weight)));
                 }
             }
@@ -419,9 +435,76 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
     acc
 }
 
+/// As [`dots`], for codes of `4 + HIGH` bits, see [`crate::packed`].
+///
+/// `31 · 128 · 2 = 7936`, of which four fit 16 bits, and `63 · 128 · 2 = 16128`, of which two do.
+///
+/// # Safety
+/// As there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn split_dots<const HIGH: usize, const PLANES: usize, const ROWS: usize>(
+    codes: Codes<'_>,
+    planes: &Planes<PLANES>,
+    mut k: usize,
+    start: [[__m256i; PLANES]; ROWS],
+) -> [[__m256i; PLANES]; ROWS] {
+    let mut acc = start;
+    let half = codes.half * LANES * 4;
+    for rows in codes.bytes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
+        for (i, pair) in rows[..4 / HIGH].chunks_exact(2 / HIGH).enumerate() {
+            let mut high = upper_bits::<HIGH>(rows, half, i);
+            let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
+            for row in pair {
+                if ROWS == 1 && half == 0 {
+                    ask_ahead(row.as_ptr());
+                }
+                let (first, second) = join::<HIGH>(load_half::<false>(&row[half..]), &mut high);
+                for (r, low) in low.iter_mut().enumerate() {
+                    for (plane, low) in low.iter_mut().enumerate() {
+                        // SAFETY: the caller's promise: `codes` still holds these eight inputs.
+                        let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first, x));
+                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(second, next_x));
+                    }
+                }
+                k += 8;
+            }
+            for (acc, low) in acc.as_flattened_mut().iter_mut().zip(low.as_flattened()) {
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, _mm256_set1_epi16(1)));
+            }
+        }
+    }
+    acc
+}
+
+/// The upper bits of codes that share a row of them, from byte `at` of it on: those of the first half of their groups come to bit 4
+/// from above, those of the second from below.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn upper_bits<const HIGH: usize>(rows: &[[u8; 64]], at: usize, half_of_groups: usize) -> __m256i {
+    let row = load_half::<false>(&rows[4 / HIGH][at..]);
+    if half_of_groups == 0 { row } else { _mm256_slli_epi16::<4>(row) }
+}
+
+/// The codes of two groups: a row of nibbles, and their upper bits, whose turn it is at bit 4 of `high`. What follows them moves
+/// there.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn join<const HIGH: usize>(nibbles: __m256i, high: &mut __m256i) -> (__m256i, __m256i) {
+    let (low_mask, high_mask) = (_mm256_set1_epi8(15), _mm256_set1_epi8(if HIGH == 1 { 0x10 } else { 0x30 }));
+    let mut next = || {
+        let bits = _mm256_and_si256(*high, high_mask);
+        *high = if HIGH == 1 { _mm256_srli_epi16::<1>(*high) } else { _mm256_srli_epi16::<2>(*high) };
+        bits
+    };
+    let first = _mm256_or_si256(_mm256_and_si256(nibbles, low_mask), next());
+    (first, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16::<4>(nibbles), low_mask), next()))
+}
+
 /// Bytes of 16 outputs' codes for `k` inputs.
-fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
-    if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
+fn code_bytes<const BITS: usize>(k: usize) -> usize {
+    k * PANEL * BITS / 8
 }
 
 /// The first 32 bytes, or 16 and zeros where a narrow panel has no more.

@@ -24,7 +24,7 @@ pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if one_row::has_few_inputs(tile) {
         return one_row::few_inputs(tile, out);
     }
-    per_channel::<false>(tile, out);
+    per_channel::<8>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -32,17 +32,27 @@ pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if many_rows::fits(tile) {
         return many_rows::product::<{ many_rows::FOUR_BIT }>(tile, out);
     }
-    per_channel::<true>(tile, out);
+    per_channel::<4>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<false, BLOCKS>(tile, out);
+    integer::<8, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w6b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<6, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<5, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<true, BLOCKS>(tile, out);
+    integer::<4, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -56,40 +66,40 @@ pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if many_rows::fits(tile) {
         return many_rows::product::<{ many_rows::FOUR_BIT_STEPS }>(tile, out);
     }
-    integer::<true, STEPS>(tile, out);
+    integer::<4, STEPS>(tile, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn per_channel<const FOUR_BIT: bool>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+fn per_channel<const BITS: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if tile.width == PANEL {
-        integer::<FOUR_BIT, CHANNELS>(tile, out);
+        integer::<BITS, CHANNELS>(tile, out);
     } else {
-        integer::<FOUR_BIT, NARROW_CHANNELS>(tile, out);
+        integer::<BITS, NARROW_CHANNELS>(tile, out);
     }
 }
 
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn integer<const FOUR_BIT: bool, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+fn integer<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if tile.lo.is_empty() {
-        integer_rows::<FOUR_BIT, SCALES, 1>(tile, out);
+        integer_rows::<BITS, SCALES, 1>(tile, out);
     } else {
-        integer_rows::<FOUR_BIT, SCALES, 2>(tile, out);
+        integer_rows::<BITS, SCALES, 2>(tile, out);
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn integer_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+fn integer_rows<const BITS: usize, const SCALES: u8, const PLANES: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
             let at = Place { panel, row };
             row += match tile.rows - row {
-                8.. => panel_rows::<FOUR_BIT, SCALES, PLANES, 8>(tile, at, out),
-                4.. => panel_rows::<FOUR_BIT, SCALES, PLANES, 4>(tile, at, out),
-                3 => panel_rows::<FOUR_BIT, SCALES, PLANES, 3>(tile, at, out),
-                2 => panel_rows::<FOUR_BIT, SCALES, PLANES, 2>(tile, at, out),
-                _ => panel_rows::<FOUR_BIT, SCALES, PLANES, 1>(tile, at, out),
+                8.. => panel_rows::<BITS, SCALES, PLANES, 8>(tile, at, out),
+                4.. => panel_rows::<BITS, SCALES, PLANES, 4>(tile, at, out),
+                3 => panel_rows::<BITS, SCALES, PLANES, 3>(tile, at, out),
+                2 => panel_rows::<BITS, SCALES, PLANES, 2>(tile, at, out),
+                _ => panel_rows::<BITS, SCALES, PLANES, 1>(tile, at, out),
             };
         }
     }
@@ -104,16 +114,16 @@ struct Place {
 
 /// One panel by `ROWS` rows; returns `ROWS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
+fn panel_rows<const BITS: usize, const SCALES: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     out: &mut [f32],
 ) -> usize {
     let values = match SCALES {
-        BLOCKS => block_floats::<FOUR_BIT, PLANES, ROWS>(tile, at),
+        BLOCKS => block_floats::<BITS, PLANES, ROWS>(tile, at),
         STEPS => step_floats::<PLANES, ROWS>(tile, at),
-        CHANNELS => channel_floats::<FOUR_BIT, false, PLANES, ROWS>(tile, at),
-        _ => channel_floats::<FOUR_BIT, true, PLANES, ROWS>(tile, at),
+        CHANNELS => channel_floats::<BITS, false, PLANES, ROWS>(tile, at),
+        _ => channel_floats::<BITS, true, PLANES, ROWS>(tile, at),
     };
     for (i, values) in values.into_iter().enumerate() {
         store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
@@ -123,16 +133,16 @@ fn panel_rows<const FOUR_BIT: bool, const SCALES: u8, const PLANES: usize, const
 
 /// The finished floats of one panel and `ROWS` rows, per-channel weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn channel_floats<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+fn channel_floats<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
-    let zero = if FOUR_BIT { 8 } else { 128 };
+    let zero = 1 << (BITS - 1);
     let planes = Planes::<PLANES>::new(tile, at.row);
-    let codes = Codes::new::<FOUR_BIT, NARROW>(tile, at.panel);
+    let codes = Codes::new::<BITS, NARROW>(tile, at.panel);
     let start = channel_start(tile, at, zero);
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise).
-    let dots = unsafe { dots::<FOUR_BIT, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    let dots = unsafe { dots::<BITS, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
     channel_finish(tile, at, dots)
 }
 
@@ -183,7 +193,7 @@ fn channel_finish<const PLANES: usize, const ROWS: usize>(
 fn step_floats<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at: Place) -> [__m512; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<true>(tile.block);
+    let block_bytes = code_bytes::<4>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
     let mut acc = channel_start::<PLANES, ROWS>(tile, at, 128);
@@ -226,26 +236,28 @@ fn step_floats<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, a
 
 /// The finished floats of one panel and `ROWS` rows, block weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn block_floats<const FOUR_BIT: bool, const PLANES: usize, const ROWS: usize>(
+fn block_floats<const BITS: usize, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
     match tile.offset {
-        BlockOffset::Symmetric => offset_floats::<FOUR_BIT, SYMMETRIC, PLANES, ROWS>(tile, at),
-        BlockOffset::Integer => offset_floats::<FOUR_BIT, INTEGER, PLANES, ROWS>(tile, at),
-        BlockOffset::Min => offset_floats::<FOUR_BIT, MIN, PLANES, ROWS>(tile, at),
+        // These have no other.
+        _ if BITS == 8 || BITS == 6 => offset_floats::<BITS, SYMMETRIC, PLANES, ROWS>(tile, at),
+        BlockOffset::Symmetric => offset_floats::<BITS, SYMMETRIC, PLANES, ROWS>(tile, at),
+        BlockOffset::Integer => offset_floats::<BITS, INTEGER, PLANES, ROWS>(tile, at),
+        BlockOffset::Min => offset_floats::<BITS, MIN, PLANES, ROWS>(tile, at),
     }
 }
 
 /// As [`block_floats`], for one kind of offsets.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn offset_floats<const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
+fn offset_floats<const BITS: usize, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<FOUR_BIT>(tile.block);
+    let block_bytes = code_bytes::<BITS>(tile.block);
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
     let first = at.panel * blocks * PANEL;
     let scales = &tile.scales[first * 2..][..blocks * PANEL * 2];
@@ -255,10 +267,18 @@ fn offset_floats<const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, co
     }
     let mut acc = [_mm512_setzero_ps(); ROWS];
     for (block, (codes, scales)) in codes.chunks_exact(block_bytes).zip(scales.chunks_exact(PANEL * 2)).enumerate() {
-        let codes = Codes { bytes: codes, row_bytes: 64 };
-        let start = [[_mm512_setzero_si512(); PLANES]; ROWS];
+        let k = block * tile.block;
         // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise), and this block is inside them.
-        let dots = unsafe { dots::<FOUR_BIT, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        let dots = unsafe {
+            match BITS {
+                6 => split_dots::<2, PLANES, ROWS>(codes, &planes, k),
+                5 => split_dots::<1, PLANES, ROWS>(codes, &planes, k),
+                _ => {
+                    let start = [[_mm512_setzero_si512(); PLANES]; ROWS];
+                    dots::<BITS, false, PLANES, ROWS>(Codes { bytes: codes, row_bytes: 64 }, &planes, k, start)
+                }
+            }
+        };
         let scale = load_f16(scales);
         for row in 0..ROWS {
             let sum = _mm512_set1_epi32(sums[row][block]);
@@ -266,12 +286,10 @@ fn offset_floats<const FOUR_BIT: bool, const OFFSET: u8, const PLANES: usize, co
                 1 => dots[row][0],
                 _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(dots[row][0]), dots[row][PLANES - 1]),
             };
-            // Stored codes are unsigned: 128 too large with 8 bits, 8 too large with 4 bits and no offset. With 4 bits and an
-            // offset, the offset is that of the stored codes.
-            if !FOUR_BIT {
-                dot = _mm512_sub_epi32(dot, _mm512_slli_epi32::<7>(sum));
-            } else if OFFSET == SYMMETRIC {
-                dot = _mm512_sub_epi32(dot, _mm512_slli_epi32::<3>(sum));
+            // Codes are unsigned here, and too large by half of what they can be: 8-bit codes were made so, others are stored
+            // so. An offset is that of the stored codes.
+            if OFFSET == SYMMETRIC {
+                dot = _mm512_sub_epi32(dot, _mm512_sll_epi32(sum, _mm_cvtsi32_si128(BITS as i32 - 1)));
             }
             if OFFSET == INTEGER {
                 let offset = load_i8(&tile.offsets[first + block * PANEL..]);
@@ -326,9 +344,9 @@ struct Codes<'a> {
 }
 
 impl<'a> Codes<'a> {
-    fn new<const FOUR_BIT: bool, const NARROW: bool>(tile: &IntegerTile<'a>, panel: usize) -> Self {
+    fn new<const BITS: usize, const NARROW: bool>(tile: &IntegerTile<'a>, panel: usize) -> Self {
         let width = if NARROW { tile.width } else { PANEL };
-        let bytes = &tile.codes[panel * tile.panel_bytes..][..code_bytes::<FOUR_BIT>(tile.k) / PANEL * width];
+        let bytes = &tile.codes[panel * tile.panel_bytes..][..code_bytes::<BITS>(tile.k) / PANEL * width];
         Self { bytes, row_bytes: width * 4 }
     }
 }
@@ -339,7 +357,7 @@ impl<'a> Codes<'a> {
 /// Each plane of each row has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
@@ -356,12 +374,12 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
         if ROWS <= 4 {
             // A decode step reads weights once, and so do the few query heads that share keys and values.
             ask_ahead(row.as_ptr());
-            if !FOUR_BIT {
+            if BITS == 8 {
                 ask_ahead(row.as_ptr().wrapping_add(64));
             }
         }
         let codes = load_lanes::<NARROW>(row, lanes);
-        let (first, second) = if FOUR_BIT {
+        let (first, second) = if BITS == 4 {
             (_mm512_and_si512(codes, low_mask), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_mask))
         } else {
             let Some(next) = rows.next() else {
@@ -400,9 +418,79 @@ unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, co
     acc
 }
 
+/// `Σ x · code` for codes of `4 + HIGH` bits, see [`crate::packed`]; the first of them meets input `k` of x.
+///
+/// # Safety
+/// As for [`dots`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn split_dots<const HIGH: usize, const PLANES: usize, const ROWS: usize>(
+    codes: &[u8],
+    planes: &Planes<PLANES>,
+    mut k: usize,
+) -> [[__m512i; PLANES]; ROWS] {
+    let mut acc = [[_mm512_setzero_si512(); PLANES]; ROWS];
+    // As in `dots`.
+    let mut odd = acc;
+    for rows in codes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
+        for (i, pair) in rows[..4 / HIGH].chunks_exact(2 / HIGH).enumerate() {
+            let mut high = upper_bits::<HIGH>(rows, i);
+            for row in pair {
+                if ROWS <= 4 {
+                    ask_ahead(row.as_ptr());
+                }
+                let (first, second) = join::<HIGH>(load_bytes(row), &mut high);
+                for r in 0..ROWS {
+                    for plane in 0..PLANES {
+                        // SAFETY: the caller's promise: `codes` still holds these eight inputs.
+                        let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                        acc[r][plane] = _mm512_dpbusd_epi32(acc[r][plane], first, x);
+                        let second_acc = if ROWS <= 2 { &mut odd[r][plane] } else { &mut acc[r][plane] };
+                        *second_acc = _mm512_dpbusd_epi32(*second_acc, second, next_x);
+                    }
+                }
+                k += 8;
+            }
+        }
+        if ROWS <= 4 {
+            ask_ahead(rows[4 / HIGH].as_ptr());
+        }
+    }
+    if ROWS <= 2 {
+        for (acc, odd) in acc.as_flattened_mut().iter_mut().zip(odd.as_flattened()) {
+            *acc = _mm512_add_epi32(*acc, *odd);
+        }
+    }
+    acc
+}
+
+/// The upper bits of codes that share a row of them: those of the first half of their groups come to bit 4 from above, those of the
+/// second from below.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(in crate::arch::x86_64) fn upper_bits<const HIGH: usize>(rows: &[[u8; 64]], half_of_groups: usize) -> __m512i {
+    let row = load_bytes(&rows[4 / HIGH]);
+    if half_of_groups == 0 { row } else { _mm512_slli_epi16::<4>(row) }
+}
+
+/// The codes of two groups: a row of nibbles, and their upper bits, whose turn it is at bit 4 of `high`. What follows them moves
+/// there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(in crate::arch::x86_64) fn join<const HIGH: usize>(nibbles: __m512i, high: &mut __m512i) -> (__m512i, __m512i) {
+    let (low_mask, high_mask) = (_mm512_set1_epi8(15), _mm512_set1_epi8(if HIGH == 1 { 0x10 } else { 0x30 }));
+    let mut next = || {
+        let bits = _mm512_and_si512(*high, high_mask);
+        *high = if HIGH == 1 { _mm512_srli_epi16::<1>(*high) } else { _mm512_srli_epi16::<2>(*high) };
+        bits
+    };
+    let first = _mm512_or_si512(_mm512_and_si512(nibbles, low_mask), next());
+    (first, _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), low_mask), next()))
+}
+
 /// Bytes of 16 outputs' codes for `k` inputs.
-fn code_bytes<const FOUR_BIT: bool>(k: usize) -> usize {
-    if FOUR_BIT { k * PANEL / 2 } else { k * PANEL }
+fn code_bytes<const BITS: usize>(k: usize) -> usize {
+    k * PANEL * BITS / 8
 }
 
 /// 64 bytes, or 4 for each of the first `lanes`.

@@ -6,41 +6,59 @@ use std::marker::PhantomData;
 
 use super::insn::Encoding;
 use crate::arch::x86_64::ask_ahead;
-use crate::arch::x86_64::avx2::matmul::{BLOCKS, Codes, Dot, LANES, Planes, integer, load_half, per_channel};
+use crate::arch::x86_64::avx2::matmul::{
+    BLOCKS, Codes, Dot, LANES, Planes, integer, join, load_half, per_channel, upper_bits,
+};
 use crate::kernels::IntegerTile;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8c<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Vnni<E>, false>(tile, out);
+    per_channel::<Vnni<E>, 8>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4c<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    per_channel::<Vnni<E>, true>(tile, out);
+    per_channel::<Vnni<E>, 4>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8b<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<Vnni<E>, false, BLOCKS>(tile, out);
+    integer::<Vnni<E>, 8, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w6b<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<Vnni<E>, 6, BLOCKS>(tile, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w5b<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<Vnni<E>, 5, BLOCKS>(tile, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    integer::<Vnni<E>, true, BLOCKS>(tile, out);
+    integer::<Vnni<E>, 4, BLOCKS>(tile, out);
 }
 
 struct Vnni<E>(PhantomData<E>);
 
 impl<E: Encoding> Dot for Vnni<E> {
     #[inline(always)]
-    unsafe fn dots<const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
         start: [[__m256i; PLANES]; ROWS],
     ) -> [[__m256i; PLANES]; ROWS] {
         // SAFETY: the caller's promise.
-        unsafe { dots::<E, FOUR_BIT, NARROW, PLANES, ROWS>(codes, planes, k, start) }
+        unsafe {
+            match BITS {
+                6 => split_dots::<E, 2, PLANES, ROWS>(codes, planes, k, start),
+                5 => split_dots::<E, 1, PLANES, ROWS>(codes, planes, k, start),
+                _ => dots::<E, BITS, NARROW, PLANES, ROWS>(codes, planes, k, start),
+            }
+        }
     }
 }
 
@@ -50,7 +68,7 @@ impl<E: Encoding> Dot for Vnni<E> {
 /// As there.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<E: Encoding, const FOUR_BIT: bool, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+unsafe fn dots<E: Encoding, const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
@@ -65,20 +83,58 @@ unsafe fn dots<E: Encoding, const FOUR_BIT: bool, const NARROW: bool, const PLAN
             ask_ahead(row.as_ptr());
         }
         let codes = load_half::<NARROW>(&row[half..]);
-        let first = if FOUR_BIT { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
+        let first = if BITS == 4 { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
         let second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
         for (r, acc) in acc.iter_mut().enumerate() {
             for (plane, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: the caller's promise: `codes` still holds these inputs, four, or eight of 4 bits.
                 unsafe {
                     *acc = E::dpbusd(*acc, first, planes.broadcast(plane, r, k));
-                    if FOUR_BIT {
+                    if BITS == 4 {
                         *acc = E::dpbusd(*acc, second, planes.broadcast(plane, r, k + 4));
                     }
                 }
             }
         }
-        k += if FOUR_BIT { 8 } else { 4 };
+        k += if BITS == 4 { 8 } else { 4 };
+    }
+    acc
+}
+
+/// As [`dots`], for codes of `4 + HIGH` bits, see [`crate::packed`].
+///
+/// # Safety
+/// As there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn split_dots<E: Encoding, const HIGH: usize, const PLANES: usize, const ROWS: usize>(
+    codes: Codes<'_>,
+    planes: &Planes<PLANES>,
+    mut k: usize,
+    start: [[__m256i; PLANES]; ROWS],
+) -> [[__m256i; PLANES]; ROWS] {
+    let mut acc = start;
+    let half = codes.half * LANES * 4;
+    for rows in codes.bytes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
+        for (i, pair) in rows[..4 / HIGH].chunks_exact(2 / HIGH).enumerate() {
+            let mut high = upper_bits::<HIGH>(rows, half, i);
+            for row in pair {
+                if ROWS == 1 && half == 0 {
+                    ask_ahead(row.as_ptr());
+                }
+                let (first, second) = join::<HIGH>(load_half::<false>(&row[half..]), &mut high);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    for (plane, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: the caller's promise: `codes` still holds these eight inputs.
+                        unsafe {
+                            *acc = E::dpbusd(*acc, first, planes.broadcast(plane, r, k));
+                            *acc = E::dpbusd(*acc, second, planes.broadcast(plane, r, k + 4));
+                        }
+                    }
+                }
+                k += 8;
+            }
+        }
     }
     acc
 }

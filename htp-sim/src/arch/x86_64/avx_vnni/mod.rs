@@ -19,6 +19,8 @@ const fn table<E: Encoding>(name: &'static str) -> Kernels {
         matmul_q_w8c: matmul::q_w8c::<E>,
         matmul_q_w4c: matmul::q_w4c::<E>,
         matmul_q_w8b: matmul::q_w8b::<E>,
+        matmul_q_w6b: matmul::q_w6b::<E>,
+        matmul_q_w5b: matmul::q_w5b::<E>,
         matmul_q_w4b: matmul::q_w4b::<E>,
         ..avx2::KERNELS
     }

@@ -39,7 +39,7 @@ pub(super) fn product<const PLANES: usize>(tile: &IntegerTile<'_>, out: &mut [f3
 fn panel_floats<const PLANES: usize>(tile: &IntegerTile<'_>, panel: usize, starts: &[[i32; PLANES]]) -> [__m512; 1] {
     let at = Place { panel, row: 0 };
     let planes = Planes::<PLANES>::new(tile, 0);
-    let block_bytes = code_bytes::<true>(tile.block);
+    let block_bytes = code_bytes::<4>(tile.block);
     let codes = &tile.codes[panel * tile.panel_bytes..][..starts.len() * block_bytes];
     let steps = &tile.offsets[panel * starts.len() * PANEL..][..starts.len() * PANEL];
     let (low, high) = (_mm512_set1_epi8(15), _mm512_set1_epi8(-16));

@@ -5,10 +5,17 @@ const N: usize = 35; // two panels and a part of one
 const K: usize = 32;
 
 fn tensor(data_type: DataType, encoding: Option<Encoding>) -> Tensor {
-    let bytes = match data_type.is_float() {
+    let mut bytes = match data_type.is_float() {
         true => (0..N * K).flat_map(|i| float_bytes((i as f32 - 500.0) * 0.37, data_type)).collect(),
         false => (0..(N * K * data_type.bits()).div_ceil(8)).map(|i| (i * 89 + i / 7) as u8).collect::<Vec<u8>>(),
     };
+    if let (Some(Encoding::Block { bitwidth, .. }), 8) = (&encoding, data_type.bits()) {
+        let beyond = 8_u8.saturating_sub(*bitwidth);
+        for byte in &mut bytes {
+            let (signed, unsigned) = ((*byte << beyond).cast_signed() >> beyond, *byte << beyond >> beyond);
+            *byte = if data_type == DataType::SFixedPoint8 { signed.cast_unsigned() } else { unsigned };
+        }
+    }
     Tensor {
         name: "w".to_owned(),
         tensor_type: TensorType::Static,
@@ -37,6 +44,11 @@ fn axis(bitwidth: u8, offsets: Vec<i32>) -> Option<Encoding> {
 
 fn block(bitwidth: u8, offsets: BlockOffsets) -> Option<Encoding> {
     Some(Encoding::Block { bitwidth, block_size: 16, scales: scales(N * 2), offsets })
+}
+
+/// One block in each row.
+fn row_block(bitwidth: u8, offsets: BlockOffsets) -> Option<Encoding> {
+    Some(Encoding::Block { bitwidth, block_size: K, scales: scales(N), offsets })
 }
 
 fn expansion() -> Option<Encoding> {
@@ -88,6 +100,11 @@ fn panels_stand_for_the_same_numbers() {
     let minima = BlockOffsets::Min(Floats::from_f16(&(0..N * 2).map(|i| -0.02 * i as f32).collect::<Vec<f32>>()));
     let one = |bitwidth, offset| Some(Encoding::ScaleOffset { bitwidth, scale: 0.3, offset });
     let whole_block = |offset| WeightFormat::Int4Block { block: 16, offset };
+    let five_bits = |offset| WeightFormat::Int5Block { block: K, offset };
+    let row_offsets = |offset: fn(usize) -> i8| {
+        BlockOffsets::Integer((0..N).map(|i| offset(i).cast_unsigned()).collect::<Vec<u8>>().into())
+    };
+    let row_minima = BlockOffsets::Min(Floats::from_f16(&(0..N).map(|i| -0.02 * i as f32).collect::<Vec<f32>>()));
     let cases = [
         (Float32, None, WeightFormat::F32),
         (Float16, None, WeightFormat::F16),
@@ -102,6 +119,14 @@ fn panels_stand_for_the_same_numbers() {
         (UFixedPoint4, axis(4, vec![-8; N]), WeightFormat::Int4PerChannel),
         (SFixedPoint8, block(8, BlockOffsets::Symmetric), WeightFormat::Int8Block { block: 16 }),
         (UFixedPoint8, block(8, whole(|_| -128)), WeightFormat::Int8Block { block: 16 }),
+        (SFixedPoint8, row_block(5, BlockOffsets::Symmetric), five_bits(BlockOffset::Symmetric)),
+        (UFixedPoint8, row_block(5, row_offsets(|_| -16)), five_bits(BlockOffset::Symmetric)),
+        (SFixedPoint8, row_block(5, row_offsets(|i| i as i8 - 30)), five_bits(BlockOffset::Integer)),
+        (UFixedPoint8, row_block(3, row_offsets(|_| -4)), five_bits(BlockOffset::Integer)),
+        (UFixedPoint8, row_block(5, row_minima), five_bits(BlockOffset::Min)),
+        (SFixedPoint8, block(5, BlockOffsets::Symmetric), WeightFormat::Int6Block { block: 16 }),
+        (SFixedPoint8, block(6, BlockOffsets::Symmetric), WeightFormat::Int6Block { block: 16 }),
+        (SFixedPoint8, block(7, BlockOffsets::Symmetric), WeightFormat::Int8Block { block: 16 }),
         (SFixedPoint4, block(4, BlockOffsets::Symmetric), whole_block(BlockOffset::Symmetric)),
         (UFixedPoint4, block(4, whole(|_| -8)), whole_block(BlockOffset::Symmetric)),
         (UFixedPoint4, block(4, BlockOffsets::Symmetric), whole_block(BlockOffset::Integer)),
@@ -144,6 +169,8 @@ fn what_panels_cannot_hold_is_refused_by_name() {
         (SFixedPoint8, Some(other_axis), "scales along axis 1"),
         (SFixedPoint8, block(8, whole(|i| i as i8)), "SFIXED_POINT_8 blocks with offsets"),
         (SFixedPoint8, block(8, minima()), "SFIXED_POINT_8 blocks with offsets"),
+        (UFixedPoint8, block(5, minima()), "UFIXED_POINT_8 blocks with offsets, the kernels need symmetric blocks, or"),
+        (SFixedPoint8, row_block(9, BlockOffsets::Symmetric), "9 bits in SFIXED_POINT_8"),
         (SFixedPoint4, block(4, minima()), "SFIXED_POINT_4 blocks with float minima, the kernels need unsigned"),
         (SFixedPoint4, block(4, whole(|_| -125)), "large offsets, the kernels need offsets from -120 to 127"),
         (SFixedPoint8, Some(large), "weight block"),
@@ -151,13 +178,15 @@ fn what_panels_cannot_hold_is_refused_by_name() {
     for (data_type, encoding, want) in cases {
         let tensor = tensor(data_type, encoding);
         let error = Packing::of(&tensor).expect_err(want);
-        let text = match std::error::Error::source(&error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        };
+        let text = error.to_string();
         assert!(text.starts_with("tensor w") && text.contains(want), "{text}");
     }
+    // Elements beyond the width that the encoding states.
+    let mut wide = tensor(SFixedPoint8, row_block(8, BlockOffsets::Symmetric));
+    wide.encoding = row_block(5, BlockOffsets::Symmetric);
+    let error = Packing::of(&wide).unwrap().pack().expect_err("codes of 8 bits").to_string();
+    assert!(error.starts_with("tensor w: 5-bit code in row"), "{error}");
     let mut bias = tensor(Float32, None);
     bias.shape = Shape::fixed(&[N * K]);
-    assert!(matches!(Packing::of(&bias), Err(GenerateError::Unpackable { .. })));
+    assert!(matches!(Packing::of(&bias), Err(PrepareError::Tensor { .. })));
 }
