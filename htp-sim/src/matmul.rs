@@ -115,8 +115,9 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         check_branch(x, part.weights, part.branch.as_ref())?;
     }
     let m = x.count();
-    let n_panels = parts.iter().map(|part| part.weights.layout().panels()).sum();
-    let grid = Grid::plan(m, n_panels, cx.workers.count());
+    let layouts = || parts.iter().map(|part| part.weights.layout());
+    let (n_panels, bytes) = (layouts().map(|l| l.panels()).sum(), layouts().map(|l| l.size_bytes()).sum());
+    let grid = Grid::plan(m, n_panels, bytes, cx.workers.count());
     let mut firsts = FirstHalves::new();
     let mut targets = [const { None }; MAX_PARTS];
     let mut n_groups = 0;
@@ -175,7 +176,8 @@ pub fn gated_linear(
     }
     let n = gate.weights.layout().n();
     expect_len("outputs of up", up.weights.layout().n(), n)?;
-    let grid = Grid::plan(x.count(), gate.weights.layout().panels(), cx.workers.count());
+    let bytes = gate.weights.layout().size_bytes() + up.weights.layout().size_bytes();
+    let grid = Grid::plan(x.count(), gate.weights.layout().panels(), bytes, cx.workers.count());
     let n_groups = grid.groups(gate.weights);
     let mut firsts = FirstHalves::new();
     let [gate, up] = [&mut gate, &mut up].map(|half| {
@@ -339,17 +341,21 @@ struct Grid {
 }
 
 impl Grid {
-    fn plan(m: usize, n_panels: usize, workers: usize) -> Self {
+    /// For `m` rows and weights of `n_panels`, `bytes` in all.
+    fn plan(m: usize, n_panels: usize, bytes: usize, workers: usize) -> Self {
         // Rows are shared out before panels: what a worker reads it has mostly written itself, and lines of the output do not go
         // from core to core.
         let row_blocks = (m / SHARED_ROWS).clamp(1, workers).max(m.div_ceil(MAX_TILE_ROWS));
         let tile_rows = m.div_ceil(row_blocks).next_multiple_of(PANEL).min(m).clamp(1, MAX_TILE_ROWS);
         let fits = TILE_VALUES / PANEL / tile_rows;
-        // One worker waits for nobody.
-        let share = if workers == 1 { n_panels } else { n_panels / (workers * TILES_PER_WORKER) };
-        // Even numbers, where there are enough: a kernel may take two panels at a time.
-        let share = if m >= PANEL && share > 2 { share / 2 * 2 } else { share };
-        Self { m, tile_rows, tile_panels: share.clamp(1, fits.min(MAX_TILE_PANELS)) }
+        if m < PANEL {
+            // One worker waits for nobody.
+            let n_tiles = if workers == 1 { 1 } else { (bytes / workers / STREAMED_BYTES).max(1) };
+            return Self { m, tile_rows, tile_panels: n_panels.div_ceil(workers * n_tiles).min(fits) };
+        }
+        // Even numbers: a kernel may take two panels at a time.
+        let share = n_panels.div_ceil(workers * TILES_PER_WORKER).next_multiple_of(2);
+        Self { m, tile_rows, tile_panels: share.min(fits).min(MAX_TILE_PANELS) }
     }
 
     fn row_blocks(&self) -> usize {
@@ -388,12 +394,15 @@ const _: () = assert!(MAX_TILE_ROWS * 2 * PANEL <= TILE_VALUES);
 /// With fewer rows for each worker, weights are unpacked too often.
 const SHARED_ROWS: usize = 64;
 
-/// Panels of a tile. A decode tile of eight 4-bit panels streams 16 KiB and more, a few hundred nanoseconds at least.
+/// Panels of a tile of many rows.
 const MAX_TILE_PANELS: usize = 8;
 
-/// Tiles per worker, at least, as far as there are panels: what a worker waits for in the end is one tile of another. Two and
-/// a half times as many cost a decode step 3 %: each tile has its own start.
+/// Tiles of many rows per worker, as far as there are panels: what a worker waits for in the end is one tile of another.
 const TILES_PER_WORKER: usize = 5;
+
+/// Bytes of weights that a tile of few rows streams, at least, if it is not all that a worker has: a stream that begins again waits
+/// for memory again. (With five tiles for each worker the layers of a 135M model took 5 % longer than with one.)
+const STREAMED_BYTES: usize = 256 << 10;
 
 #[cfg(test)]
 mod tests;

@@ -63,7 +63,7 @@ impl<'a> FirstHalves<'a> {
     pub(super) fn add(&mut self, cx: &Cx<'_>, branch: &'a mut Branch<'_>) -> SecondHalf<'a> {
         let Branch { x, down, alpha, up, ref mut t } = *branch;
         let first = self.halves.iter().position(Option::is_none).expect("as many branches as weights, at most");
-        let grid = Grid::plan(x.count(), down.layout().panels(), cx.workers.count());
+        let grid = Grid::plan(x.count(), down.layout().panels(), down.layout().size_bytes(), cx.workers.count());
         let n_items = grid.row_blocks() * grid.groups(down);
         let t = Target { write: Write::Store, n: down.layout().n(), out: Disjoint::new(t) };
         self.halves[first] = Some(FirstHalf { x, down, alpha, t, grid, n_items });
