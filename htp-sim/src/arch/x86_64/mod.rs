@@ -20,6 +20,15 @@ fn ask_ahead<T>(at: *const T) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast::<i8>().wrapping_add(6144)) }
 }
 
+/// The same for one row's product with weights of a byte each, which go by faster: to the first cache and past the second. Asked for
+/// as above, a head of 28 MB took Zen 4 7 to 25 % longer than without any request; so it takes 2 % longer.
+#[inline(always)]
+fn ask_ahead_of_bytes<T>(at: *const T) {
+    use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+    // SAFETY: every CPU of this architecture has the instruction, and it never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast::<i8>().wrapping_add(4096)) }
+}
+
 /// Asks for the lines of `bytes`, to the second cache: see [`ask_ahead`].
 fn prefetch(bytes: &[u8]) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

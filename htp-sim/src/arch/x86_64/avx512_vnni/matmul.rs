@@ -11,7 +11,7 @@ mod one_row;
 
 use std::arch::x86_64::*;
 
-use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
+use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead, ask_ahead_of_bytes};
 use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
@@ -373,9 +373,14 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const
     while let Some(row) = rows.next() {
         if ROWS <= 4 {
             // A decode step reads weights once, and so do the few query heads that share keys and values.
-            ask_ahead(row.as_ptr());
-            if BITS == 8 {
-                ask_ahead(row.as_ptr().wrapping_add(64));
+            if BITS == 8 && ROWS == 1 {
+                ask_ahead_of_bytes(row.as_ptr());
+                ask_ahead_of_bytes(row.as_ptr().wrapping_add(64));
+            } else {
+                ask_ahead(row.as_ptr());
+                if BITS == 8 {
+                    ask_ahead(row.as_ptr().wrapping_add(64));
+                }
             }
         }
         let codes = load_lanes::<NARROW>(row, lanes);
