@@ -1,9 +1,9 @@
 //! Matrix products of one tile. A register holds 4 outputs, and a panel is four of them; the integer products of all three
 //! tiers are here, but for the one step in which they differ.
 //!
-//! Vectors of x are taken in pairs: the two planes of a row, or two rows of 8 bits. Codes are used as they lie, signed or
-//! from 0. What these are too large by, as `8 · Σx` where they have 4 bits, is taken off afterwards: exact, since all sums are modulo 2^32
-//! and the true ones fit.
+//! Vectors of x are taken in pairs: the two planes of a row, or two rows of 8 bits. Codes are used as they lie, signed or from 0. What
+//! the latter are too large by, `8 · Σx` where they have 4 bits, is taken off afterwards: exact, since all sums are modulo 2^32 and
+//! the true ones fit.
 
 mod float;
 
