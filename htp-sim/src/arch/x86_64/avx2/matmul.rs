@@ -278,11 +278,10 @@ fn block_floats<D: Dot, const BITS: usize, const PLANES: usize, const ROWS: usiz
     half: usize,
 ) -> [__m256; ROWS] {
     match tile.offset {
-        // These have no other.
-        _ if BITS == 8 || BITS == 6 => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Symmetric => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Integer => offset_floats::<D, BITS, INTEGER, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Min => offset_floats::<D, BITS, MIN, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Integer if BITS < 6 => offset_floats::<D, BITS, INTEGER, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Min if BITS < 6 => offset_floats::<D, BITS, MIN, PLANES, ROWS>(tile, at, half),
+        // Codes of 6 and 8 bits have no other.
+        _ => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
     }
 }
 

@@ -241,11 +241,10 @@ fn block_floats<const BITS: usize, const PLANES: usize, const ROWS: usize>(
     at: Place,
 ) -> [__m512; ROWS] {
     match tile.offset {
-        // These have no other.
-        _ if BITS == 8 || BITS == 6 => offset_floats::<BITS, SYMMETRIC, PLANES, ROWS>(tile, at),
-        BlockOffset::Symmetric => offset_floats::<BITS, SYMMETRIC, PLANES, ROWS>(tile, at),
-        BlockOffset::Integer => offset_floats::<BITS, INTEGER, PLANES, ROWS>(tile, at),
-        BlockOffset::Min => offset_floats::<BITS, MIN, PLANES, ROWS>(tile, at),
+        BlockOffset::Integer if BITS < 6 => offset_floats::<BITS, INTEGER, PLANES, ROWS>(tile, at),
+        BlockOffset::Min if BITS < 6 => offset_floats::<BITS, MIN, PLANES, ROWS>(tile, at),
+        // Codes of 6 and 8 bits have no other.
+        _ => offset_floats::<BITS, SYMMETRIC, PLANES, ROWS>(tile, at),
     }
 }
 
