@@ -5,6 +5,7 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
 
+mod block_rows;
 mod float;
 mod many_rows;
 mod one_row;
@@ -95,6 +96,9 @@ fn integer_rows<const BITS: usize, const SCALES: u8, const PLANES: usize>(tile: 
         while row < tile.rows {
             let at = Place { panel, row };
             row += match tile.rows - row {
+                8.. if BITS == 4 && SCALES == BLOCKS && block_rows::fits(tile) => {
+                    blocks_of_rows::<PLANES>(tile, at, out)
+                }
                 8.. => panel_rows::<BITS, SCALES, PLANES, 8>(tile, at, out),
                 4.. => panel_rows::<BITS, SCALES, PLANES, 4>(tile, at, out),
                 3 => panel_rows::<BITS, SCALES, PLANES, 3>(tile, at, out),
@@ -129,6 +133,20 @@ fn panel_rows<const BITS: usize, const SCALES: u8, const PLANES: usize, const RO
         store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
     }
     ROWS
+}
+
+/// One panel by as many rows as [`block_rows`] takes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn blocks_of_rows<const PLANES: usize>(tile: &IntegerTile<'_>, at: Place, out: &mut [f32]) -> usize {
+    let values = match tile.offset {
+        BlockOffset::Integer => block_rows::floats::<INTEGER, PLANES>(tile, at),
+        BlockOffset::Min => block_rows::floats::<MIN, PLANES>(tile, at),
+        _ => block_rows::floats::<SYMMETRIC, PLANES>(tile, at),
+    };
+    for (i, values) in values.into_iter().enumerate() {
+        store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
+    }
+    block_rows::ROWS
 }
 
 /// The finished floats of one panel and `ROWS` rows, per-channel weights.
