@@ -65,6 +65,7 @@ impl Piece<'_, '_> {
     fn rows<const PLANES: usize, const W: usize>(&mut self, out: &mut [f32]) {
         let (n, mut row) = (self.tile.rows, 0);
         while row < n {
+            self.ask_for_next(row..(row + if PLANES == 1 { 12 } else { 6 }).min(n));
             // As many sums as registers hold beside what they are made of.
             row += match n - row {
                 12.. if PLANES == 1 => self.group::<PLANES, W, 12>(row, out),
@@ -72,6 +73,23 @@ impl Piece<'_, '_> {
                 2.. => self.group::<PLANES, W, 2>(row, out),
                 _ => self.group::<PLANES, W, 1>(row, out),
             }
+        }
+    }
+
+    /// Asks for what of the next piece falls to some rows of this one.
+    #[inline]
+    fn ask_for_next(&self, rows: Range<usize>) {
+        let tile = self.tile;
+        let len = self.inputs.len() * tile.panel_bytes / tile.k;
+        for panel in self.panel..self.panel + PANELS {
+            let (panel, from) = match self.inputs.end < tile.k {
+                true => (panel, self.inputs.end * tile.panel_bytes / tile.k),
+                false => (panel + PANELS, 0),
+            };
+            let bytes = tile.codes.get(panel * tile.panel_bytes + from..).unwrap_or_default();
+            let bytes = &bytes[..len.min(bytes.len())];
+            let at = |row: usize| bytes.len() * row / tile.rows;
+            crate::arch::x86_64::prefetch(&bytes[at(rows.start)..at(rows.end)]);
         }
     }
 
