@@ -68,8 +68,23 @@ impl Vocabulary {
     }
 
     pub(super) fn id(&self, token: &str) -> Option<u32> {
+        self.number(token).map(|number| self.id_of(number))
+    }
+
+    /// The number of the text `token`, quick to find if it is `guess`.
+    pub(super) fn number_near(&self, guess: u32, token: &str) -> Option<u32> {
+        let is_guess = (guess as usize) < self.len() && self.texts.get(guess as usize) == token;
+        if is_guess { Some(guess) } else { self.number(token) }
+    }
+
+    /// The id of the text of a number that was found.
+    pub(super) fn id_of(&self, number: u32) -> u32 {
+        self.ids[number as usize]
+    }
+
+    fn number(&self, token: &str) -> Option<u32> {
         let same = |&number: &u32| self.texts.get(number as usize) == token;
-        self.by_text.find(self.hasher.hash_one(token), same).map(|&number| self.ids[number as usize])
+        self.by_text.find(self.hasher.hash_one(token), same).copied()
     }
 
     pub(super) fn token(&self, id: u32) -> Option<&str> {
