@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use htp_sim::{Aligned, AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
+use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
 
 use crate::{
     graph::{Graph, Node},
+    map::Zeroed,
     op::{AttentionAttrs, OpKind},
     types::DataType,
 };
@@ -38,9 +39,9 @@ pub enum Cache {
         /// Heads, extents and element format.
         layout: CacheLayout,
         /// Key bytes.
-        key: Aligned<u8>,
+        key: Zeroed,
         /// Value bytes.
-        value: Aligned<u8>,
+        value: Zeroed,
         /// Which scratch memory of the state its attention uses.
         scratch: usize,
     },
@@ -120,7 +121,7 @@ impl State {
         match form {
             CacheForm::Kernels { n_workers } => {
                 let scratch = self.scratch(n_workers, layout, attrs.heads).map_err(|e| refuse(e.to_string()))?;
-                let (key, value) = (Aligned::zeroed(layout.key_bytes()), Aligned::zeroed(layout.value_bytes()));
+                let (key, value) = (Zeroed::new(layout.key_bytes()), Zeroed::new(layout.value_bytes()));
                 Ok(Cache::Kernels { layout, key, value, scratch })
             }
             CacheForm::Reference => {
