@@ -78,14 +78,21 @@ impl Context {
     ///
     /// QNN: `QnnContext_createFromBinary`.
     pub fn from_binary(bytes: Bytes, verify: Verify) -> Result<Context, BinaryFault> {
-        Context::of(Binary::parse(bytes, verify)?)
+        Context::of(Binary::parse(bytes, Verify::Headers)?, verify)
     }
 
-    pub(crate) fn of(binary: Binary) -> Result<Context, BinaryFault> {
+    /// The context of a file whose headers are checked. What else `verify` wants is checked while graphs are made.
+    pub(crate) fn of(binary: Binary, verify: Verify) -> Result<Context, BinaryFault> {
         binary.expect_kind(FileKind::Context)?;
-        let meta = read_meta(&binary)?;
-        let graphs = read_graphs(&binary)?;
-        let updatable = Updatable::of(&graphs).map_err(|why| why.at(binary.sections()[0].at_bytes))?;
+        let read = || -> Result<_, BinaryFault> {
+            let (meta, graphs) = (read_meta(&binary)?, read_graphs(&binary)?);
+            let updatable = Updatable::of(&graphs).map_err(|why| why.at(binary.sections()[0].at_bytes))?;
+            Ok((meta, graphs, updatable))
+        };
+        let (meta, graphs, updatable) = match verify {
+            Verify::Headers => read(),
+            Verify::Checksums => binary.verify_beside(read)?,
+        }?;
         let applied = Applied::new(graphs.len());
         Ok(Context { binary, meta, graphs, updatable, applied })
     }

@@ -1,8 +1,9 @@
 //! Reading the container: everything that `FORMAT.md` promises about the outer layer is checked here, once.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
-use htp_sim::Workers;
 use zerocopy::FromBytes;
 
 use super::{
@@ -84,8 +85,11 @@ impl Binary {
         let (format_version, sdk_version) = (header.format_version.get(), sdk_version(&header));
         let (identity, base_identity) = (Identity(header.identity), Identity(header.base_identity));
         let binary = Binary { bytes, kind, format_version, sdk_version, identity, base_identity, sections, by_name };
-        binary.verify(verify)?;
-        Ok(binary)
+        binary.verify_checksums(binary.sections.iter().filter(|section| section.kind.is_json()).collect(), || ())?;
+        match verify {
+            Verify::Headers => Ok(binary),
+            Verify::Checksums => binary.verify_beside(|| ()).map(|()| binary),
+        }
     }
 
     /// Refuses a file of another kind.
@@ -147,12 +151,10 @@ impl Binary {
         self.base_identity
     }
 
-    pub(super) fn verify(&self, verify: Verify) -> Result<(), BinaryFault> {
-        let wanted = |section: &&Section| verify == Verify::Checksums || section.kind.is_json();
-        self.verify_checksums(self.sections.iter().filter(wanted).collect())?;
-        if verify == Verify::Headers {
-            return Ok(());
-        }
+    /// Calls `meanwhile` while other threads check what [`Verify::Headers`] leaves out: constants and padding.
+    pub(crate) fn verify_beside<R>(&self, meanwhile: impl FnOnce() -> R) -> Result<R, BinaryFault> {
+        let constants = self.sections.iter().filter(|section| !section.kind.is_json());
+        let result = self.verify_checksums(constants.collect(), meanwhile)?;
         let ends = self.sections.iter().map(Section::end_bytes);
         for (i, end) in ends.enumerate() {
             let gap = &self.bytes[end as usize..align(end) as usize];
@@ -162,11 +164,11 @@ impl Binary {
                 return Err(BinaryError::Entry { section, field: "padding", have, want }.at(end + at as u64));
             }
         }
-        Ok(())
+        Ok(result)
     }
 
-    /// Checks sections in parallel, pieces of large ones too, and reports the first damaged one in the file.
-    fn verify_checksums(&self, sections: Vec<&Section>) -> Result<(), BinaryFault> {
+    /// Checks sections in parallel, pieces of large ones too, and reports the first damaged one in the file. Calls `meanwhile`.
+    fn verify_checksums<R>(&self, sections: Vec<&Section>, meanwhile: impl FnOnce() -> R) -> Result<R, BinaryFault> {
         let pieces: Vec<(usize, u64, u64)> = sections
             .iter()
             .enumerate()
@@ -183,7 +185,7 @@ impl Binary {
             hashes.lock().unwrap_or_else(PoisonError::into_inner)[piece] = Some(hasher);
         };
         let bytes = pieces.iter().map(|(_, at, end)| end - at).sum();
-        for_each_on_all_cores(pieces.len(), bytes, hash_piece)?;
+        let result = for_each_on_all_cores(pieces.len(), bytes, hash_piece, meanwhile);
 
         let mut whole = vec![crc32fast::Hasher::new(); sections.len()];
         let hashes = hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -193,7 +195,7 @@ impl Binary {
         for (section, hasher) in sections.iter().zip(whole) {
             check_crc(|| format!("section {}", section.label()), hasher.finalize(), section.crc32, section.at_bytes)?;
         }
-        Ok(())
+        Ok(result)
     }
 }
 
@@ -315,14 +317,32 @@ fn sort_by_name(header: &Header, sections: &[Section]) -> Result<Vec<u32>, Binar
     }
 }
 
-fn for_each_on_all_cores(n_items: usize, bytes: u64, f: impl Fn(usize) + Sync) -> Result<(), BinaryFault> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+/// Calls `f` for each item, on threads of their own and, after `meanwhile`, on this one. Fewer threads than there could be only
+/// take longer.
+fn for_each_on_all_cores<R>(n_items: usize, bytes: u64, f: impl Fn(usize) + Sync, meanwhile: impl FnOnce() -> R) -> R {
     // A thread costs some 50 µs to start: not worth it for a few megabytes.
-    let n = if bytes < MIN_BYTES_FOR_THREADS { 1 } else { cores };
-    let workers = Workers::new(n).or_else(|_| Workers::new(1));
-    let workers = workers.map_err(|why| BinaryError::Io { what: "start a thread", why }.at(0))?;
-    workers.for_each(n_items, |item, _| f(item));
-    Ok(())
+    let n_threads = match bytes {
+        0..MIN_BYTES_FOR_THREADS => 0,
+        _ => thread::available_parallelism().map_or(0, |cores| cores.get() - 1),
+    };
+    let next = AtomicUsize::new(0);
+    let take = || {
+        while let item = next.fetch_add(1, Ordering::Relaxed)
+            && item < n_items
+        {
+            f(item);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..n_threads {
+            if thread::Builder::new().spawn_scoped(scope, take).is_err() {
+                break;
+            }
+        }
+        let result = meanwhile();
+        take();
+        result
+    })
 }
 
 fn check_crc(what: impl FnOnce() -> String, have: u32, want: u32, at_bytes: u64) -> Result<(), BinaryFault> {
