@@ -14,21 +14,20 @@ const FORMATS: [(&str, CacheFormat); 3] =
 /// A cache that holds `positions` rows.
 struct Filled {
     layout: CacheLayout,
-    key: Vec<u8>,
-    value: Vec<u8>,
+    bytes: Vec<u8>,
 }
 
 impl Filled {
     fn new(cx: &Cx<'_>, layout: CacheLayout, positions: usize) -> Self {
-        let (mut key, mut value) = (vec![0; layout.key_bytes()], vec![0; layout.value_bytes()]);
+        let mut bytes = vec![0; layout.size_bytes()];
         let rows = noise(positions * layout.kv_heads() * layout.head_dim());
-        let mut cache = CacheMut { layout, key: &mut key, value: &mut value };
+        let mut cache = CacheMut { layout, bytes: &mut bytes };
         append(cx, &mut cache, 0, &rows, &rows).expect("fits");
-        Self { layout, key, value }
+        Self { layout, bytes }
     }
 
     fn view(&self) -> Cache<'_> {
-        Cache { layout: self.layout, key: &self.key, value: &self.value }
+        Cache { layout: self.layout, bytes: &self.bytes }
     }
 }
 

@@ -112,14 +112,14 @@ pub fn attention(
         return Ok(());
     }
     let partials = Disjoint::new(&mut scratch.partials);
-    // A worker goes through neighbouring ranges, so that what it asks for ahead of time is its own.
+    // A worker goes through neighbouring blocks of the cache, so that what it asks for ahead of time is its own.
     let n_parts = n_items * ranges;
     let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
     let parts = |chunk: usize, worker: usize| {
         // SAFETY: as above.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
         for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
-            let (item, range) = (part / ranges, part % ranges);
+            let (range, item) = (part / n_items, part % n_items);
             let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
             if tile.ranges().contains(&range) {
                 problem.load_queries(&tile, scratch);
@@ -158,8 +158,7 @@ fn check(
 ) -> Result<usize, ShapeError> {
     let layout = cache.layout;
     check_heads(layout, params.heads)?;
-    expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
-    expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
+    expect_len("bytes of the cache", cache.bytes.len(), layout.size_bytes())?;
     let width = size("width of q", &[params.heads, layout.head_dim()])?;
     if !q.len().is_multiple_of(width) {
         return Err(ShapeError::new("length of q", q.len(), Needed::MultipleOf(width)));

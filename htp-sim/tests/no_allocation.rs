@@ -49,8 +49,7 @@ fn main() {
         let cx = Cx { kernels, workers: &workers };
         for m in [1, 150] {
             let cache_layout = CacheLayout::new(2, head_dim, 600, CacheFormat::Int8).expect("sizes are fine");
-            let mut key = vec![0; cache_layout.key_bytes()];
-            let mut value = vec![0; cache_layout.value_bytes()];
+            let mut bytes = vec![0; cache_layout.size_bytes()];
             let mut scratch = AttentionScratch::new(workers.count(), cache_layout, heads).expect("fits");
             let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, 32).expect("sizes are fine");
             let (x, weight, mut t, mut t8) = (vec![0.5; m * k], vec![1.0; k], vec![0.0; m * 8], vec![0.0; m * 8]);
@@ -69,7 +68,7 @@ fn main() {
                 linear(&cx, Rows::Quantized(&rows), &mut [part])?;
                 rotary_table(&positions, &inv_freq, 1.0, &mut cos, &mut sin)?;
                 rotate(&cx, &mut q, heads, head_dim, &cos, &sin)?;
-                let mut cache = CacheMut { layout: cache_layout, key: &mut key, value: &mut value };
+                let mut cache = CacheMut { layout: cache_layout, bytes: &mut bytes };
                 append(&cx, &mut cache, 400, &x[..m * 32], &x[..m * 32])?;
                 attention(&cx, &cache.as_ref(), 400, &q, &params, &mut scratch, &mut out)?;
                 let branch = Some(Branch { x: rows_of_x, down, alpha: &[0.5], up, t: &mut t });

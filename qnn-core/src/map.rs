@@ -120,7 +120,10 @@ enum Pages {
 
 impl Zeroed {
     pub(crate) fn new(len: usize) -> Zeroed {
-        Zeroed(MmapMut::map_anon(len).map_or_else(|_| Pages::Allocated(Aligned::zeroed(len)), Pages::Mapped))
+        let Ok(map) = MmapMut::map_anon(len) else { return Zeroed(Pages::Allocated(Aligned::zeroed(len))) };
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Zeroed(Pages::Mapped(map))
     }
 }
 

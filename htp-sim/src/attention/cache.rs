@@ -1,14 +1,17 @@
-//! The KV cache: keys in panels of 16 positions; values in rows, or in panels of 16 of a head's values.
+//! The KV cache, range by range of 256 positions: for each KV head a block with its keys in panels of 16 positions, and its values
+//! in rows or in panels of 16 of a head's values.
 //!
-//! | format | keys | values |
-//! | --- | --- | --- |
-//! | F32, F16 | `[kv_head][position/16][head_dim][16]` elements | `[kv_head][position][head_dim]` elements |
-//! | Int8 | `[kv_head][position/16][head_dim/4][16][4]` i8 | `[kv_head][position/256][head_dim/16][64][16][4]` i8 |
+//! - F32, F16: keys `[position/16][head_dim][16]`, values `[position][head_dim]`.
+//! - Int8: i8 keys `[position/16][head_dim/4][16][4]`, their f32 scales `[position]`, the values' f32 scales `[position]`, i8 values
+//!   `[head_dim/16][position/4][16][4]`.
 //!
-//! After the i8 come the scales, `[kv_head][position]` f32. So a head's keys are packed weights with an output for each
-//! position, and each 256 of its values packed weights with an input for each position: the products of both are those of a
-//! linear layer. The capacity is padded to 16 positions and, in int8 values, to 256; `head_dim` is padded to 4 in int8 keys
-//! and to 16 in int8 values.
+//! A block lies in the order in which it is read, so that what comes next has been asked for.
+//!
+//! So keys are packed weights with an output for each position, and int8 values packed weights with an input for each position:
+//! the products of both are those of a linear layer. `head_dim` is padded to 4 in int8 keys and to 16 in int8 values.
+//!
+//! Ranges are [`CacheLayout::range_stride`] bytes apart. Layers whose ranges take turns in one memory touch it from its start as
+//! positions are written, so that large pages cost little more than small ones.
 
 use half::f16;
 
@@ -48,6 +51,7 @@ pub struct CacheLayout {
     head_dim: usize,
     capacity: usize,
     format: CacheFormat,
+    range_stride: usize,
 }
 
 impl CacheLayout {
@@ -63,7 +67,24 @@ impl CacheLayout {
         expect_at_most("values of a head", head_dim, MAX_HEAD_DIM)?;
         let positions = capacity.saturating_add(RANGE);
         size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(PANEL) + 4, 4])?;
-        Ok(Self { kv_heads, head_dim, capacity, format })
+        let layout = Self { kv_heads, head_dim, capacity, format, range_stride: 0 };
+        Ok(Self { range_stride: layout.range_bytes(), ..layout })
+    }
+
+    /// The same with ranges `stride` bytes apart.
+    ///
+    /// # Errors
+    /// [`ShapeError`] if that is less than a range has, not a multiple of 4, or the bytes would not fit in memory.
+    pub fn with_range_stride(self, stride: usize) -> Result<Self, ShapeError> {
+        if stride < self.range_bytes() || !stride.is_multiple_of(4) {
+            return Err(ShapeError::new(
+                "bytes between ranges of a cache",
+                stride,
+                Needed::AtLeast(self.range_bytes()),
+            ));
+        }
+        size("bytes of a cache", &[stride, self.ranges()])?;
+        Ok(Self { range_stride: stride, ..self })
     }
 
     /// KV heads.
@@ -86,14 +107,29 @@ impl CacheLayout {
         self.format
     }
 
-    /// Bytes of the keys.
-    pub fn key_bytes(&self) -> usize {
-        self.kv_heads * (self.head_key_bytes() + self.head_scale_bytes())
+    /// Bytes from the first to the last, with what lies between the ranges.
+    pub fn size_bytes(&self) -> usize {
+        (self.ranges() - 1) * self.range_stride + self.range_bytes()
     }
 
-    /// Bytes of the values.
-    pub fn value_bytes(&self) -> usize {
-        self.kv_heads * (self.head_value_bytes() + self.head_scale_bytes())
+    /// Bytes that a position takes, on the average of a range.
+    pub fn position_bytes(&self) -> usize {
+        self.range_bytes() / RANGE
+    }
+
+    /// Bytes of 256 positions.
+    pub fn range_bytes(&self) -> usize {
+        self.kv_heads * self.block_bytes()
+    }
+
+    /// Bytes from the start of a range to that of the next.
+    pub fn range_stride(&self) -> usize {
+        self.range_stride
+    }
+
+    /// Ranges of 256 positions.
+    pub fn ranges(&self) -> usize {
+        self.capacity.div_ceil(RANGE)
     }
 
     /// Bytes of 16 positions of one head's keys.
@@ -111,28 +147,30 @@ impl CacheLayout {
         if self.format == CacheFormat::Int8 { self.head_dim.next_multiple_of(PANEL) } else { self.head_dim }
     }
 
-    /// Bytes of [`RANGE`] positions of one head's int8 values.
-    fn value_range_bytes(&self) -> usize {
-        RANGE * self.value_head_dim()
+    /// Where the block of `head` with `position` starts.
+    fn block_at(&self, head: usize, position: usize) -> usize {
+        position / RANGE * self.range_stride + head * self.block_bytes()
     }
 
-    fn positions(&self) -> usize {
-        self.capacity.next_multiple_of(PANEL)
+    fn block_bytes(&self) -> usize {
+        self.block_key_bytes() + self.block_value_bytes() + 2 * self.block_scale_bytes()
     }
 
-    fn head_key_bytes(&self) -> usize {
-        self.positions() / PANEL * self.key_panel_bytes()
+    fn block_key_bytes(&self) -> usize {
+        RANGE / PANEL * self.key_panel_bytes()
     }
 
-    fn head_value_bytes(&self) -> usize {
-        match self.format {
-            CacheFormat::Int8 => self.capacity.div_ceil(RANGE) * self.value_range_bytes(),
-            _ => self.positions() * self.head_dim * self.format.element_bytes(),
-        }
+    fn block_value_bytes(&self) -> usize {
+        RANGE * self.value_head_dim() * self.format.element_bytes()
     }
 
-    fn head_scale_bytes(&self) -> usize {
-        if self.format == CacheFormat::Int8 { self.positions() * 4 } else { 0 }
+    fn block_scale_bytes(&self) -> usize {
+        RANGE * self.scale_bytes()
+    }
+
+    /// Bytes of a position's scale.
+    fn scale_bytes(&self) -> usize {
+        if self.format == CacheFormat::Int8 { 4 } else { 0 }
     }
 }
 
@@ -141,45 +179,45 @@ impl CacheLayout {
 pub struct Cache<'a> {
     /// Shape and format.
     pub layout: CacheLayout,
-    /// [`CacheLayout::key_bytes`] bytes.
-    pub key: &'a [u8],
-    /// [`CacheLayout::value_bytes`] bytes.
-    pub value: &'a [u8],
+    /// [`CacheLayout::size_bytes`] bytes.
+    pub bytes: &'a [u8],
 }
 
 impl<'a> Cache<'a> {
-    /// The key panels of `head` from position `from` (a multiple of 16) on.
+    /// The key panels of `head` from position `from` (a multiple of 16) to the end of its range, and more.
     pub(crate) fn keys(&self, head: usize, from: usize) -> &'a [u8] {
-        let layout = &self.layout;
-        &self.key[head * layout.head_key_bytes() + from / PANEL * layout.key_panel_bytes()..]
+        self.of_block(head, from, 0, from % RANGE / PANEL * self.layout.key_panel_bytes())
     }
 
-    /// The f32 scales of the keys of `head` from position `from` on; empty for float formats.
+    /// The f32 scales of the keys of `head` from position `from` on, likewise; without meaning for float formats.
     pub(crate) fn key_scales(&self, head: usize, from: usize) -> &'a [u8] {
         let layout = &self.layout;
-        let from = if layout.format == CacheFormat::Int8 { from * 4 } else { 0 };
-        &self.key[layout.kv_heads * layout.head_key_bytes() + head * layout.head_scale_bytes() + from..]
+        self.of_block(head, from, layout.block_key_bytes(), from % RANGE * layout.scale_bytes())
     }
 
-    /// The values of `head` from position `from` on, in the float formats.
+    /// The values of `head` from position `from` on, likewise, in the float formats.
     pub(crate) fn value_rows(&self, head: usize, from: usize) -> &'a [u8] {
-        let layout = &self.layout;
-        let row_bytes = layout.head_dim * layout.format.element_bytes();
-        &self.value[head * layout.head_value_bytes() + from * row_bytes..]
+        self.values(head, from, from % RANGE * self.layout.head_dim * self.layout.format.element_bytes())
     }
 
     /// The first value panel of `head` in the range of position `from`, from that position (a multiple of 4) on; int8 only.
     pub(crate) fn value_panels(&self, head: usize, from: usize) -> &'a [u8] {
-        let layout = &self.layout;
-        let range = from / RANGE * layout.value_range_bytes();
-        &self.value[head * layout.head_value_bytes() + range + from % RANGE * PANEL..]
+        self.values(head, from, from % RANGE * PANEL)
     }
 
-    /// The f32 scales of the values of `head` from position `from` on; empty for float formats.
+    /// The f32 scales of the values of `head` from position `from` on, likewise; without meaning for float formats.
     pub(crate) fn value_scales(&self, head: usize, from: usize) -> &'a [u8] {
         let layout = &self.layout;
-        let from = if layout.format == CacheFormat::Int8 { from * 4 } else { 0 };
-        &self.value[layout.kv_heads * layout.head_value_bytes() + head * layout.head_scale_bytes() + from..]
+        let part = layout.block_key_bytes() + layout.block_scale_bytes();
+        self.of_block(head, from, part, from % RANGE * layout.scale_bytes())
+    }
+
+    fn values(&self, head: usize, position: usize, at: usize) -> &'a [u8] {
+        self.of_block(head, position, self.layout.block_bytes() - self.layout.block_value_bytes(), at)
+    }
+
+    fn of_block(&self, head: usize, position: usize, part: usize, at: usize) -> &'a [u8] {
+        &self.bytes[self.layout.block_at(head, position) + part + at..]
     }
 }
 
@@ -188,16 +226,14 @@ impl<'a> Cache<'a> {
 pub struct CacheMut<'a> {
     /// Shape and format.
     pub layout: CacheLayout,
-    /// [`CacheLayout::key_bytes`] bytes.
-    pub key: &'a mut [u8],
-    /// [`CacheLayout::value_bytes`] bytes.
-    pub value: &'a mut [u8],
+    /// [`CacheLayout::size_bytes`] bytes.
+    pub bytes: &'a mut [u8],
 }
 
 impl CacheMut<'_> {
     /// The same cache for reading.
     pub fn as_ref(&self) -> Cache<'_> {
-        Cache { layout: self.layout, key: self.key, value: self.value }
+        Cache { layout: self.layout, bytes: self.bytes }
     }
 }
 
@@ -207,8 +243,7 @@ impl CacheMut<'_> {
 /// A hint: it changes nothing, and does nothing for a position beyond the capacity or a cache of another length.
 pub fn prefetch(cx: &Cx<'_>, cache: &Cache<'_>, at: usize) {
     let layout = cache.layout;
-    let whole = cache.key.len() == layout.key_bytes() && cache.value.len() == layout.value_bytes();
-    if !whole || at >= layout.capacity {
+    if cache.bytes.len() != layout.size_bytes() || at >= layout.capacity {
         return;
     }
     let ask = |bytes: &[u8], len: usize| (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
@@ -235,8 +270,7 @@ pub fn prefetch(cx: &Cx<'_>, cache: &Cache<'_>, at: usize) {
 /// [`ShapeError`] if a length does not match or `at + m` is beyond the capacity. The cache is then unchanged.
 pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[f32]) -> Result<(), ShapeError> {
     let layout = cache.layout;
-    expect_len("bytes of keys", cache.key.len(), layout.key_bytes())?;
-    expect_len("bytes of values", cache.value.len(), layout.value_bytes())?;
+    expect_len("bytes of the cache", cache.bytes.len(), layout.size_bytes())?;
     let width = layout.kv_heads * layout.head_dim;
     if !k.len().is_multiple_of(width) {
         return Err(ShapeError::new("length of k", k.len(), Needed::MultipleOf(width)));
@@ -245,29 +279,15 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
     let m = k.len() / width;
     expect_at_most("positions after this step", at.saturating_add(m), layout.capacity)?;
 
-    let (keys, key_scales) = cache.key.split_at_mut(layout.kv_heads * layout.head_key_bytes());
-    let (values, value_scales) = cache.value.split_at_mut(layout.kv_heads * layout.head_value_bytes());
-    let (keys, key_scales) = (Disjoint::new(keys), Disjoint::new(key_scales));
-    let (values, value_scales) = (Disjoint::new(values), Disjoint::new(value_scales));
+    let bytes = Disjoint::new(cache.bytes);
     let append_head = |head: usize| {
-        // SAFETY: each head is one item, and its ranges are its own.
-        let mut target = unsafe {
-            HeadMut {
-                layout,
-                kernels: cx.kernels,
-                keys: keys.range(head * layout.head_key_bytes(), layout.head_key_bytes()),
-                key_scales: key_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
-                values: values.range(head * layout.head_value_bytes(), layout.head_value_bytes()),
-                value_scales: value_scales.range(head * layout.head_scale_bytes(), layout.head_scale_bytes()),
-                codes: [[0; MAX_HEAD_DIM]; GROUP],
-            }
-        };
         let mut row = 0;
         while row < m {
-            let from = row * width + head * layout.head_dim;
-            let is_group = layout.format == CacheFormat::Int8 && (at + row).is_multiple_of(GROUP) && m - row >= GROUP;
-            let rows = if is_group { GROUP } else { 1 };
-            target.write(at + row, rows, width, &k[from..], &v[from..]);
+            let (position, from) = (at + row, row * width + head * layout.head_dim);
+            let rows = (m - row).min(RANGE - position % RANGE);
+            // SAFETY: each head is one item, and its blocks are its own.
+            let block = unsafe { bytes.range(layout.block_at(head, position), layout.block_bytes()) };
+            BlockMut::new(cx.kernels, layout, block).write(position % RANGE, rows, width, &k[from..], &v[from..]);
             row += rows;
         }
     };
@@ -279,8 +299,8 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
     Ok(())
 }
 
-/// One head's part of the cache.
-struct HeadMut<'a> {
+/// One head's part of a range.
+struct BlockMut<'a> {
     layout: CacheLayout,
     kernels: &'static Kernels,
     keys: &'a mut [u8],
@@ -291,20 +311,40 @@ struct HeadMut<'a> {
     codes: [[i8; MAX_HEAD_DIM]; GROUP],
 }
 
-impl HeadMut<'_> {
-    /// Writes `rows` rows, `stride` apart in `k` and `v`: one, or in an int8 cache those of a whole group.
-    fn write(&mut self, position: usize, rows: usize, stride: usize, k: &[f32], v: &[f32]) {
+impl<'a> BlockMut<'a> {
+    fn new(kernels: &'static Kernels, layout: CacheLayout, block: &'a mut [u8]) -> Self {
+        let (keys, block) = block.split_at_mut(layout.block_key_bytes());
+        let (key_scales, block) = block.split_at_mut(layout.block_scale_bytes());
+        let (value_scales, values) = block.split_at_mut(layout.block_scale_bytes());
+        Self { layout, kernels, keys, key_scales, values, value_scales, codes: [[0; MAX_HEAD_DIM]; GROUP] }
+    }
+
+    /// Writes `rows` rows from position `at` of the range on, `stride` apart in `k` and `v`.
+    fn write(&mut self, at: usize, rows: usize, stride: usize, k: &[f32], v: &[f32]) {
+        let mut row = 0;
+        while row < rows {
+            let from = row * stride;
+            // In an int8 cache those of a whole group at once.
+            let is_group = self.layout.format == CacheFormat::Int8 && (at + row).is_multiple_of(GROUP);
+            let n = if is_group && rows - row >= GROUP { GROUP } else { 1 };
+            self.write_rows(at + row, n, stride, &k[from..], &v[from..]);
+            row += n;
+        }
+    }
+
+    /// Writes one row, or all of a group.
+    fn write_rows(&mut self, at: usize, rows: usize, stride: usize, k: &[f32], v: &[f32]) {
         let head_dim = self.layout.head_dim;
         match self.layout.format {
-            CacheFormat::F32 => self.write_floats(position, &k[..head_dim], &v[..head_dim], |x| x.to_le_bytes()),
+            CacheFormat::F32 => self.write_floats(at, &k[..head_dim], &v[..head_dim], |x| x.to_le_bytes()),
             CacheFormat::F16 => {
-                self.write_floats(position, &k[..head_dim], &v[..head_dim], |x| f16::from_f32(x).to_le_bytes());
+                self.write_floats(at, &k[..head_dim], &v[..head_dim], |x| f16::from_f32(x).to_le_bytes())
             }
             CacheFormat::Int8 => {
                 for row in 0..rows {
-                    self.write_int8_key(position + row, &k[row * stride..][..head_dim]);
+                    self.write_int8_key(at + row, &k[row * stride..][..head_dim]);
                 }
-                self.write_int8_values(position, rows, stride, v);
+                self.write_int8_values(at, rows, stride, v);
             }
         }
     }
@@ -323,38 +363,36 @@ impl HeadMut<'_> {
         row.iter_mut().zip(v).for_each(|(to, v)| *to = bytes(*v));
     }
 
-    fn write_int8_key(&mut self, position: usize, k: &[f32]) {
+    fn write_int8_key(&mut self, at: usize, k: &[f32]) {
         let scale = quantize(self.kernels, k, &mut self.codes[0]);
         let panel_bytes = self.layout.key_panel_bytes();
-        let panel = &mut self.keys[position / PANEL * panel_bytes..][..panel_bytes];
-        let groups = panel.as_chunks_mut::<GROUP>().0.iter_mut().skip(position % PANEL).step_by(PANEL);
+        let panel = &mut self.keys[at / PANEL * panel_bytes..][..panel_bytes];
+        let groups = panel.as_chunks_mut::<GROUP>().0.iter_mut().skip(at % PANEL).step_by(PANEL);
         // What pads a row to whole groups is zeros.
         self.codes[0][k.len()..k.len().next_multiple_of(GROUP)].fill(0);
         for (to, codes) in groups.zip(self.codes[0].as_chunks::<GROUP>().0) {
             *to = codes.map(i8::cast_unsigned);
         }
-        self.key_scales[position * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+        self.key_scales[at * 4..][..4].copy_from_slice(&scale.to_le_bytes());
     }
 
     /// The rows of a whole group meet in each four bytes; a single row has one of them.
-    fn write_int8_values(&mut self, position: usize, rows: usize, stride: usize, v: &[f32]) {
+    fn write_int8_values(&mut self, at: usize, rows: usize, stride: usize, v: &[f32]) {
         let head_dim = self.layout.head_dim;
         for (row, codes) in self.codes.iter_mut().take(rows).enumerate() {
             let scale = quantize(self.kernels, &v[row * stride..][..head_dim], codes);
-            self.value_scales[(position + row) * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+            self.value_scales[(at + row) * 4..][..4].copy_from_slice(&scale.to_le_bytes());
         }
-        let range_bytes = self.layout.value_range_bytes();
-        let range = &mut self.values[position / RANGE * range_bytes..][..range_bytes];
-        for (first, panel) in (0..head_dim).step_by(PANEL).zip(range.chunks_exact_mut(RANGE * PANEL)) {
+        for (first, panel) in (0..head_dim).step_by(PANEL).zip(self.values.chunks_exact_mut(RANGE * PANEL)) {
             let columns = first..head_dim.min(first + PANEL);
-            let groups = panel[position % RANGE / GROUP * GROUP * PANEL..].as_chunks_mut::<GROUP>().0;
+            let groups = panel[at / GROUP * GROUP * PANEL..].as_chunks_mut::<GROUP>().0;
             let [a, b, c, d] = self.codes.each_ref().map(|codes| &codes[columns.clone()]);
             if rows == GROUP {
                 for (((to, a), (b, c)), d) in groups.iter_mut().zip(a).zip(b.iter().zip(c)).zip(d) {
                     *to = [*a, *b, *c, *d].map(i8::cast_unsigned);
                 }
             } else {
-                groups.iter_mut().zip(a).for_each(|(to, code)| to[position % GROUP] = code.cast_unsigned());
+                groups.iter_mut().zip(a).for_each(|(to, code)| to[at % GROUP] = code.cast_unsigned());
             }
         }
     }

@@ -24,18 +24,18 @@ impl Case {
     }
 
     /// The cache with all rows in it; what was never written is NaN.
-    fn cache(&self, cx: &Cx<'_>) -> (Vec<u8>, Vec<u8>) {
-        let (mut key, mut value) = (vec![0xff; self.layout.key_bytes()], vec![0xff; self.layout.value_bytes()]);
-        let mut cache = CacheMut { layout: self.layout, key: &mut key, value: &mut value };
+    fn cache(&self, cx: &Cx<'_>) -> Vec<u8> {
+        let mut bytes = vec![0xff; self.layout.size_bytes()];
+        let mut cache = CacheMut { layout: self.layout, bytes: &mut bytes };
         let split = self.past * self.layout.kv_heads() * self.layout.head_dim();
         append(cx, &mut cache, 0, &self.k[..split], &self.v[..split]).expect("fits");
         append(cx, &mut cache, self.past, &self.k[split..], &self.v[split..]).expect("fits");
-        (key, value)
+        bytes
     }
 
     fn run(&self, cx: &Cx<'_>) -> Vec<f32> {
-        let (key, value) = self.cache(cx);
-        let cache = Cache { layout: self.layout, key: &key, value: &value };
+        let bytes = self.cache(cx);
+        let cache = Cache { layout: self.layout, bytes: &bytes };
         let workers = cx.workers.count();
         let mut scratch = AttentionScratch::new(workers, self.layout, self.params.heads).expect("fits");
         let mut out = vec![0.0; self.q.len()];
@@ -97,6 +97,11 @@ fn cases() -> Vec<Case> {
         for (past, m) in [(0, 1), (0, 5), (15, 1), (16, 3), (255, 2), (300, 1), (530, 18), (0, 70), (0, 0)] {
             cases.push(Case::new(layout(3, 64, 600), params(9, 64), past, m));
         }
+        for between in [64, 4096] {
+            let layout = layout(3, 64, 600);
+            let layout = layout.with_range_stride(layout.range_bytes() + between).expect("it is more");
+            cases.push(Case::new(layout, params(9, 64), 250, 20));
+        }
         for head_dim in [1, 7, 36, 80, 128, 192] {
             cases.push(Case::new(layout(1, head_dim, 100), params(2, head_dim), 33, 4));
         }
@@ -120,14 +125,28 @@ fn prefetch_stays_inside() {
     for format in [CacheFormat::F32, CacheFormat::F16, CacheFormat::Int8] {
         for (kv_heads, head_dim, capacity) in [(1, 1, 1), (3, 64, 300), (2, 30, RANGE), (1, MAX_HEAD_DIM, 17)] {
             let layout = CacheLayout::new(kv_heads, head_dim, capacity, format).expect("sizes are fine");
-            let (key, value) = (vec![0; layout.key_bytes()], vec![0; layout.value_bytes()]);
+            let bytes = vec![0; layout.size_bytes()];
             each_tier(&workers, |cx| {
                 for at in (0..capacity).chain([capacity, usize::MAX]) {
-                    prefetch(cx, &Cache { layout, key: &key, value: &value }, at);
-                    prefetch(cx, &Cache { layout, key: &key[1..], value: &value }, at);
+                    prefetch(cx, &Cache { layout, bytes: &bytes }, at);
+                    prefetch(cx, &Cache { layout, bytes: &bytes[1..] }, at);
                 }
             });
         }
+    }
+}
+
+/// What lies between the ranges of a cache is not written.
+#[test]
+fn ranges_of_other_layers_stay() {
+    let workers = team(2);
+    for case in cases() {
+        let (stride, range) = (case.layout.range_stride(), case.layout.range_bytes());
+        each_tier(&workers, |cx| {
+            for range in case.cache(cx).chunks(stride).map(|chunk| chunk.get(range..).unwrap_or_default()) {
+                assert!(range.iter().all(|byte| *byte == 0xff), "{} {:?}", cx.kernels.name, case.layout);
+            }
+        });
     }
 }
 
@@ -215,8 +234,8 @@ fn results_do_not_depend_on_the_split() {
                 assert_eq!(found, expected, "{} workers {} past {}", kernels.name, workers.count(), case.past);
             }
             let cx = Cx { kernels, workers: &teams[1] };
-            let (key, value) = case.cache(&cx);
-            let cache = Cache { layout: case.layout, key: &key, value: &value };
+            let bytes = case.cache(&cx);
+            let cache = Cache { layout: case.layout, bytes: &bytes };
             let mut scratch = AttentionScratch::new(2, case.layout, case.params.heads).expect("fits");
             let width = case.params.heads * case.layout.head_dim();
             for (row, q) in case.q.chunks(width).enumerate() {
@@ -240,15 +259,15 @@ fn wrong_shapes_are_refused() {
     let workers = team(2);
     let cx = crate::testing::portable(&workers);
     let layout = CacheLayout::new(2, 8, 20, CacheFormat::Int8).expect("sizes are fine");
-    let (mut key, mut value) = (vec![1; layout.key_bytes()], vec![1; layout.value_bytes()]);
-    let mut cache = CacheMut { layout, key: &mut key, value: &mut value };
+    let mut bytes = vec![1; layout.size_bytes()];
+    let mut cache = CacheMut { layout, bytes: &mut bytes };
     let rows = vec![1.0; 3 * 16];
     let error = append(&cx, &mut cache, 18, &rows, &rows).expect_err("one too many");
     assert_eq!(error.to_string(), "positions after this step: found 21, need at most 20");
     assert!(append(&cx, &mut cache, usize::MAX, &rows, &rows).is_err());
     assert!(append(&cx, &mut cache, 0, &rows[1..], &rows).is_err());
     assert!(append(&cx, &mut cache, 0, &rows, &rows[16..]).is_err());
-    assert!(cache.key.iter().chain(&*cache.value).all(|&byte| byte == 1));
+    assert!(cache.bytes.iter().all(|&byte| byte == 1));
     let mut scratch = AttentionScratch::new(2, layout, 4).expect("fits");
     let q = vec![1.0; 3 * 32];
     let good = params(4, 8);
@@ -264,6 +283,11 @@ fn wrong_shapes_are_refused() {
     refused(0, &q, AttentionParams { heads: 6, ..good }, 96);
     refused(0, &q, AttentionParams { window: Some(0), ..good }, 96);
     refused(0, &q, AttentionParams { softcap: Some(0.0), ..good }, 96);
+    let range = layout.range_bytes();
+    for stride in [0, range - 4, range + 2, usize::MAX / 4 * 4] {
+        let refused = CacheLayout::new(2, 8, 600, CacheFormat::Int8).expect("sizes are fine").with_range_stride(stride);
+        assert!(refused.is_err(), "stride {stride}");
+    }
     assert!(CacheLayout::new(2, 1024, 20, CacheFormat::F32).is_err());
     assert!(CacheLayout::new(usize::MAX, 512, usize::MAX, CacheFormat::F32).is_err());
     assert!(CacheLayout::new(0, 8, 20, CacheFormat::F32).is_err());

@@ -113,7 +113,7 @@ fn cache(graph: &Graph) -> (usize, u64) {
         positions = state.shape.max_dims()[1];
         let format = cache_format(state.data_type);
         let layout = format.and_then(|format| CacheLayout::new(attrs.kv_heads, attrs.head_dim, positions, format).ok());
-        bytes += layout.map_or(0, |layout| (layout.key_bytes() + layout.value_bytes()) as u64);
+        bytes += layout.map_or(0, |layout| (layout.ranges() * layout.range_bytes()) as u64);
     }
     (positions, bytes)
 }

@@ -100,10 +100,8 @@ impl Cost {
             Value::I32(values) => values.first().map_or(0, |at| (*at).max(0) as u64),
             Value::F32(_) => 0,
         };
-        let capacity = state.capacity().max(1) as u64;
-        let per_position = state
-            .kernel_cache_mut(&cache.name)
-            .map_or(0, |(cache, _)| (cache.key.len() + cache.value.len()) as u64 / capacity);
+        let layout = state.kernel_cache_mut(&cache.name).map(|(cache, _)| cache.layout);
+        let per_position = layout.map_or(0, |layout| layout.position_bytes() as u64);
         let meetings = rows * past + rows * (rows + 1) / 2;
         let multiply_adds = 2 * meetings * (cache.attrs.heads * cache.attrs.head_dim) as u64;
         Cost { bytes: (past + rows) * per_position, multiply_adds }

@@ -1,6 +1,6 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Branch, Cache, Cx, Gate, GateUp, Grid, Part, Rows, ShapeError, Write, elementwise};
+use htp_sim::{Branch, Cx, Gate, GateUp, Grid, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
     adapter::Adapter,
@@ -316,10 +316,9 @@ impl Run<'_> {
             return Err(ExecuteError::State { tensor: cache.name.clone(), why });
         };
         self.check(htp_sim::append(self.cx, &mut target, past, &memory.floats[k], &memory.floats[v]))?;
-        let view = Cache { layout: target.layout, key: target.key, value: target.value };
         let params = attention_params(&cache.attrs);
         self.with_out(memory, out, cache.attrs.heads * cache.attrs.head_dim, |memory, out| {
-            htp_sim::attention(self.cx, &view, past, &memory.floats[q], &params, scratch, out)
+            htp_sim::attention(self.cx, &target.as_ref(), past, &memory.floats[q], &params, scratch, out)
         })
     }
 
