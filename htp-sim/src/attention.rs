@@ -86,6 +86,9 @@ pub fn attention(
 ) -> Result<(), ShapeError> {
     let m = check(cx, cache, past, q, params, scratch)?;
     expect_len("length of out", out.len(), q.len())?;
+    if m == 0 {
+        return Ok(());
+    }
     let problem = Problem { kernels: cx.kernels, cache: *cache, past, m, q, params: *params };
     let kv_heads = cache.layout.kv_heads();
     let n_items = kv_heads * problem.tiles();
@@ -113,13 +116,15 @@ pub fn attention(
     }
     let partials = Disjoint::new(&mut scratch.partials);
     // A worker goes through neighbouring blocks of the cache, so that what it asks for ahead of time is its own.
-    let n_parts = n_items * ranges;
+    // What lies before every window is no part of them.
+    let first_range = problem.tile(0, 0).ranges().start;
+    let n_parts = n_items * (ranges - first_range);
     let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
     let parts = |chunk: usize, worker: usize| {
         // SAFETY: as above.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
         for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
-            let (range, item) = (part / n_items, part % n_items);
+            let (range, item) = (first_range + part / n_items, part % n_items);
             let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
             if tile.ranges().contains(&range) {
                 problem.load_queries(&tile, scratch);

@@ -5,10 +5,10 @@
 //! - Int8: i8 keys `[position/16][head_dim/4][16][4]`, their f32 scales `[position]`, the values' f32 scales `[position]`, i8 values
 //!   `[head_dim/16][position/4][16][4]`.
 //!
-//! A block lies in the order in which it is read, so that what comes next has been asked for.
-//!
 //! So keys are packed weights with an output for each position, and int8 values packed weights with an input for each position:
 //! the products of both are those of a linear layer. `head_dim` is padded to 4 in int8 keys and to 16 in int8 values.
+//!
+//! A block lies in this order, which is that of reading: what comes next has been asked for.
 //!
 //! Ranges are [`CacheLayout::range_stride`] bytes apart. Layers whose ranges take turns in one memory touch it from its start as
 //! positions are written, so that large pages cost little more than small ones.
@@ -20,7 +20,7 @@ use crate::Cx;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::kernels::{Kernels, QuantizedRowMut, RowValues};
 use crate::packed::PANEL;
-use crate::scratch::Disjoint;
+use crate::scratch::{Disjoint, LINE_BYTES};
 
 /// How the cache's elements are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -66,7 +66,7 @@ impl CacheLayout {
         }
         expect_at_most("values of a head", head_dim, MAX_HEAD_DIM)?;
         let positions = capacity.saturating_add(RANGE);
-        size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(PANEL) + 4, 4])?;
+        size("bytes of a cache", &[kv_heads, positions, head_dim.next_multiple_of(PANEL) + 4, 8])?;
         let layout = Self { kv_heads, head_dim, capacity, format, range_stride: 0 };
         Ok(Self { range_stride: layout.range_bytes(), ..layout })
     }
@@ -74,14 +74,14 @@ impl CacheLayout {
     /// The same with ranges `stride` bytes apart.
     ///
     /// # Errors
-    /// [`ShapeError`] if that is less than a range has, not a multiple of 4, or the bytes would not fit in memory.
+    /// [`ShapeError`] if that is less than a range has, no multiple of a cache line, or the bytes would not fit in memory.
     pub fn with_range_stride(self, stride: usize) -> Result<Self, ShapeError> {
-        if stride < self.range_bytes() || !stride.is_multiple_of(4) {
-            return Err(ShapeError::new(
-                "bytes between ranges of a cache",
-                stride,
-                Needed::AtLeast(self.range_bytes()),
-            ));
+        let refused = |needed| Err(ShapeError::new("bytes between ranges of a cache", stride, needed));
+        if stride < self.range_bytes() {
+            return refused(Needed::AtLeast(self.range_bytes()));
+        }
+        if !stride.is_multiple_of(LINE_BYTES) {
+            return refused(Needed::MultipleOf(LINE_BYTES));
         }
         size("bytes of a cache", &[stride, self.ranges()])?;
         Ok(Self { range_stride: stride, ..self })

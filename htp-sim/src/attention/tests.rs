@@ -284,7 +284,7 @@ fn wrong_shapes_are_refused() {
     refused(0, &q, AttentionParams { window: Some(0), ..good }, 96);
     refused(0, &q, AttentionParams { softcap: Some(0.0), ..good }, 96);
     let range = layout.range_bytes();
-    for stride in [0, range - 4, range + 2, usize::MAX / 4 * 4] {
+    for stride in [0, range - 64, range + 4, usize::MAX / 64 * 64] {
         let refused = CacheLayout::new(2, 8, 600, CacheFormat::Int8).expect("sizes are fine").with_range_stride(stride);
         assert!(refused.is_err(), "stride {stride}");
     }

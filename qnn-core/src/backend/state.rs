@@ -1,6 +1,6 @@
 //! State of a client of a context: the KV caches, written in place by every execute.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
 
@@ -8,7 +8,7 @@ use crate::{graph::Graph, map::Zeroed, op::OpKind, types::DataType};
 
 use super::PrepareError;
 
-/// The KV caches of one dialog, shared by all graphs it runs (prompt and token graph, every split).
+/// The KV caches of one dialog in one context, shared by all graphs that it runs there (prompt and token graph).
 ///
 /// In the kernels' form all layers share one memory, in which their ranges of 256 positions take turns:
 ///
@@ -17,8 +17,8 @@ use super::PrepareError;
 /// layer 0 | layer 1 | … | layer n - 1  layer 0 | layer 1 | …
 /// ```
 ///
-/// It is asked for as zeroes and touched only where rows are written, so a long context costs what it holds; and it is on large
-/// pages where the system has them, which fill up one after the other. (On small ones attention over 1900 positions took a tenth
+/// It is asked for as zeroes and touched only where rows are written, so a long context costs what it holds, in steps of 256
+/// positions; and it is on large pages where the system has them, which fill up one after the other. (On small ones attention over 1900 positions took a tenth
 /// longer on Zen 4. With all of a layer in one piece it would take another tenth less, and a page for each layer from the first
 /// token on.)
 #[derive(Debug)]
@@ -72,7 +72,8 @@ impl State {
     /// Makes caches of `capacity` positions for every attention of `graphs`.
     pub(crate) fn new(graphs: &[&Graph], capacity: usize, form: CacheForm) -> Result<State, PrepareError> {
         let layers = layers(graphs, capacity)?;
-        let stride = layers.iter().map(|layer| layer.layout.range_bytes()).sum();
+        // Where that is more than there can be, `with_range_stride` says so.
+        let stride = layers.iter().fold(0, |sum: usize, layer| sum.saturating_add(layer.layout.range_bytes()));
         let ranges = layers.first().map_or(0, |layer| layer.layout.ranges());
         let (mut caches, mut scratch, mut at) = (HashMap::new(), Vec::new(), 0);
         for Layer { key, layout, heads } in layers {
@@ -131,12 +132,12 @@ struct Layer {
 
 /// The layers of all graphs, each once.
 fn layers(graphs: &[&Graph], capacity: usize) -> Result<Vec<Layer>, PrepareError> {
-    let mut layers: Vec<Layer> = Vec::new();
+    let (mut layers, mut seen) = (Vec::new(), HashSet::new());
     let nodes = graphs.iter().flat_map(|graph| graph.nodes().iter().map(move |node| (graph, node)));
     for (graph, node) in nodes {
         let OpKind::Attention(attrs) = node.op else { continue };
         let [key, value] = [3, 4].map(|input| graph.tensor(node.inputs[input]));
-        if layers.iter().any(|layer| layer.key == key.name) {
+        if !seen.insert(&key.name) {
             continue;
         }
         let refuse = |why: String| PrepareError::Tensor { tensor: key.name.clone(), why };

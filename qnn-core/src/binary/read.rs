@@ -167,7 +167,7 @@ impl Binary {
         Ok(result)
     }
 
-    /// Checks sections in parallel, pieces of large ones too, and reports the first damaged one in the file. Calls `meanwhile`.
+    /// Checks sections in parallel, pieces of large ones too, and reports the first damaged one of them. Calls `meanwhile`.
     fn verify_checksums<R>(&self, sections: Vec<&Section>, meanwhile: impl FnOnce() -> R) -> Result<R, BinaryFault> {
         let pieces: Vec<(usize, u64, u64)> = sections
             .iter()
@@ -185,12 +185,11 @@ impl Binary {
             hashes.lock().unwrap_or_else(PoisonError::into_inner)[piece] = Some(hasher);
         };
         let bytes = pieces.iter().map(|(_, at, end)| end - at).sum();
-        let result = for_each_on_all_cores(pieces.len(), bytes, hash_piece, meanwhile);
-
+        let result = on_all_cores(pieces.len(), bytes, hash_piece, meanwhile);
         let mut whole = vec![crc32fast::Hasher::new(); sections.len()];
         let hashes = hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
         for ((i, ..), hash) in pieces.iter().zip(&hashes) {
-            whole[*i].combine(hash.as_ref().expect("`for_each_on_all_cores` ran every piece"));
+            whole[*i].combine(hash.as_ref().expect("`on_all_cores` ran every piece"));
         }
         for (section, hasher) in sections.iter().zip(whole) {
             check_crc(|| format!("section {}", section.label()), hasher.finalize(), section.crc32, section.at_bytes)?;
@@ -319,23 +318,23 @@ fn sort_by_name(header: &Header, sections: &[Section]) -> Result<Vec<u32>, Binar
 
 /// Calls `f` for each item, on threads of their own and, after `meanwhile`, on this one. Fewer threads than there could be only
 /// take longer.
-fn for_each_on_all_cores<R>(n_items: usize, bytes: u64, f: impl Fn(usize) + Sync, meanwhile: impl FnOnce() -> R) -> R {
+fn on_all_cores<R>(n_items: usize, bytes: u64, f: impl Fn(usize) + Sync, meanwhile: impl FnOnce() -> R) -> R {
     // A thread costs some 50 µs to start: not worth it for a few megabytes.
     let n_threads = match bytes {
         0..MIN_BYTES_FOR_THREADS => 0,
-        _ => thread::available_parallelism().map_or(0, |cores| cores.get() - 1),
+        _ => thread::available_parallelism()
+            .map_or(0, |cores| (cores.get() - 1).min((bytes / MIN_BYTES_FOR_THREADS) as usize)),
     };
     let next = AtomicUsize::new(0);
-    let take = || {
-        while let item = next.fetch_add(1, Ordering::Relaxed)
-            && item < n_items
-        {
-            f(item);
+    let take = || loop {
+        match next.fetch_add(1, Ordering::Relaxed) {
+            item if item < n_items => f(item),
+            _ => break,
         }
     };
     thread::scope(|scope| {
         for _ in 0..n_threads {
-            if thread::Builder::new().spawn_scoped(scope, take).is_err() {
+            if thread::Builder::new().name("checksums".to_owned()).spawn_scoped(scope, take).is_err() {
                 break;
             }
         }

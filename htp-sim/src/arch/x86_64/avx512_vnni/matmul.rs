@@ -1,6 +1,6 @@
 //! Matrix products of one tile. A register holds the 16 outputs of a panel; up to eight rows of x share each load of
 //! weights, and `vpdpbusd` takes x straight from memory as a broadcast of four inputs. Where there are more rows and scales allow
-//! it, `many_rows` does better.
+//! it, `many_rows` and `block_rows` do better.
 //!
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
@@ -96,9 +96,6 @@ fn integer_rows<const BITS: usize, const SCALES: u8, const PLANES: usize>(tile: 
         while row < tile.rows {
             let at = Place { panel, row };
             row += match tile.rows - row {
-                8.. if BITS == 4 && SCALES == BLOCKS && block_rows::fits(tile) => {
-                    blocks_of_rows::<PLANES>(tile, at, out)
-                }
                 8.. => panel_rows::<BITS, SCALES, PLANES, 8>(tile, at, out),
                 4.. => panel_rows::<BITS, SCALES, PLANES, 4>(tile, at, out),
                 3 => panel_rows::<BITS, SCALES, PLANES, 3>(tile, at, out),
@@ -133,20 +130,6 @@ fn panel_rows<const BITS: usize, const SCALES: u8, const PLANES: usize, const RO
         store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
     }
     ROWS
-}
-
-/// One panel by as many rows as [`block_rows`] takes.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn blocks_of_rows<const PLANES: usize>(tile: &IntegerTile<'_>, at: Place, out: &mut [f32]) -> usize {
-    let values = match tile.offset {
-        BlockOffset::Integer => block_rows::floats::<INTEGER, PLANES>(tile, at),
-        BlockOffset::Min => block_rows::floats::<MIN, PLANES>(tile, at),
-        _ => block_rows::floats::<SYMMETRIC, PLANES>(tile, at),
-    };
-    for (i, values) in values.into_iter().enumerate() {
-        store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL..], values);
-    }
-    block_rows::ROWS
 }
 
 /// The finished floats of one panel and `ROWS` rows, per-channel weights.
@@ -272,6 +255,9 @@ fn offset_floats<const BITS: usize, const OFFSET: u8, const PLANES: usize, const
     tile: &IntegerTile<'_>,
     at: Place,
 ) -> [__m512; ROWS] {
+    if BITS == 4 && ROWS == 8 && block_rows::fits(tile) {
+        return block_rows::floats::<OFFSET, PLANES, ROWS>(tile, at);
+    }
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
     let block_bytes = code_bytes::<BITS>(tile.block);

@@ -10,14 +10,17 @@ use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
 use crate::kernels::IntegerTile;
 use crate::packed::PANEL;
 
-/// Whether [`floats`] can compute eight rows of the tile, if its weights have 4 bits and scales for blocks.
+/// Whether [`floats`] can compute rows of the tile, if its weights have 4 bits and scales for blocks.
 pub(super) fn fits(tile: &IntegerTile<'_>) -> bool {
     tile.block == BLOCK
 }
 
-/// The finished floats of one panel and [`ROWS`] rows: `offset_floats` of the module above, bit for bit.
+/// `offset_floats` of the module above, bit for bit. Eight rows give the chains of sums that registers have room for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn floats<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, at: Place) -> [__m512; ROWS] {
+pub(super) fn floats<const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+) -> [__m512; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / BLOCK;
     let first = at.panel * blocks * PANEL;
@@ -72,9 +75,6 @@ pub(super) fn floats<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'
     }
     acc
 }
-
-/// Rows of x that [`floats`] takes.
-pub(super) const ROWS: usize = 8;
 
 /// Inputs of a block.
 const BLOCK: usize = 32;

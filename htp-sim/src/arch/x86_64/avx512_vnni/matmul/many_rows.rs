@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Place, Planes, channel_finish, load_bytes, load_i8, store};
+use crate::arch::x86_64::prefetch;
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
 use crate::packed::PANEL;
 
@@ -35,7 +36,8 @@ fn pieces<const CODES: u8, const PLANES: usize>(tile: &IntegerTile<'_>, out: &mu
             for (to, panel) in unpacked.0.iter_mut().zip(panels.clone()) {
                 unpack::<CODES>(tile, panel, inputs.start, &mut to[..inputs.len() / 4]);
             }
-            let mut piece = Piece { tile, panel, inputs, codes: &unpacked, zero: zero::<CODES>(), sums: &mut sums };
+            let (zero, bits) = (zero::<CODES>(), bits::<CODES>());
+            let mut piece = Piece { tile, panel, inputs, codes: &unpacked, zero, bits, sums: &mut sums };
             match panels.len() {
                 1 => piece.rows::<PLANES, 1>(out),
                 _ => piece.rows::<PLANES, 2>(out),
@@ -54,6 +56,8 @@ struct Piece<'a, 't> {
     codes: &'a Unpacked,
     /// What they have too much.
     zero: i32,
+    /// How they are stored.
+    bits: usize,
     /// What the pieces before left, if there are any.
     sums: &'a mut Sums,
 }
@@ -65,14 +69,15 @@ impl Piece<'_, '_> {
     fn rows<const PLANES: usize, const W: usize>(&mut self, out: &mut [f32]) {
         let (n, mut row) = (self.tile.rows, 0);
         while row < n {
-            self.ask_for_next(row..(row + if PLANES == 1 { 12 } else { 6 }).min(n));
+            let first = row;
             // As many sums as registers hold beside what they are made of.
             row += match n - row {
                 12.. if PLANES == 1 => self.group::<PLANES, W, 12>(row, out),
                 6.. => self.group::<PLANES, W, 6>(row, out),
                 2.. => self.group::<PLANES, W, 2>(row, out),
                 _ => self.group::<PLANES, W, 1>(row, out),
-            }
+            };
+            self.ask_for_next(first..row);
         }
     }
 
@@ -80,16 +85,16 @@ impl Piece<'_, '_> {
     #[inline]
     fn ask_for_next(&self, rows: Range<usize>) {
         let tile = self.tile;
-        let len = self.inputs.len() * tile.panel_bytes / tile.k;
-        for panel in self.panel..self.panel + PANELS {
-            let (panel, from) = match self.inputs.end < tile.k {
-                true => (panel, self.inputs.end * tile.panel_bytes / tile.k),
-                false => (panel + PANELS, 0),
-            };
-            let bytes = tile.codes.get(panel * tile.panel_bytes + from..).unwrap_or_default();
-            let bytes = &bytes[..len.min(bytes.len())];
+        let bytes_of = |inputs: usize| inputs * self.bits / 8 * PANEL;
+        let (first, from) = match self.inputs.end < tile.k {
+            true => (self.panel, self.inputs.end),
+            false => (self.panel + PANELS, 0),
+        };
+        for panel in first..first + PANELS {
+            let bytes = tile.codes.get(panel * tile.panel_bytes + bytes_of(from)..).unwrap_or_default();
+            let bytes = &bytes[..bytes_of(PIECE.min(tile.k - from)).min(bytes.len())];
             let at = |row: usize| bytes.len() * row / tile.rows;
-            crate::arch::x86_64::prefetch(&bytes[at(rows.start)..at(rows.end)]);
+            prefetch(&bytes[at(rows.start)..at(rows.end)]);
         }
     }
 
@@ -168,6 +173,11 @@ impl Piece<'_, '_> {
 /// What unsigned codes have too much.
 const fn zero<const CODES: u8>() -> i32 {
     if CODES == FOUR_BIT { 8 } else { 128 }
+}
+
+/// Bits of a stored code.
+const fn bits<const CODES: u8>() -> usize {
+    if CODES == EIGHT_BIT { 8 } else { 4 }
 }
 
 /// Writes the codes of inputs `from..` of a panel as unsigned bytes, steps included: as many groups of four inputs as `to` has
