@@ -94,34 +94,42 @@ pub fn attention(
     let n_items = kv_heads * problem.tiles();
     let (ranges, slot) = ((past + m).div_ceil(RANGE), cache.layout.value_head_dim() + 2);
     let few = n_items < TILES_PER_WORKER * cx.workers.count();
-    let split = few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len();
-
-    let (workers, out) = (Disjoint::new(&mut scratch.workers), Disjoint::new(out));
-    if !split {
-        let tiles = |item: usize, worker: usize| {
-            // SAFETY: a worker runs one item at a time, and its scratch is its own.
-            let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-            // Tile by tile, as linear layers share out their rows.
-            let tile = problem.tile(item % kv_heads, item / kv_heads);
-            problem.load_queries(&tile, scratch);
-            scratch.reset(&tile);
-            for range in tile.ranges() {
-                problem.compute_range(&tile, range, scratch);
-                scratch.merge_part(cx.kernels, &tile);
-            }
-            problem.store(&tile, scratch, &out);
-        };
-        cx.workers.for_each_then(n_items, tiles, cx.kernels.leave);
+    let out = Disjoint::new(out);
+    if few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len() {
+        share_out_ranges(cx, &problem, scratch, &out);
         return Ok(());
     }
-    let partials = Disjoint::new(&mut scratch.partials);
-    // A worker goes through neighbouring blocks of the cache, so that what it asks for ahead of time is its own.
+    let workers = Disjoint::new(&mut scratch.workers);
+    let tiles = |item: usize, worker: usize| {
+        // SAFETY: a worker runs one item at a time, and its scratch is its own.
+        let scratch = unsafe { &mut workers.range(worker, 1)[0] };
+        // Tile by tile, as linear layers share out their rows.
+        let tile = problem.tile(item % kv_heads, item / kv_heads);
+        problem.load_queries(&tile, scratch);
+        scratch.reset(&tile);
+        for range in tile.ranges() {
+            problem.compute_range(&tile, range, scratch);
+            scratch.merge_part(cx.kernels, &tile);
+        }
+        problem.store(&tile, scratch, &out);
+    };
+    cx.workers.for_each_then(n_items, tiles, cx.kernels.leave);
+    Ok(())
+}
+
+/// Attention with the ranges of each tile on several workers, which are merged in a second region. `partials` has room for them.
+fn share_out_ranges(cx: &Cx<'_>, problem: &Problem<'_>, scratch: &mut AttentionScratch, out: &Disjoint<'_, f32>) {
+    let layout = &problem.cache.layout;
+    let n_items = layout.kv_heads() * problem.tiles();
+    let (ranges, slot) = ((problem.past + problem.m).div_ceil(RANGE), layout.value_head_dim() + 2);
+    let (workers, partials) = (Disjoint::new(&mut scratch.workers), Disjoint::new(&mut scratch.partials));
     // What lies before every window is no part of them.
     let first_range = problem.tile(0, 0).ranges().start;
     let n_parts = n_items * (ranges - first_range);
+    // A worker goes through neighbouring blocks of the cache, so that what it asks for ahead of time is its own.
     let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
     let parts = |chunk: usize, worker: usize| {
-        // SAFETY: as above.
+        // SAFETY: a worker runs one item at a time, and its scratch is its own.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
         for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
             let (range, item) = (first_range + part / n_items, part % n_items);
@@ -147,9 +155,8 @@ pub fn attention(
             scratch.load_part(&tile, slots);
             scratch.merge_part(cx.kernels, &tile);
         }
-        problem.store(&tile, scratch, &out);
+        problem.store(&tile, scratch, out);
     });
-    Ok(())
 }
 
 /// Checks everything but the output; returns the number of query rows.
