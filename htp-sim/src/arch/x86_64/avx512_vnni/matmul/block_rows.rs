@@ -15,7 +15,9 @@ pub(super) fn fits(tile: &IntegerTile<'_>) -> bool {
     tile.block == BLOCK
 }
 
-/// `offset_floats` of the module above, bit for bit. Eight rows give the chains of sums that registers have room for.
+/// `offset_floats` of the module above, bit for bit; with its sums as a part of that one the gain was gone.
+///
+/// Eight rows give the chains of sums that registers have room for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn floats<const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
