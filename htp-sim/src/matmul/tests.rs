@@ -208,37 +208,50 @@ fn tight_layouts_give_the_same_bits() {
     }
 }
 
-/// The largest codes everywhere, in both signs, do not overflow or saturate on any tier.
+/// The largest codes everywhere, in both signs, do not overflow or saturate on any tier, in one row or several.
 #[test]
 fn extreme_codes_do_not_saturate() {
     let workers = team(1);
-    let k = 512;
-    for format in integer_formats(k) {
-        let layout = PackedLayout::new(16, k, format).expect("sizes are fine");
-        for code in [*format.codes().start(), *format.codes().end()] {
-            let scales = vec![1.0; 16 * layout.blocks()];
-            let integers = vec![if code == 0 { -128 } else { 127 }; scales.len()];
-            let steps = vec![crate::packed::MAX_STEP; 16 * layout.steps()];
-            let offsets = match format.block_offset() {
-                BlockOffset::Integer => crate::Offsets::Integer(&integers),
-                BlockOffset::Min => crate::Offsets::Min(&scales),
-                BlockOffset::Symmetric if layout.steps() > 0 => crate::Offsets::Steps(&steps),
-                BlockOffset::Symmetric => crate::Offsets::None,
-            };
-            let blob = crate::pack_quantized(&layout, &vec![code; 16 * k], &scales, offsets).expect("lengths match");
+    for (m, k) in [(1, 512), (13, 512), (13, 1536)] {
+        for (format, code) in
+            integer_formats(k).into_iter().flat_map(|f| [(f, *f.codes().start()), (f, *f.codes().end())])
+        {
+            let layout = PackedLayout::new(16, k, format).expect("sizes are fine");
+            let blob = extreme_weights(&layout, code);
             let w = layout.view(&blob).expect("length matches");
-            for (sign, act) in [(1.0, BITS[0]), (-1.0, BITS[0]), (1.0, BITS[1]), (-1.0, BITS[1])] {
-                // The scale comes out as exactly 1, so codes are the values.
-                let x = vec![sign * act.limit() as f32; k];
-                let rows = quantized(&portable(&workers), &x, &layout, act);
-                let expected = oracle(|_, _| f64::from(sign) * f64::from(act.limit()), 1, w);
-                each_tier(&workers, |cx| {
-                    let found = product(cx, Rows::Quantized(&rows), w);
-                    assert_near(&found, &expected, 1e-6, &format!("{} {format:?} {act:?}", cx.kernels.name));
-                });
+            // Dynamic scales, and the widest grid that has its zero at code 0.
+            let widest = crate::Grid::new(1.0, -32896, 32639);
+            for (grid, x) in [(None, 1.0), (None, -1.0), (widest, 32639.0), (widest, -32896.0)] {
+                for act in if grid.is_some() { &BITS[1..] } else { &BITS[..] } {
+                    // The scale comes out as exactly 1, so codes are the values.
+                    let x = if grid.is_some() { x } else { x * act.limit() as f32 };
+                    let mut rows = quantized(&portable(&workers), &vec![x; m * k], &layout, *act);
+                    rows.set_grid(grid).expect("the grid fits");
+                    quantize_rows(&portable(&workers), &vec![x; m * k], &mut rows).expect("lengths match");
+                    let expected = oracle(|_, _| f64::from(x), m, w);
+                    each_tier(&workers, |cx| {
+                        let found = product(cx, Rows::Quantized(&rows), w);
+                        assert_near(&found, &expected, 1e-5, &format!("{} {format:?} {act:?} {x}", cx.kernels.name));
+                    });
+                }
             }
         }
     }
+}
+
+/// Weights that are all one code, with the largest steps or offsets.
+fn extreme_weights(layout: &PackedLayout, code: i8) -> Vec<u8> {
+    let (n, format) = (layout.n(), layout.format());
+    let scales = vec![1.0; n * layout.blocks()];
+    let integers = vec![if code == 0 { -128 } else { 127 }; scales.len()];
+    let steps = vec![crate::packed::MAX_STEP; n * layout.steps()];
+    let offsets = match format.block_offset() {
+        BlockOffset::Integer => crate::Offsets::Integer(&integers),
+        BlockOffset::Min => crate::Offsets::Min(&scales),
+        BlockOffset::Symmetric if layout.steps() > 0 => crate::Offsets::Steps(&steps),
+        BlockOffset::Symmetric => crate::Offsets::None,
+    };
+    crate::pack_quantized(layout, &vec![code; n * layout.k()], &scales, offsets).expect("lengths match")
 }
 
 /// Float rows by any weights stay within the stated bound of the f64 product, on every tier.

@@ -11,6 +11,7 @@ use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 
 mod float;
+mod pairs;
 
 pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
@@ -62,6 +63,12 @@ pub(crate) trait Dot {
         k: usize,
         start: [[__m256i; PLANES]; ROWS],
     ) -> [[__m256i; PLANES]; ROWS];
+
+    /// Adds to each sum the products of two 16-bit integers by two others.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of the tier.
+    unsafe fn pairs(sums: __m256i, a: __m256i, b: __m256i) -> __m256i;
 }
 
 /// Plain AVX2.
@@ -84,6 +91,12 @@ impl Dot for Maddubs {
             }
         }
     }
+
+    #[inline(always)]
+    unsafe fn pairs(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)) }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -98,6 +111,9 @@ pub(crate) fn per_channel<D: Dot, const BITS: usize>(tile: &IntegerTile<'_>, out
 /// Cuts the rows of a tile into groups that the kernels were compiled for.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn integer<D: Dot, const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if pairs::product::<D, BITS, SCALES>(tile, out) {
+        return;
+    }
     for panel in 0..tile.panels {
         let mut row = 0;
         while row < tile.rows {
@@ -214,7 +230,7 @@ fn step_rows<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at:
             let mut low_codes = [_mm256_setzero_si256(); 2];
             for codes in codes {
                 let [first, second] = codes.as_chunks().0 else { unreachable!("64 bytes are two halves") };
-                let halves = [signed_codes(first), signed_codes(second)];
+                let halves = [signed_codes(load_bytes(first)), signed_codes(load_bytes(second))];
                 for (low, codes) in low_codes.iter_mut().zip(halves) {
                     let pairs = _mm256_add_epi8(codes[0], codes[1]);
                     *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs));
@@ -263,8 +279,8 @@ fn load_steps(from: &[u8]) -> __m256i {
 /// 4-bit codes with their zero taken off: those of the low nibbles, then of the high ones.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn signed_codes(from: &[u8; 32]) -> [__m256i; 2] {
-    let (codes, low_mask, zero) = (load_bytes(from), _mm256_set1_epi8(15), _mm256_set1_epi8(8));
+fn signed_codes(codes: __m256i) -> [__m256i; 2] {
+    let (low_mask, zero) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8));
     let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
     [_mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero), _mm256_sub_epi8(high, zero)]
 }
@@ -563,4 +579,4 @@ pub(crate) const LANES: usize = 8;
 const CHANNELS: u8 = 0;
 const NARROW_CHANNELS: u8 = 1;
 pub(crate) const BLOCKS: u8 = 2;
-const STEPS: u8 = 3;
+pub(crate) const STEPS: u8 = 3;

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use super::insn::Encoding;
 use crate::arch::x86_64::ask_ahead;
 use crate::arch::x86_64::avx2::matmul::{
-    BLOCKS, Codes, Dot, LANES, Planes, integer, join, load_half, per_channel, upper_bits,
+    BLOCKS, Codes, Dot, LANES, Planes, STEPS, integer, join, load_half, per_channel, upper_bits,
 };
 use crate::kernels::IntegerTile;
 
@@ -41,6 +41,11 @@ pub(crate) fn q_w4b<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     integer::<Vnni<E>, 4, BLOCKS>(tile, out);
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn q_w4e<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    integer::<Vnni<E>, 4, STEPS>(tile, out);
+}
+
 struct Vnni<E>(PhantomData<E>);
 
 impl<E: Encoding> Dot for Vnni<E> {
@@ -59,6 +64,12 @@ impl<E: Encoding> Dot for Vnni<E> {
                 _ => dots::<E, BITS, NARROW, PLANES, ROWS>(codes, planes, k, start),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe { E::dpwssd(sums, a, b) }
     }
 }
 

@@ -22,6 +22,7 @@ const fn table<E: Encoding>(name: &'static str) -> Kernels {
         matmul_q_w6b: matmul::q_w6b::<E>,
         matmul_q_w5b: matmul::q_w5b::<E>,
         matmul_q_w4b: matmul::q_w4b::<E>,
+        matmul_q_w4e: matmul::q_w4e::<E>,
         ..avx2::KERNELS
     }
 }
