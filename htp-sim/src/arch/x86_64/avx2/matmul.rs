@@ -1,4 +1,4 @@
-//! Matrix products of one tile, half a panel (8 outputs) at a time.
+//! Matrix products of one tile, half a panel (8 outputs) to a register.
 //!
 //! `vpmaddubsw` adds two products in 16 bits and saturates, so the codes are cut to 4 bits: `15 · 128 · 2 = 3840`, and
 //! eight such sums still fit. 8-bit codes plus 128 are `16 · high + low`, each 4 bits. What the 128 adds, `128 · Σx`, is
@@ -12,6 +12,7 @@ use crate::packed::{BlockOffset, PANEL};
 
 mod float;
 mod pairs;
+mod steps;
 
 pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
@@ -57,12 +58,12 @@ pub(crate) trait Dot {
     ///
     /// # Safety
     /// Each plane of each row has the inputs from `k` on that `codes` holds, and the CPU has the instructions of the tier.
-    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<const BITS: usize, const NARROW: bool, const HALVES: usize, const PLANES: usize, const ROWS: usize>(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
-        start: [[__m256i; PLANES]; ROWS],
-    ) -> [[__m256i; PLANES]; ROWS];
+        start: Sums<HALVES, PLANES, ROWS>,
+    ) -> Sums<HALVES, PLANES, ROWS>;
 
     /// Adds to each sum the products of two 16-bit integers by two others.
     ///
@@ -71,23 +72,32 @@ pub(crate) trait Dot {
     unsafe fn pairs(sums: __m256i, a: __m256i, b: __m256i) -> __m256i;
 }
 
+/// Sums of some halves of a panel, planes and rows.
+pub(crate) type Sums<const HALVES: usize, const PLANES: usize, const ROWS: usize> = [[[__m256i; HALVES]; PLANES]; ROWS];
+
 /// Plain AVX2.
 struct Maddubs;
 
 impl Dot for Maddubs {
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<
+        const BITS: usize,
+        const NARROW: bool,
+        const HALVES: usize,
+        const PLANES: usize,
+        const ROWS: usize,
+    >(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
-        start: [[__m256i; PLANES]; ROWS],
-    ) -> [[__m256i; PLANES]; ROWS] {
+        start: Sums<HALVES, PLANES, ROWS>,
+    ) -> Sums<HALVES, PLANES, ROWS> {
         // SAFETY: the caller's promise.
         unsafe {
             match BITS {
-                6 => split_dots::<2, PLANES, ROWS>(codes, planes, k, start),
-                5 => split_dots::<1, PLANES, ROWS>(codes, planes, k, start),
-                _ => dots::<BITS, NARROW, PLANES, ROWS>(codes, planes, k, start),
+                6 => split_dots::<2, HALVES, PLANES, ROWS>(codes, planes, k, start),
+                5 => split_dots::<1, HALVES, PLANES, ROWS>(codes, planes, k, start),
+                _ => dots::<BITS, NARROW, HALVES, PLANES, ROWS>(codes, planes, k, start),
             }
         }
     }
@@ -113,6 +123,9 @@ pub(crate) fn per_channel<D: Dot, const BITS: usize>(tile: &IntegerTile<'_>, out
 pub(crate) fn integer<D: Dot, const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if pairs::product::<D, BITS, SCALES>(tile, out) {
         return;
+    }
+    if SCALES == STEPS {
+        return steps::product(tile, out);
     }
     for panel in 0..tile.panels {
         let mut row = 0;
@@ -143,171 +156,129 @@ fn panel_rows<D: Dot, const BITS: usize, const SCALES: u8, const PLANES: usize, 
     at: Place,
     out: &mut [f32],
 ) -> usize {
-    if SCALES == STEPS {
-        step_rows::<PLANES, ROWS>(tile, at, out);
-        return ROWS;
-    }
-    let halves = if SCALES == NARROW_CHANNELS { tile.width.div_ceil(LANES) } else { 2 };
-    for half in 0..halves {
-        let values = match SCALES {
-            BLOCKS => block_floats::<D, BITS, PLANES, ROWS>(tile, at, half),
-            CHANNELS => channel_floats::<D, BITS, false, PLANES, ROWS>(tile, at, half),
-            _ => channel_floats::<D, BITS, true, PLANES, ROWS>(tile, at, half),
-        };
-        for (i, values) in values.into_iter().enumerate() {
-            store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
+    // One row leaves room for the sums of both halves, which then share the loads of x.
+    if ROWS == 1 && tile.width > LANES {
+        panel_halves::<D, BITS, SCALES, 2, PLANES, ROWS>(tile, at, 0, out);
+    } else {
+        for half in 0..tile.width.div_ceil(LANES) {
+            panel_halves::<D, BITS, SCALES, 1, PLANES, ROWS>(tile, at, half, out);
         }
     }
     ROWS
 }
 
-/// The finished floats of half a panel and `ROWS` rows, per-channel weights.
+/// As [`panel_rows`], some halves of the panel from `half` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channel_floats<D: Dot, const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+fn panel_halves<
+    D: Dot,
+    const BITS: usize,
+    const SCALES: u8,
+    const HALVES: usize,
+    const PLANES: usize,
+    const ROWS: usize,
+>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
-) -> [__m256; ROWS] {
+    out: &mut [f32],
+) {
+    let values = match SCALES {
+        BLOCKS => block_floats::<D, BITS, HALVES, PLANES, ROWS>(tile, at, half),
+        CHANNELS => channel_floats::<D, BITS, false, HALVES, PLANES, ROWS>(tile, at, half),
+        _ => channel_floats::<D, BITS, true, HALVES, PLANES, ROWS>(tile, at, half),
+    };
+    for (i, values) in values.into_iter().enumerate() {
+        for (half, values) in (half..).zip(values) {
+            store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
+        }
+    }
+}
+
+/// The finished floats of some halves of a panel and `ROWS` rows, per-channel weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn channel_floats<
+    D: Dot,
+    const BITS: usize,
+    const NARROW: bool,
+    const HALVES: usize,
+    const PLANES: usize,
+    const ROWS: usize,
+>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+) -> [[__m256; HALVES]; ROWS] {
     let zero = 1 << (BITS - 1);
     let planes = Planes::<PLANES>::new(tile, at.row);
     let width = if NARROW { tile.width } else { PANEL };
     let codes = &tile.codes[at.panel * tile.panel_bytes..][..code_bytes::<BITS>(tile.k) / PANEL * width];
     let codes = Codes { bytes: codes, row_bytes: width * 4, half };
-    let mut start = [[_mm256_setzero_si256(); PLANES]; ROWS];
+    let mut start = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
     for (row, start) in start.iter_mut().enumerate() {
         for (plane, start) in start.iter_mut().enumerate() {
-            *start = _mm256_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero));
+            *start = [_mm256_set1_epi32(tile.plane_sums[at.row + row][plane].wrapping_mul(-zero)); HALVES];
         }
     }
     // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); the table's `D` is one that the CPU has.
-    let dots = unsafe { D::dots::<BITS, NARROW, PLANES, ROWS>(codes, &planes, 0, start) };
+    let dots = unsafe { D::dots::<BITS, NARROW, HALVES, PLANES, ROWS>(codes, &planes, 0, start) };
     channel_finish(tile, at, half, dots)
 }
 
 /// The floats of the planes' integers, with a scale per output.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channel_finish<const PLANES: usize, const ROWS: usize>(
+fn channel_finish<const HALVES: usize, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
-    dots: [[__m256i; PLANES]; ROWS],
-) -> [__m256; ROWS] {
-    let scales = load_f32(&tile.scales[(at.panel * PANEL + half * LANES) * 4..]);
-    let mut values = [_mm256_setzero_ps(); ROWS];
-    for (row, value) in values.iter_mut().enumerate() {
-        let scale = _mm256_mul_ps(scales, _mm256_set1_ps(tile.x_scales[at.row + row]));
-        let mut dot = _mm256_cvtepi32_ps(dots[row][0]);
-        if PLANES == 2 {
-            dot = _mm256_add_ps(_mm256_mul_ps(dot, _mm256_set1_ps(256.0)), _mm256_cvtepi32_ps(dots[row][PLANES - 1]));
+    dots: Sums<HALVES, PLANES, ROWS>,
+) -> [[__m256; HALVES]; ROWS] {
+    let mut values = [[_mm256_setzero_ps(); HALVES]; ROWS];
+    for h in 0..HALVES {
+        let scales = load_f32(&tile.scales[(at.panel * PANEL + (half + h) * LANES) * 4..]);
+        for (row, values) in values.iter_mut().enumerate() {
+            let scale = _mm256_mul_ps(scales, _mm256_set1_ps(tile.x_scales[at.row + row]));
+            let mut dot = _mm256_cvtepi32_ps(dots[row][0][h]);
+            if PLANES == 2 {
+                let low = _mm256_cvtepi32_ps(dots[row][PLANES - 1][h]);
+                dot = _mm256_add_ps(_mm256_mul_ps(dot, _mm256_set1_ps(256.0)), low);
+            }
+            values[h] = _mm256_mul_ps(dot, scale);
         }
-        *value = _mm256_mul_ps(dot, scale);
     }
     values
 }
 
-/// One panel by `ROWS` rows, weights with a step per block.
-///
-/// Here x plus 128 is the unsigned operand and `code - 8` the signed one: `255 · 8 · 2 = 4080`, and eight such sums still fit.
-/// The step comes in where pairs of 16-bit sums become 32 bits. What the 128 adds, `128 · Σ code · step`, is taken off again.
-/// Both halves of the panel share what is done to x.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn step_rows<const PLANES: usize, const ROWS: usize>(tile: &IntegerTile<'_>, at: Place, out: &mut [f32]) {
-    let planes = Planes::<PLANES>::new(tile, at.row);
-    let blocks = tile.k / tile.block;
-    let block_bytes = code_bytes::<4>(tile.block);
-    let codes = &tile.codes[at.panel * tile.panel_bytes..][..blocks * block_bytes];
-    let steps = &tile.offsets[at.panel * blocks * PANEL..][..blocks * PANEL];
-    let flip = _mm256_set1_epi8(-128);
-    let mut acc = [[[_mm256_setzero_si256(); PLANES]; ROWS]; 2];
-    let mut code_sums = [_mm256_setzero_si256(); 2];
-    let mut k = 0;
-    for (codes, steps) in codes.chunks_exact(block_bytes).zip(steps.chunks_exact(PANEL)) {
-        let steps = [load_steps(steps), load_steps(&steps[LANES..])];
-        // 32 inputs: as many sums as 16 bits hold.
-        for codes in codes.as_chunks::<64>().0.chunks(4) {
-            let mut low = [[[_mm256_setzero_si256(); PLANES]; ROWS]; 2];
-            let mut low_codes = [_mm256_setzero_si256(); 2];
-            for codes in codes {
-                let [first, second] = codes.as_chunks().0 else { unreachable!("64 bytes are two halves") };
-                let halves = [signed_codes(load_bytes(first)), signed_codes(load_bytes(second))];
-                for (low, codes) in low_codes.iter_mut().zip(halves) {
-                    let pairs = _mm256_add_epi8(codes[0], codes[1]);
-                    *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs));
-                }
-                for r in 0..ROWS {
-                    for plane in 0..PLANES {
-                        // SAFETY: x has `tile.k` bytes in each plane of each row (the tile's promise); these are eight.
-                        let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
-                        let (x, next_x) = (_mm256_xor_si256(x, flip), _mm256_xor_si256(next_x, flip));
-                        for (low, codes) in low.iter_mut().zip(halves) {
-                            let low = &mut low[r][plane];
-                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(x, codes[0]));
-                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(next_x, codes[1]));
-                        }
-                    }
-                }
-                k += 8;
-            }
-            for half in 0..2 {
-                code_sums[half] = _mm256_add_epi32(code_sums[half], _mm256_madd_epi16(low_codes[half], steps[half]));
-                for (acc, low) in acc[half].as_flattened_mut().iter_mut().zip(low[half].as_flattened()) {
-                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, steps[half]));
-                }
-            }
-        }
-    }
-    for (half, mut dots) in acc.into_iter().enumerate() {
-        let excess = _mm256_slli_epi32::<7>(code_sums[half]);
-        for dot in dots.as_flattened_mut() {
-            *dot = _mm256_sub_epi32(*dot, excess);
-        }
-        for (i, values) in channel_finish(tile, at, half, dots).into_iter().enumerate() {
-            store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
-        }
-    }
-}
-
-/// The steps of eight outputs, each in both halves of its lane.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_steps(from: &[u8]) -> __m256i {
-    let steps = load_i8(from);
-    _mm256_or_si256(steps, _mm256_slli_epi32::<16>(steps))
-}
-
-/// 4-bit codes with their zero taken off: those of the low nibbles, then of the high ones.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn signed_codes(codes: __m256i) -> [__m256i; 2] {
-    let (low_mask, zero) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8));
-    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
-    [_mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero), _mm256_sub_epi8(high, zero)]
-}
-
-/// The finished floats of half a panel and `ROWS` rows, block weights.
+/// The finished floats of some halves of a panel and `ROWS` rows, block weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block_floats<D: Dot, const BITS: usize, const PLANES: usize, const ROWS: usize>(
+fn block_floats<D: Dot, const BITS: usize, const HALVES: usize, const PLANES: usize, const ROWS: usize>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
-) -> [__m256; ROWS] {
+) -> [[__m256; HALVES]; ROWS] {
     match tile.offset {
-        BlockOffset::Integer if BITS < 6 => offset_floats::<D, BITS, INTEGER, PLANES, ROWS>(tile, at, half),
-        BlockOffset::Min if BITS < 6 => offset_floats::<D, BITS, MIN, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Integer if BITS < 6 => offset_floats::<D, BITS, INTEGER, HALVES, PLANES, ROWS>(tile, at, half),
+        BlockOffset::Min if BITS < 6 => offset_floats::<D, BITS, MIN, HALVES, PLANES, ROWS>(tile, at, half),
         // Codes of 6 and 8 bits have no other.
-        _ => offset_floats::<D, BITS, SYMMETRIC, PLANES, ROWS>(tile, at, half),
+        _ => offset_floats::<D, BITS, SYMMETRIC, HALVES, PLANES, ROWS>(tile, at, half),
     }
 }
 
 /// As [`block_floats`], for one kind of offsets.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn offset_floats<D: Dot, const BITS: usize, const OFFSET: u8, const PLANES: usize, const ROWS: usize>(
+fn offset_floats<
+    D: Dot,
+    const BITS: usize,
+    const OFFSET: u8,
+    const HALVES: usize,
+    const PLANES: usize,
+    const ROWS: usize,
+>(
     tile: &IntegerTile<'_>,
     at: Place,
     half: usize,
-) -> [__m256; ROWS] {
+) -> [[__m256; HALVES]; ROWS] {
     let planes = Planes::<PLANES>::new(tile, at.row);
     let blocks = tile.k / tile.block;
     let block_bytes = code_bytes::<BITS>(tile.block);
@@ -318,37 +289,43 @@ fn offset_floats<D: Dot, const BITS: usize, const OFFSET: u8, const PLANES: usiz
     for (row, sums) in sums.iter_mut().enumerate() {
         *sums = &tile.sums[(at.row + row) * blocks..][..blocks];
     }
-    let mut acc = [_mm256_setzero_ps(); ROWS];
+    let mut acc = [[_mm256_setzero_ps(); HALVES]; ROWS];
     for (block, (codes, scales)) in codes.chunks_exact(block_bytes).zip(scales.chunks_exact(PANEL * 2)).enumerate() {
         let codes = Codes { bytes: codes, row_bytes: 64, half };
-        let start = [[_mm256_setzero_si256(); PLANES]; ROWS];
+        let start = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
         // SAFETY: as in `channel_floats`; this block is inside these bytes.
-        let dots = unsafe { D::dots::<BITS, false, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
-        let scale = load_f16(&scales[half * LANES * 2..]);
-        let lanes_at = first + block * PANEL + half * LANES;
-        for row in 0..ROWS {
-            let sum = _mm256_set1_epi32(sums[row][block]);
-            let mut dot = match PLANES {
-                1 => dots[row][0],
-                _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[row][0]), dots[row][PLANES - 1]),
-            };
-            // Codes are unsigned here, and too large by half of what they can be: 8-bit codes were made so, others are stored
-            // so. An offset is that of the stored codes.
-            if OFFSET == SYMMETRIC {
-                dot = _mm256_sub_epi32(dot, _mm256_sll_epi32(sum, _mm_cvtsi32_si128(BITS as i32 - 1)));
-            }
-            if OFFSET == INTEGER {
-                dot = _mm256_add_epi32(dot, _mm256_mullo_epi32(load_i8(&tile.offsets[lanes_at..]), sum));
-            }
-            acc[row] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), acc[row]);
-            if OFFSET == MIN {
-                let min = load_f16(&tile.offsets[lanes_at * 2..]);
-                acc[row] = _mm256_fmadd_ps(min, _mm256_cvtepi32_ps(sum), acc[row]);
+        let dots = unsafe { D::dots::<BITS, false, HALVES, PLANES, ROWS>(codes, &planes, block * tile.block, start) };
+        for h in 0..HALVES {
+            let lane = (half + h) * LANES;
+            let scale = load_f16(&scales[lane * 2..]);
+            let lanes_at = first + block * PANEL + lane;
+            for row in 0..ROWS {
+                let sum = _mm256_set1_epi32(sums[row][block]);
+                let mut dot = match PLANES {
+                    1 => dots[row][0][h],
+                    _ => _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[row][0][h]), dots[row][PLANES - 1][h]),
+                };
+                // Codes are unsigned here, and too large by half of what they can be: 8-bit codes were made so, others are
+                // stored so. An offset is that of the stored codes.
+                if OFFSET == SYMMETRIC {
+                    dot = _mm256_sub_epi32(dot, _mm256_sll_epi32(sum, _mm_cvtsi32_si128(BITS as i32 - 1)));
+                }
+                if OFFSET == INTEGER {
+                    dot = _mm256_add_epi32(dot, _mm256_mullo_epi32(load_i8(&tile.offsets[lanes_at..]), sum));
+                }
+                let acc = &mut acc[row][h];
+                *acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), *acc);
+                if OFFSET == MIN {
+                    let min = load_f16(&tile.offsets[lanes_at * 2..]);
+                    *acc = _mm256_fmadd_ps(min, _mm256_cvtepi32_ps(sum), *acc);
+                }
             }
         }
     }
     for (row, acc) in acc.iter_mut().enumerate() {
-        *acc = _mm256_mul_ps(*acc, _mm256_set1_ps(tile.x_scales[at.row + row]));
+        for acc in acc {
+            *acc = _mm256_mul_ps(*acc, _mm256_set1_ps(tile.x_scales[at.row + row]));
+        }
     }
     acc
 }
@@ -379,9 +356,21 @@ impl<const PLANES: usize> Planes<PLANES> {
         // SAFETY: the caller's promise; the read is unaligned.
         unsafe { _mm256_set1_epi32(self.start[plane].add(row * self.stride + k).cast::<i32>().read_unaligned()) }
     }
+
+    /// Eight inputs of a row, and eight zeros.
+    ///
+    /// # Safety
+    /// The plane has bytes `k..k + 8` of this row.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn eight(&self, plane: usize, row: usize, k: usize) -> __m128i {
+        // SAFETY: the caller's promise; the read is unaligned.
+        unsafe { _mm_loadl_epi64(self.start[plane].add(row * self.stride + k).cast()) }
+    }
 }
 
-/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and which half is meant.
+/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and which half is the first that is
+/// meant.
 #[derive(Clone, Copy)]
 pub(crate) struct Codes<'a> {
     pub(crate) bytes: &'a [u8],
@@ -395,12 +384,12 @@ pub(crate) struct Codes<'a> {
 /// Each plane of each row has the inputs from `k` on that `codes` holds.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+unsafe fn dots<const BITS: usize, const NARROW: bool, const HALVES: usize, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
-    start: [[__m256i; PLANES]; ROWS],
-) -> [[__m256i; PLANES]; ROWS] {
+    start: Sums<HALVES, PLANES, ROWS>,
+) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
     let low_mask = _mm256_set1_epi8(15);
     // The top bit of an 8-bit code is the top bit of its high nibble: adding 128 flips it.
@@ -408,19 +397,22 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const
     let (step, high_weight) = if BITS == 4 { (8, 1) } else { (4, 16) };
     // 32 inputs: as many sums as 16 bits hold.
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
-    let half = codes.half * LANES * 4;
+    let half = codes.half;
     for codes in codes.bytes.chunks(32 / step * row_bytes) {
-        let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
-        let mut high = [[_mm256_setzero_si256(); PLANES]; ROWS];
+        let mut low = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
+        let mut high = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
         for codes in codes.chunks_exact(row_bytes) {
             if ROWS == 1 && half == 0 {
                 ask_ahead(codes.as_ptr());
             }
-            let codes = load_half::<NARROW>(&codes[half..]);
-            let first = _mm256_and_si256(codes, low_mask);
-            let mut second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
-            if BITS == 8 {
-                second = _mm256_xor_si256(second, flip);
+            let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
+            for h in 0..HALVES {
+                let codes = load_half::<NARROW>(&codes[(half + h) * LANES * 4..]);
+                first[h] = _mm256_and_si256(codes, low_mask);
+                second[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+                if BITS == 8 {
+                    second[h] = _mm256_xor_si256(second[h], flip);
+                }
             }
             for r in 0..ROWS {
                 for plane in 0..PLANES {
@@ -428,21 +420,26 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const
                     let x = unsafe { planes.broadcast(plane, r, k) };
                     // SAFETY: as above.
                     let second_x = if BITS == 4 { unsafe { planes.broadcast(plane, r, k + 4) } } else { x };
-                    let (low, high) = (&mut low[r][plane], &mut high[r][plane]);
-                    *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first, x));
-                    let products = _mm256_maddubs_epi16(second, second_x);
-                    let second_sum = if BITS == 4 { low } else { high };
-                    *second_sum = _mm256_add_epi16(*second_sum, products);
+                    for h in 0..HALVES {
+                        let (low, high) = (&mut low[r][plane][h], &mut high[r][plane][h]);
+                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first[h], x));
+                        let products = _mm256_maddubs_epi16(second[h], second_x);
+                        let second_sum = if BITS == 4 { low } else { high };
+                        *second_sum = _mm256_add_epi16(*second_sum, products);
+                    }
                 }
             }
             k += step;
         }
         for r in 0..ROWS {
             for plane in 0..PLANES {
-                let acc = &mut acc[r][plane];
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(low[r][plane], _mm256_set1_epi16(1)));
-                if BITS == 8 {
-                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(high[r][plane], _mm256_set1_epi16(high_weight)));
+                for h in 0..HALVES {
+                    let acc = &mut acc[r][plane][h];
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(low[r][plane][h], _mm256_set1_epi16(1)));
+                    if BITS == 8 {
+                        let high = _mm256_madd_epi16(high[r][plane][h], _mm256_set1_epi16(high_weight));
+                        *acc = _mm256_add_epi32(*acc, high);
+                    }
                 }
             }
         }
@@ -458,34 +455,44 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const
 /// As there.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn split_dots<const HIGH: usize, const PLANES: usize, const ROWS: usize>(
+unsafe fn split_dots<const HIGH: usize, const HALVES: usize, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
-    start: [[__m256i; PLANES]; ROWS],
-) -> [[__m256i; PLANES]; ROWS] {
+    start: Sums<HALVES, PLANES, ROWS>,
+) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
-    let half = codes.half * LANES * 4;
+    let half = codes.half;
     for rows in codes.bytes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
         for (i, pair) in rows[..4 / HIGH].chunks_exact(2 / HIGH).enumerate() {
-            let mut high = upper_bits::<HIGH>(rows, half, i);
-            let mut low = [[_mm256_setzero_si256(); PLANES]; ROWS];
+            let mut high = [_mm256_setzero_si256(); HALVES];
+            for (h, high) in high.iter_mut().enumerate() {
+                *high = upper_bits::<HIGH>(rows, (half + h) * LANES * 4, i);
+            }
+            let mut low = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
             for row in pair {
                 if ROWS == 1 && half == 0 {
                     ask_ahead(row.as_ptr());
                 }
-                let (first, second) = join::<HIGH>(load_half::<false>(&row[half..]), &mut high);
+                let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
+                for h in 0..HALVES {
+                    let nibbles = load_half::<false>(&row[(half + h) * LANES * 4..]);
+                    (first[h], second[h]) = join::<HIGH>(nibbles, &mut high[h]);
+                }
                 for (r, low) in low.iter_mut().enumerate() {
                     for (plane, low) in low.iter_mut().enumerate() {
                         // SAFETY: the caller's promise: `codes` still holds these eight inputs.
                         let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
-                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first, x));
-                        *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(second, next_x));
+                        for (h, low) in low.iter_mut().enumerate() {
+                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(first[h], x));
+                            *low = _mm256_add_epi16(*low, _mm256_maddubs_epi16(second[h], next_x));
+                        }
                     }
                 }
                 k += 8;
             }
-            for (acc, low) in acc.as_flattened_mut().iter_mut().zip(low.as_flattened()) {
+            let low = low.as_flattened().as_flattened();
+            for (acc, low) in acc.as_flattened_mut().as_flattened_mut().iter_mut().zip(low) {
                 *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*low, _mm256_set1_epi16(1)));
             }
         }

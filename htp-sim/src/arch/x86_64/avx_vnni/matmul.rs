@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use super::insn::Encoding;
 use crate::arch::x86_64::ask_ahead;
 use crate::arch::x86_64::avx2::matmul::{
-    BLOCKS, Codes, Dot, LANES, Planes, STEPS, integer, join, load_half, per_channel, upper_bits,
+    BLOCKS, Codes, Dot, LANES, Planes, STEPS, Sums, integer, join, load_half, per_channel, upper_bits,
 };
 use crate::kernels::IntegerTile;
 
@@ -50,18 +50,24 @@ struct Vnni<E>(PhantomData<E>);
 
 impl<E: Encoding> Dot for Vnni<E> {
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+    unsafe fn dots<
+        const BITS: usize,
+        const NARROW: bool,
+        const HALVES: usize,
+        const PLANES: usize,
+        const ROWS: usize,
+    >(
         codes: Codes<'_>,
         planes: &Planes<PLANES>,
         k: usize,
-        start: [[__m256i; PLANES]; ROWS],
-    ) -> [[__m256i; PLANES]; ROWS] {
+        start: Sums<HALVES, PLANES, ROWS>,
+    ) -> Sums<HALVES, PLANES, ROWS> {
         // SAFETY: the caller's promise.
         unsafe {
             match BITS {
-                6 => split_dots::<E, 2, PLANES, ROWS>(codes, planes, k, start),
-                5 => split_dots::<E, 1, PLANES, ROWS>(codes, planes, k, start),
-                _ => dots::<E, BITS, NARROW, PLANES, ROWS>(codes, planes, k, start),
+                6 => split_dots::<E, 2, HALVES, PLANES, ROWS>(codes, planes, k, start),
+                5 => split_dots::<E, 1, HALVES, PLANES, ROWS>(codes, planes, k, start),
+                _ => dots::<E, BITS, NARROW, HALVES, PLANES, ROWS>(codes, planes, k, start),
             }
         }
     }
@@ -79,30 +85,46 @@ impl<E: Encoding> Dot for Vnni<E> {
 /// As there.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<E: Encoding, const BITS: usize, const NARROW: bool, const PLANES: usize, const ROWS: usize>(
+unsafe fn dots<
+    E: Encoding,
+    const BITS: usize,
+    const NARROW: bool,
+    const HALVES: usize,
+    const PLANES: usize,
+    const ROWS: usize,
+>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
-    start: [[__m256i; PLANES]; ROWS],
-) -> [[__m256i; PLANES]; ROWS] {
+    start: Sums<HALVES, PLANES, ROWS>,
+) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
     let (low_mask, flip) = (_mm256_set1_epi8(15), _mm256_set1_epi8(-128));
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
-    let half = codes.half * LANES * 4;
+    let half = codes.half;
     for row in codes.bytes.chunks_exact(row_bytes) {
         if ROWS == 1 && half == 0 {
             ask_ahead(row.as_ptr());
         }
-        let codes = load_half::<NARROW>(&row[half..]);
-        let first = if BITS == 4 { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
-        let second = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+        let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
+        for h in 0..HALVES {
+            let codes = load_half::<NARROW>(&row[(half + h) * LANES * 4..]);
+            first[h] = if BITS == 4 { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
+            second[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+        }
         for (r, acc) in acc.iter_mut().enumerate() {
             for (plane, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: the caller's promise: `codes` still holds these inputs, four, or eight of 4 bits.
-                unsafe {
-                    *acc = E::dpbusd(*acc, first, planes.broadcast(plane, r, k));
-                    if BITS == 4 {
-                        *acc = E::dpbusd(*acc, second, planes.broadcast(plane, r, k + 4));
+                let x = unsafe { planes.broadcast(plane, r, k) };
+                // SAFETY: as above.
+                let next_x = if BITS == 4 { unsafe { planes.broadcast(plane, r, k + 4) } } else { x };
+                for (h, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        *acc = E::dpbusd(*acc, first[h], x);
+                        if BITS == 4 {
+                            *acc = E::dpbusd(*acc, second[h], next_x);
+                        }
                     }
                 }
             }
@@ -118,28 +140,39 @@ unsafe fn dots<E: Encoding, const BITS: usize, const NARROW: bool, const PLANES:
 /// As there.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn split_dots<E: Encoding, const HIGH: usize, const PLANES: usize, const ROWS: usize>(
+unsafe fn split_dots<E: Encoding, const HIGH: usize, const HALVES: usize, const PLANES: usize, const ROWS: usize>(
     codes: Codes<'_>,
     planes: &Planes<PLANES>,
     mut k: usize,
-    start: [[__m256i; PLANES]; ROWS],
-) -> [[__m256i; PLANES]; ROWS] {
+    start: Sums<HALVES, PLANES, ROWS>,
+) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
-    let half = codes.half * LANES * 4;
+    let half = codes.half;
     for rows in codes.bytes.as_chunks::<64>().0.chunks_exact(4 / HIGH + 1) {
         for (i, pair) in rows[..4 / HIGH].chunks_exact(2 / HIGH).enumerate() {
-            let mut high = upper_bits::<HIGH>(rows, half, i);
+            let mut high = [_mm256_setzero_si256(); HALVES];
+            for (h, high) in high.iter_mut().enumerate() {
+                *high = upper_bits::<HIGH>(rows, (half + h) * LANES * 4, i);
+            }
             for row in pair {
                 if ROWS == 1 && half == 0 {
                     ask_ahead(row.as_ptr());
                 }
-                let (first, second) = join::<HIGH>(load_half::<false>(&row[half..]), &mut high);
+                let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
+                for h in 0..HALVES {
+                    let nibbles = load_half::<false>(&row[(half + h) * LANES * 4..]);
+                    (first[h], second[h]) = join::<HIGH>(nibbles, &mut high[h]);
+                }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     for (plane, acc) in acc.iter_mut().enumerate() {
                         // SAFETY: the caller's promise: `codes` still holds these eight inputs.
-                        unsafe {
-                            *acc = E::dpbusd(*acc, first, planes.broadcast(plane, r, k));
-                            *acc = E::dpbusd(*acc, second, planes.broadcast(plane, r, k + 4));
+                        let (x, next_x) = unsafe { (planes.broadcast(plane, r, k), planes.broadcast(plane, r, k + 4)) };
+                        for (h, acc) in acc.iter_mut().enumerate() {
+                            // SAFETY: the caller's promise.
+                            unsafe {
+                                *acc = E::dpbusd(*acc, first[h], x);
+                                *acc = E::dpbusd(*acc, second[h], next_x);
+                            }
                         }
                     }
                 }

@@ -11,10 +11,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::steps::load_steps;
 use super::{
-    BLOCKS, CHANNELS, Dot, LANES, STEPS, code_bytes, join, load_f16, load_f32, load_half, load_i8, load_steps,
+    BLOCKS, CHANNELS, Dot, LANES, STEPS, code_bytes, join, load_f16, load_f32, load_half, load_i8, store, upper_bits,
 };
-use super::{signed_codes, store, upper_bits};
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
 use crate::packed::{BlockOffset, MAX_BLOCK, PANEL};
@@ -390,6 +390,15 @@ impl Widener {
         }
         to.write(widened);
     }
+}
+
+/// 4-bit codes with their zero taken off: those of the low nibbles, then of the high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed_codes(codes: __m256i) -> [__m256i; 2] {
+    let (low_mask, zero) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8));
+    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+    [_mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero), _mm256_sub_epi8(high, zero)]
 }
 
 /// Codes of four inputs, see [`Widened`].
