@@ -201,13 +201,23 @@ mod x86_64 {
     /// Twelve `vpmaddubsw` of 32 products each, with the addition that each needs.
     #[target_feature(enable = "avx2")]
     pub(super) fn avx2(n: usize) {
-        let (a, b) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(5)));
+        let (a, b) = (_mm256_set1_epi8(3), _mm256_set1_epi8(5));
         let mut sums = [_mm256_setzero_si256(); 12];
-        sums.iter_mut().for_each(|sum| *sum = black_box(*sum));
         for _ in 0..n {
             for sum in &mut sums {
-                // The sum is an operand too: a product of constants would be taken out of the loop.
-                *sum = _mm256_add_epi16(_mm256_maddubs_epi16(a, *sum), b);
+                // The compiler would take a product of constants out of the loop.
+                // SAFETY: reads and writes registers only.
+                unsafe {
+                    asm!(
+                        "vpmaddubsw {products}, {a}, {b}",
+                        "vpaddw {sum}, {sum}, {products}",
+                        products = out(ymm_reg) _,
+                        sum = inout(ymm_reg) *sum,
+                        a = in(ymm_reg) a,
+                        b = in(ymm_reg) b,
+                        options(nomem, nostack, preserves_flags),
+                    );
+                }
             }
         }
         black_box(sums);

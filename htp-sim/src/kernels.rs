@@ -123,7 +123,8 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) scales: &'a [u8],
     /// Offsets, minima or steps.
     pub(crate) offsets: &'a [u8],
-    /// Inputs per scale (block formats) or step.
+    /// Inputs per scale (block formats) or step: a divisor of `k`, at most [`MAX_BLOCK`](crate::packed::MAX_BLOCK), and a multiple of
+    /// what `k` is. Without either it is `k`.
     pub(crate) block: usize,
     pub(crate) offset: BlockOffset,
     /// What the kernels of [`Straight`] add to each row, one after the other: `factor · row` from the tile's first panel on. A row

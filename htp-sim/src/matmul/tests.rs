@@ -229,13 +229,65 @@ fn extreme_codes_do_not_saturate() {
                     rows.set_grid(grid).expect("the grid fits");
                     quantize_rows(&portable(&workers), &vec![x; m * k], &mut rows).expect("lengths match");
                     let expected = oracle(|_, _| f64::from(x), m, w);
+                    let portable = product(&portable(&workers), Rows::Quantized(&rows), w);
+                    assert_near(&portable, &expected, 1e-5, &format!("{format:?} {act:?} {x}"));
                     each_tier(&workers, |cx| {
-                        let found = product(cx, Rows::Quantized(&rows), w);
-                        assert_near(&found, &expected, 1e-5, &format!("{} {format:?} {act:?} {x}", cx.kernels.name));
+                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
+                        assert_eq!(found, bits(&portable), "{} {format:?} {act:?} {x}", cx.kernels.name);
                     });
                 }
             }
         }
+    }
+}
+
+/// One output of many whose sum is as large as 32 bits hold, or just larger, comes out right wherever it lies in the tile.
+#[test]
+fn the_largest_sums_are_exact() {
+    let workers = team(1);
+    let (m, n, k) = (7, 48, 512);
+    let widest = crate::Grid::new(1.0, -32896, 32639);
+    let steps = vec![crate::packed::MAX_STEP; n * k / 32];
+    for (format, low, high) in
+        [(WeightFormat::Int8PerChannel, -128, 127), (WeightFormat::Int4Expansion { block: 32 }, 0, 15)]
+    {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let offsets = if layout.steps() > 0 { crate::Offsets::Steps(&steps) } else { crate::Offsets::None };
+        // The last with codes that differ, so that a sum with signs would be small.
+        for (zeros, mixed, output) in [(1, false, 29), (2, false, 20), (4, false, 47), (0, true, 29), (3, true, 1)] {
+            let code = |i: usize| if mixed && i % 2 == 1 { high } else { low };
+            let mut codes = vec![format.zero_code(); n * k];
+            (0..k - zeros).for_each(|i| codes[output * k + i] = code(i));
+            let blob = crate::pack_quantized(&layout, &codes, &vec![1.0; n], offsets).expect("lengths match");
+            let w = layout.view(&blob).expect("length matches");
+            let x: Vec<f32> = (0..m * k).map(|i| if code(i % k) == low { -32896.0 } else { 32639.0 }).collect();
+            let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, k).expect("sizes are fine");
+            rows.set_grid(widest).expect("the grid fits");
+            quantize_rows(&portable(&workers), &x, &mut rows).expect("lengths match");
+            let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+            each_tier(&workers, |cx| {
+                let found = bits(&product(cx, Rows::Quantized(&rows), w));
+                assert_eq!(found, expected, "{} {format:?} {zeros} {mixed} {output}", cx.kernels.name);
+            });
+        }
+    }
+}
+
+/// The longest rows that are allowed, with the smallest blocks, give the bits of `portable`.
+#[test]
+fn the_longest_rows_agree() {
+    let workers = team(1);
+    let (m, n, k) = (5, 16, crate::packed::MAX_INTEGER_K);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 8 }).expect("sizes are fine");
+    let blob = weights(&layout, 17);
+    let w = layout.view(&blob).expect("length matches");
+    let x = Noise(18).floats(m * k);
+    for act in BITS {
+        let rows = quantized(&portable(&workers), &x, &layout, act);
+        let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+        each_tier(&workers, |cx| {
+            assert_eq!(bits(&product(cx, Rows::Quantized(&rows), w)), expected, "{} {act:?}", cx.kernels.name);
+        });
     }
 }
 

@@ -187,6 +187,19 @@ fn panel_halves<
         CHANNELS => channel_floats::<D, BITS, false, HALVES, PLANES, ROWS>(tile, at, half),
         _ => channel_floats::<D, BITS, true, HALVES, PLANES, ROWS>(tile, at, half),
     };
+    store_rows(tile, at, half, values, out);
+}
+
+/// Writes some halves of a panel, from half `half` on, of `ROWS` rows.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_rows<const HALVES: usize, const ROWS: usize>(
+    tile: &IntegerTile<'_>,
+    at: Place,
+    half: usize,
+    values: [[__m256; HALVES]; ROWS],
+    out: &mut [f32],
+) {
     for (i, values) in values.into_iter().enumerate() {
         for (half, values) in (half..).zip(values) {
             store(&mut out[((at.row + i) * tile.panels + at.panel) * PANEL + half * LANES..], values);
@@ -369,8 +382,7 @@ impl<const PLANES: usize> Planes<PLANES> {
     }
 }
 
-/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and which half is the first that is
-/// meant.
+/// Codes of one panel for some inputs, in rows of 64 bytes, or of fewer where the panel is narrow; and the first half that is meant.
 #[derive(Clone, Copy)]
 pub(crate) struct Codes<'a> {
     pub(crate) bytes: &'a [u8],
@@ -391,13 +403,12 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const HALVES: usize, const
     start: Sums<HALVES, PLANES, ROWS>,
 ) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
-    let low_mask = _mm256_set1_epi8(15);
     // The top bit of an 8-bit code is the top bit of its high nibble: adding 128 flips it.
     let flip = _mm256_set1_epi8(8);
     let (step, high_weight) = if BITS == 4 { (8, 1) } else { (4, 16) };
-    // 32 inputs: as many sums as 16 bits hold.
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
     let half = codes.half;
+    // 32 inputs: as many sums as 16 bits hold.
     for codes in codes.bytes.chunks(32 / step * row_bytes) {
         let mut low = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
         let mut high = [[[_mm256_setzero_si256(); HALVES]; PLANES]; ROWS];
@@ -407,9 +418,7 @@ unsafe fn dots<const BITS: usize, const NARROW: bool, const HALVES: usize, const
             }
             let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
             for h in 0..HALVES {
-                let codes = load_half::<NARROW>(&codes[(half + h) * LANES * 4..]);
-                first[h] = _mm256_and_si256(codes, low_mask);
-                second[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+                [first[h], second[h]] = nibbles(load_half::<NARROW>(&codes[(half + h) * LANES * 4..]));
                 if BITS == 8 {
                     second[h] = _mm256_xor_si256(second[h], flip);
                 }
@@ -513,15 +522,24 @@ pub(crate) fn upper_bits<const HIGH: usize>(rows: &[[u8; 64]], at: usize, half_o
 /// there.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn join<const HIGH: usize>(nibbles: __m256i, high: &mut __m256i) -> (__m256i, __m256i) {
-    let (low_mask, high_mask) = (_mm256_set1_epi8(15), _mm256_set1_epi8(if HIGH == 1 { 0x10 } else { 0x30 }));
+pub(crate) fn join<const HIGH: usize>(codes: __m256i, high: &mut __m256i) -> (__m256i, __m256i) {
+    let high_mask = _mm256_set1_epi8(if HIGH == 1 { 0x10 } else { 0x30 });
     let mut next = || {
         let bits = _mm256_and_si256(*high, high_mask);
         *high = if HIGH == 1 { _mm256_srli_epi16::<1>(*high) } else { _mm256_srli_epi16::<2>(*high) };
         bits
     };
-    let first = _mm256_or_si256(_mm256_and_si256(nibbles, low_mask), next());
-    (first, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16::<4>(nibbles), low_mask), next()))
+    let [first, second] = nibbles(codes);
+    let first = _mm256_or_si256(first, next());
+    (first, _mm256_or_si256(second, next()))
+}
+
+/// The low and the high four bits of each byte.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn nibbles(codes: __m256i) -> [__m256i; 2] {
+    let low_mask = _mm256_set1_epi8(15);
+    [_mm256_and_si256(codes, low_mask), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask)]
 }
 
 /// Bytes of 16 outputs' codes for `k` inputs.
@@ -569,6 +587,14 @@ fn load_f16(from: &[u8]) -> __m256 {
 fn load_i8(from: &[u8]) -> __m256i {
     // SAFETY: the slice has 8 bytes (checked here), unaligned.
     _mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from[..8].as_ptr().cast()) })
+}
+
+/// The steps of eight outputs, each in both halves of its lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_steps(from: &[u8]) -> __m256i {
+    let steps = load_i8(from);
+    _mm256_or_si256(steps, _mm256_slli_epi32::<16>(steps))
 }
 
 #[inline]

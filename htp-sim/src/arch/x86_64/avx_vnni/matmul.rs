@@ -1,5 +1,6 @@
-//! The integer products of AVX2 with another step: codes are the unsigned operand of `vpdpbusd`, 4-bit codes as they are
-//! and 8-bit codes plus 128, and nothing has to be cut to fit 16 bits.
+//! The integer products of AVX2 with other steps. One row: codes are the unsigned operand of `vpdpbusd`, 4-bit codes as they are and
+//! 8-bit codes plus 128, and nothing has to be cut to fit 16 bits. Several rows: `vpdpwssd` adds what it multiplies. Weights with
+//! steps are as there but for that.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -7,7 +8,7 @@ use std::marker::PhantomData;
 use super::insn::Encoding;
 use crate::arch::x86_64::ask_ahead;
 use crate::arch::x86_64::avx2::matmul::{
-    BLOCKS, Codes, Dot, LANES, Planes, STEPS, Sums, integer, join, load_half, per_channel, upper_bits,
+    BLOCKS, Codes, Dot, LANES, Planes, STEPS, Sums, integer, join, load_half, nibbles, per_channel, upper_bits,
 };
 use crate::kernels::IntegerTile;
 
@@ -99,7 +100,7 @@ unsafe fn dots<
     start: Sums<HALVES, PLANES, ROWS>,
 ) -> Sums<HALVES, PLANES, ROWS> {
     let mut acc = start;
-    let (low_mask, flip) = (_mm256_set1_epi8(15), _mm256_set1_epi8(-128));
+    let flip = _mm256_set1_epi8(-128);
     let row_bytes = if NARROW { codes.row_bytes } else { 64 };
     let half = codes.half;
     for row in codes.bytes.chunks_exact(row_bytes) {
@@ -109,8 +110,7 @@ unsafe fn dots<
         let (mut first, mut second) = ([_mm256_setzero_si256(); HALVES], [_mm256_setzero_si256(); HALVES]);
         for h in 0..HALVES {
             let codes = load_half::<NARROW>(&row[(half + h) * LANES * 4..]);
-            first[h] = if BITS == 4 { _mm256_and_si256(codes, low_mask) } else { _mm256_xor_si256(codes, flip) };
-            second[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
+            [first[h], second[h]] = if BITS == 4 { nibbles(codes) } else { [_mm256_xor_si256(codes, flip); 2] };
         }
         for (r, acc) in acc.iter_mut().enumerate() {
             for (plane, acc) in acc.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! AVX2 with the 8-bit dot product in 256-bit registers (AVX-VNNI): CPUs that have VNNI but no AVX-512.
+//! AVX2 with dot products of 8 and 16 bits in 256-bit registers (AVX-VNNI): CPUs that have VNNI but no AVX-512.
 
 mod insn;
 mod matmul;
@@ -9,7 +9,7 @@ use insn::{Encoding, Vex};
 
 pub(crate) const KERNELS: Kernels = table::<Vex>("avx_vnni");
 
-/// The same kernels with the instruction as AVX-512 encodes it, for tests on CPUs that have it in that form only.
+/// The same kernels with the instructions as AVX-512 encodes them, for tests on CPUs that have them in that form only.
 #[cfg(test)]
 pub(crate) const EVEX_KERNELS: Kernels = table::<insn::Evex>("avx_vnni_evex");
 

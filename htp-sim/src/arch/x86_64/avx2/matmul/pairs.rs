@@ -1,8 +1,8 @@
 //! Several rows of 16-bit x: both bytes of a value are multiplied at once, by codes that were widened to 16 bits.
 //!
-//! `vpmaddwd` adds two products of 16 bits in 32, where bytes would take two such instructions, or four if they fill 8 bits. Codes
-//! are widened once for all rows, a piece of k at a time, so that they stay in the first cache. Their zero is taken off then, so
-//! that sums need no correction. Both halves of a panel share each load of x.
+//! `vpmaddwd` multiplies 16 bits by 16: as much at a time as bytes of x by bytes in two instructions, or in four if codes have 8 bits.
+//! Sums come out whole. Codes are widened once for all rows, a piece of k at a time, so that they stay in the first cache. Their
+//! zero is taken off then, so that sums need no correction. Both halves of a panel share each load of x.
 //!
 //! A value of x can be less than 16 bits hold: `256 · hi + lo` with both signed. Plus 128 it never is. What the 128 adds,
 //! `128 · Σ code`, is the same for all rows and taken off where sums start.
@@ -11,9 +11,9 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::steps::load_steps;
 use super::{
-    BLOCKS, CHANNELS, Dot, LANES, STEPS, code_bytes, join, load_f16, load_f32, load_half, load_i8, store, upper_bits,
+    BLOCKS, CHANNELS, Dot, LANES, NARROW_CHANNELS, STEPS, code_bytes, join, load_f16, load_f32, load_half, load_i8,
+    load_steps, nibbles, store, upper_bits,
 };
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
@@ -22,13 +22,16 @@ use crate::packed::{BlockOffset, MAX_BLOCK, PANEL};
 /// Computes the tile, if it is one for these kernels. Says whether it did.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn product<D: Dot, const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) -> bool {
-    if tile.rows < fewest_rows::<BITS, SCALES>() || tile.width < PANEL || tile.lo.is_empty() {
+    // Constants first: what they rule out is not compiled.
+    if SCALES == NARROW_CHANNELS || tile.lo.is_empty() || tile.rows < fewest_rows::<BITS, SCALES>() {
+        return false;
+    }
+    if SCALES != BLOCKS && !sums_fit::<BITS, SCALES>(tile) {
         return false;
     }
     match tile.offset {
-        _ if SCALES != BLOCKS && !sums_fit::<BITS, SCALES>(tile) => return false,
-        BlockOffset::Integer if BITS < 6 => pieces::<D, BITS, SCALES, INTEGER>(tile, out),
-        BlockOffset::Min if BITS < 6 => pieces::<D, BITS, SCALES, MIN>(tile, out),
+        BlockOffset::Integer if SCALES == BLOCKS && BITS < 6 => pieces::<D, BITS, SCALES, INTEGER>(tile, out),
+        BlockOffset::Min if SCALES == BLOCKS && BITS < 6 => pieces::<D, BITS, SCALES, MIN>(tile, out),
         _ => pieces::<D, BITS, SCALES, SYMMETRIC>(tile, out),
     }
     true
@@ -37,6 +40,7 @@ pub(super) fn product<D: Dot, const BITS: usize, const SCALES: u8>(tile: &Intege
 /// Whether sums over all of k fit 32 bits: then those of each byte of x fit a float, and both make the same float.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn sums_fit<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>) -> bool {
+    // With a step of at most `MAX_STEP` 4 bits come to 128, too.
     let largest = if BITS == 4 && SCALES == CHANNELS { 8 } else { 128 };
     tile.k * largest <= MAX_CODE_SUM || (0..tile.panels).all(|panel| panel_sums_fit::<BITS, SCALES>(tile, panel))
 }
@@ -60,7 +64,8 @@ fn panel_sums_fit<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, p
                 let magnitudes = if BITS == 8 {
                     _mm256_abs_epi8(codes)
                 } else {
-                    let [first, second] = signed_codes(codes);
+                    let (zero, [first, second]) = (_mm256_set1_epi8(8), nibbles(codes));
+                    let (first, second) = (_mm256_sub_epi8(first, zero), _mm256_sub_epi8(second, zero));
                     _mm256_add_epi8(_mm256_abs_epi8(first), _mm256_abs_epi8(second))
                 };
                 let pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, ones), steps[half]);
@@ -102,7 +107,7 @@ struct Piece<'a, 't> {
     tile: &'a IntegerTile<'t>,
     panel: usize,
     inputs: Range<usize>,
-    /// Inputs of sums that start anew: those of a block, or all.
+    /// Inputs after which sums start anew: a block's, or all of the piece.
     block: usize,
     /// Blocks in all, and before this piece.
     blocks: usize,
@@ -130,10 +135,7 @@ impl Piece<'_, '_> {
                 }
             }
         }
-        let mut x = [std::ptr::null(); ROWS];
-        for (r, x) in x.iter_mut().enumerate() {
-            *x = self.x.row(row + r);
-        }
+        let x: [_; ROWS] = std::array::from_fn(|r| self.x.row(row + r));
         let codes = &self.codes.codes[..self.inputs.len() / 4];
         for (segment, codes) in codes.chunks(self.block / 4).enumerate() {
             let mut sums = [self.codes.start(segment); ROWS];
@@ -177,22 +179,25 @@ impl Piece<'_, '_> {
                 }
             }
         }
-        let is_last = self.inputs.end == tile.k;
         for (r, totals) in totals.into_iter().enumerate() {
-            let x_scale = _mm256_set1_ps(tile.x_scales[row + r]);
             for (half, total) in totals.into_iter().enumerate() {
-                let value = match (is_last, SCALES) {
-                    (false, _) => total,
-                    (true, BLOCKS) => _mm256_mul_ps(total, x_scale),
-                    (true, _) => {
-                        let scale = load_f32(&tile.scales[(self.panel * PANEL + half * LANES) * 4..]);
-                        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(total)), _mm256_mul_ps(scale, x_scale))
-                    }
-                };
+                let value = if self.inputs.end == tile.k { self.finish::<SCALES>(row + r, half, total) } else { total };
                 store(&mut out[place(r, half)..], value);
             }
         }
         ROWS
+    }
+
+    /// The product of a row and half a panel, of the sums of all pieces.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn finish<const SCALES: u8>(&self, row: usize, half: usize, total: __m256) -> __m256 {
+        let x_scale = _mm256_set1_ps(self.tile.x_scales[row]);
+        if SCALES == BLOCKS {
+            return _mm256_mul_ps(total, x_scale);
+        }
+        let scale = load_f32(&self.tile.scales[(self.panel * PANEL + half * LANES) * 4..]);
+        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(total)), _mm256_mul_ps(scale, x_scale))
     }
 }
 
@@ -210,7 +215,7 @@ impl Values {
     fn load(&mut self, tile: &IntegerTile<'_>, inputs: &Range<usize>) {
         const EVEN: u32 = 0x00ff_00ff;
         for (row, to) in self.0.iter_mut().take(tile.rows).enumerate() {
-            let plane = |plane: &'_ [i8]| plane[row * tile.x_stride..][inputs.clone()].as_ptr().cast::<u32>();
+            let plane = |plane: &[i8]| plane[row * tile.x_stride..][inputs.clone()].as_ptr().cast::<u32>();
             let (hi, lo) = (plane(tile.hi), plane(tile.lo));
             for (four, to) in to[..inputs.len() / 2].as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 // SAFETY: `plane` has the inputs, four for each of these; the reads are unaligned.
@@ -326,14 +331,10 @@ impl Widener {
                 }
             }
             4 => {
-                let low_mask = _mm256_set1_epi8(15);
                 for (to, row) in to.as_chunks_mut::<2>().0.iter_mut().zip(rows) {
-                    let (left, right) = (load_half::<false>(row), load_half::<false>(&row[32..]));
-                    let first = [_mm256_and_si256(left, low_mask), _mm256_and_si256(right, low_mask)];
-                    let (left, right) = (_mm256_srli_epi16::<4>(left), _mm256_srli_epi16::<4>(right));
-                    let second = [_mm256_and_si256(left, low_mask), _mm256_and_si256(right, low_mask)];
-                    self.put::<BITS, SCALES, OFFSET>(first, &mut to[0]);
-                    self.put::<BITS, SCALES, OFFSET>(second, &mut to[1]);
+                    let (left, right) = (nibbles(load_half::<false>(row)), nibbles(load_half::<false>(&row[32..])));
+                    self.put::<BITS, SCALES, OFFSET>([left[0], right[0]], &mut to[0]);
+                    self.put::<BITS, SCALES, OFFSET>([left[1], right[1]], &mut to[1]);
                 }
             }
             5 => self.widen_split::<BITS, 1, SCALES, OFFSET>(rows, to),
@@ -392,38 +393,8 @@ impl Widener {
     }
 }
 
-/// 4-bit codes with their zero taken off: those of the low nibbles, then of the high ones.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn signed_codes(codes: __m256i) -> [__m256i; 2] {
-    let (low_mask, zero) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8));
-    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_mask);
-    [_mm256_sub_epi8(_mm256_and_si256(codes, low_mask), zero), _mm256_sub_epi8(high, zero)]
-}
-
 /// Codes of four inputs, see [`Widened`].
 type Group = MaybeUninit<[[__m256i; 2]; 2]>;
-
-/// Magnitudes of an output's codes, added up, at most: none of x is above `128 · 257`.
-const MAX_CODE_SUM: usize = (i32::MAX / (128 * 257)) as usize;
-
-// The sums of a byte of x are whole as floats, of 24 bits.
-const _: () = assert!(MAX_CODE_SUM * 128 <= 1 << 24);
-
-/// Inputs of a piece: 8 KiB of codes.
-const PIECE: usize = MAX_BLOCK;
-
-/// Inputs of a block, at least.
-const SMALLEST_BLOCK: usize = 4;
-
-/// With fewer rows widening takes longer than it saves.
-const fn fewest_rows<const BITS: usize, const SCALES: u8>() -> usize {
-    match (BITS, SCALES) {
-        (8, _) => 2,
-        (_, BLOCKS) => 12,
-        _ => 6,
-    }
-}
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -438,4 +409,26 @@ fn load(from: &[f32]) -> __m256 {
 fn load_f16s(from: &[u8]) -> [__m256; 2] {
     let from = &from[..PANEL * 2];
     [load_f16(from), load_f16(&from[LANES * 2..])]
+}
+
+/// Magnitudes of an output's codes, added up, at most: none of x is above `128 · 257`.
+const MAX_CODE_SUM: usize = (i32::MAX / (128 * 257)) as usize;
+
+// So the sums of either byte of x are exact as floats, of 24 bits.
+const _: () = assert!(MAX_CODE_SUM * 128 <= 1 << 24);
+
+/// Inputs of a piece: 8 KiB of codes.
+const PIECE: usize = MAX_BLOCK;
+
+/// Inputs of a block, at least.
+const SMALLEST_BLOCK: usize = 4;
+
+/// With fewer rows widening takes longer than it saves: 8 rows with Q4_1 and 4 with LPBQ weights of SmolLM2-135M, measured by
+/// `genie-bench` on Zen 4, were as fast without.
+const fn fewest_rows<const BITS: usize, const SCALES: u8>() -> usize {
+    match (BITS, SCALES) {
+        (8, _) => 2,
+        (_, BLOCKS) => 12,
+        _ => 6,
+    }
 }
