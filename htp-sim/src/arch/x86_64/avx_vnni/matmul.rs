@@ -7,8 +7,9 @@ use std::marker::PhantomData;
 
 use super::insn::Encoding;
 use crate::arch::x86_64::ask_ahead;
+use crate::arch::x86_64::avx2::matmul::split::{join, upper_bits};
 use crate::arch::x86_64::avx2::matmul::{
-    BLOCKS, Codes, Dot, LANES, Planes, STEPS, Sums, integer, join, load_half, nibbles, per_channel, upper_bits,
+    BLOCKS, Codes, Dot, LANES, Planes, STEPS, Sums, integer, load_half, nibbles, per_channel,
 };
 use crate::kernels::IntegerTile;
 

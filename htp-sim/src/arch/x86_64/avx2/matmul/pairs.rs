@@ -11,9 +11,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::split::{join, upper_bits};
 use super::{
-    BLOCKS, CHANNELS, Dot, LANES, NARROW_CHANNELS, STEPS, code_bytes, join, load_f16, load_f32, load_half, load_i8,
-    load_steps, nibbles, store, upper_bits,
+    BLOCKS, CHANNELS, Dot, LANES, NARROW_CHANNELS, STEPS, code_bytes, load_f16, load_f32, load_half, load_i8,
+    load_steps, nibbles, store,
 };
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
