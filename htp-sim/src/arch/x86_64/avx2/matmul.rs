@@ -11,6 +11,7 @@ use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 
 mod float;
+mod one_row;
 mod pairs;
 pub(crate) mod split;
 mod steps;
@@ -44,6 +45,9 @@ pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if one_row::product(tile, out) {
+        return;
+    }
     integer::<Maddubs, 4, BLOCKS>(tile, out);
 }
 
