@@ -375,6 +375,15 @@ impl<const PLANES: usize> Planes<PLANES> {
         unsafe { _mm256_set1_epi32(self.start[plane].add(row * self.stride + k).cast::<i32>().read_unaligned()) }
     }
 
+    /// The inputs of the first row, from input `k` on.
+    fn from(&self, k: usize) -> [*const i8; PLANES] {
+        let mut from = self.start;
+        for from in &mut from {
+            *from = from.wrapping_add(k);
+        }
+        from
+    }
+
     /// Eight inputs of a row, and eight zeros.
     ///
     /// # Safety

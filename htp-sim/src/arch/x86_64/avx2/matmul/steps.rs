@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::one_row::{PIECE, short_sums};
 use super::{LANES, Place, Planes, channel_finish, code_bytes, load_half, load_steps, nibbles, store_rows};
 use crate::arch::x86_64::ask_ahead;
 use crate::kernels::IntegerTile;
@@ -68,7 +69,14 @@ fn panel_rows<const PLANES: usize, const ROWS: usize>(
                     *low = [_mm256_set1_epi32(start); 2];
                 }
             }
-            for codes in codes {
+            let mut rest = codes;
+            if let (1, Some(whole)) = (ROWS, codes.as_array::<{ PIECE / 8 }>()) {
+                // SAFETY: these are codes for 32 inputs; x has `tile.k` bytes in each plane (the tile's promise), these among them.
+                low[0] = unsafe { short_sums(whole.as_ptr().cast(), planes.from(k), low[0]) };
+                k += PIECE;
+                rest = &[];
+            }
+            for codes in rest {
                 if ROWS == 1 {
                     ask_ahead(codes.as_ptr());
                 }
@@ -153,9 +161,6 @@ impl<const PLANES: usize> Starts<PLANES> {
 fn pieces(tile: &IntegerTile<'_>) -> usize {
     tile.k / tile.block * tile.block.div_ceil(PIECE)
 }
-
-/// Inputs whose sums fit 16 bits.
-const PIECE: usize = 32;
 
 /// Pieces that there is room for: those of the longest row, with the smallest blocks.
 const MAX_PIECES: usize = MAX_INTEGER_K / 8;
