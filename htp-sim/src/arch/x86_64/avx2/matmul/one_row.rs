@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, PANEL, code_bytes, load_f16, load_i8, nibbles, store};
+use super::{LANES, PANEL, Planes, code_bytes, load_f16, load_i8, nibbles, store};
 use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
 use crate::kernels::IntegerTile;
 use crate::packed::BlockOffset;
@@ -44,11 +44,9 @@ fn panels<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, out: &m
 fn panel_values<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, panel: usize) -> [__m256; 2] {
     let blocks = tile.k / tile.block;
     let first = panel * blocks * PANEL;
+    let planes = Planes::<PLANES>::new(tile, 0);
+    let mut k = 0;
     let mut codes = tile.codes[panel * tile.panel_bytes..][..code_bytes::<4>(tile.k)].as_ptr();
-    let mut planes = [tile.hi[..tile.k].as_ptr(); PLANES];
-    if PLANES == 2 {
-        planes[PLANES - 1] = tile.lo[..tile.k].as_ptr();
-    }
     let scales = tile.scales[first * 2..][..blocks * PANEL * 2].chunks_exact(PANEL * 2);
     let offset_bytes = if OFFSET == MIN { 2 } else { 1 };
     // Where there are no offsets, something as long stands for them.
@@ -58,8 +56,8 @@ fn panel_values<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, p
     for ((scales, offsets), sum) in scales.zip(offsets).zip(&tile.sums[..blocks]) {
         let mut dots = [_mm256_setzero_si256(); 2];
         for _ in 0..tile.block / PIECE {
-            // SAFETY: the slices above have 32 inputs for each piece of each block.
-            let sums = unsafe { short_sums(codes, planes, [[_mm256_setzero_si256(); 2]; PLANES]) };
+            // SAFETY: the slice above has codes for 32 inputs of each piece of each block, and so has x (the tile's promise).
+            let sums = unsafe { short_sums(codes, planes.from_input(k), [[_mm256_setzero_si256(); 2]; PLANES]) };
             for (plane, sums) in sums.into_iter().enumerate() {
                 let weight = _mm256_set1_epi16(if plane + 1 < PLANES { 256 } else { 1 });
                 for (dot, sum) in dots.iter_mut().zip(sums) {
@@ -67,9 +65,7 @@ fn panel_values<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, p
                 }
             }
             codes = codes.wrapping_add(PIECE * PANEL / 2);
-            for plane in &mut planes {
-                *plane = plane.wrapping_add(PIECE);
-            }
+            k += PIECE;
         }
         let sum = _mm256_set1_epi32(*sum);
         for half in 0..2 {
