@@ -376,7 +376,7 @@ impl<const PLANES: usize> Planes<PLANES> {
     }
 
     /// The inputs of the first row, from input `k` on.
-    fn from_input(&self, k: usize) -> [*const i8; PLANES] {
+    fn at_input(&self, k: usize) -> [*const i8; PLANES] {
         let mut from = self.start;
         for from in &mut from {
             *from = from.wrapping_add(k);

@@ -57,7 +57,7 @@ fn panel_values<const OFFSET: u8, const PLANES: usize>(tile: &IntegerTile<'_>, p
         let mut dots = [_mm256_setzero_si256(); 2];
         for _ in 0..tile.block / PIECE {
             // SAFETY: the slice above has codes for 32 inputs of each piece of each block, and so has x (the tile's promise).
-            let sums = unsafe { short_sums(codes, planes.from_input(k), [[_mm256_setzero_si256(); 2]; PLANES]) };
+            let sums = unsafe { short_sums(codes, planes.at_input(k), [[_mm256_setzero_si256(); 2]; PLANES]) };
             for (plane, sums) in sums.into_iter().enumerate() {
                 let weight = _mm256_set1_epi16(if plane + 1 < PLANES { 256 } else { 1 });
                 for (dot, sum) in dots.iter_mut().zip(sums) {

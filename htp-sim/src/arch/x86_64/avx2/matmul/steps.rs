@@ -72,7 +72,7 @@ fn panel_rows<const PLANES: usize, const ROWS: usize>(
             let mut rest = codes;
             if let (1, Some(whole)) = (ROWS, codes.as_array::<{ PIECE / 8 }>()) {
                 // SAFETY: these are codes for 32 inputs; x has `tile.k` bytes in each plane (the tile's promise), these among them.
-                low[0] = unsafe { short_sums(whole.as_ptr().cast(), planes.from_input(k), low[0]) };
+                low[0] = unsafe { short_sums(whole.as_ptr().cast(), planes.at_input(k), low[0]) };
                 k += PIECE;
                 rest = &[];
             }
