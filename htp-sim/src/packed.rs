@@ -191,6 +191,18 @@ pub struct PackedLayout {
     k: usize,
     format: WeightFormat,
     tight: bool,
+    sections: Sections,
+}
+
+/// Where the sections of a blob lie, in bytes: codes first, offsets last. Worked out once, for there is a view of each weight in
+/// each step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+struct Sections {
+    code_bytes: usize,
+    scales_at: usize,
+    scale_bytes: usize,
+    offsets_at: usize,
+    size: usize,
 }
 
 impl PackedLayout {
@@ -218,7 +230,7 @@ impl PackedLayout {
         }
         // The largest matrix we can index: 4 times the f32 size leaves room for all sections and their padding.
         size("bytes of a weight matrix", &[n.saturating_add(15), k.saturating_add(7), 16])?;
-        Ok(Self { n, k, format, tight: false })
+        Ok(Self { n, k, format, tight: false, sections: Sections::default() }.with_sections())
     }
 
     /// The layout with the least padding, see the head of this module. Formats with blocks have no other than
@@ -228,7 +240,18 @@ impl PackedLayout {
     /// As [`new`](Self::new).
     pub fn tight(n: usize, k: usize, format: WeightFormat) -> Result<Self, ShapeError> {
         let blocks = format.block().or(format.step_block());
-        Ok(Self { tight: blocks.is_none(), ..Self::new(n, k, format)? })
+        Ok(Self { tight: blocks.is_none(), ..Self::new(n, k, format)? }.with_sections())
+    }
+
+    fn with_sections(mut self) -> Self {
+        let last = self.panels() - 1;
+        let code_bytes = last * self.panel_code_bytes() + self.panel_code_bytes() / PANEL * self.width(last);
+        let scales_at = code_bytes.next_multiple_of(SECTION_ALIGN_BYTES);
+        let scale_bytes = self.panels() * self.panel_scale_bytes();
+        let offsets_at = (scales_at + scale_bytes).next_multiple_of(SECTION_ALIGN_BYTES);
+        let size = offsets_at + self.panels() * self.panel_offset_bytes();
+        self.sections = Sections { code_bytes, scales_at, scale_bytes, offsets_at, size };
+        self
     }
 
     /// Whether this is a [`tight`](Self::tight) layout.
@@ -282,7 +305,7 @@ impl PackedLayout {
 
     /// Bytes of the whole blob.
     pub fn size_bytes(&self) -> usize {
-        self.offsets_at_bytes() + self.panels() * self.panel_offset_bytes()
+        self.sections.size
     }
 
     /// A view of `blob`, which must have exactly [`size_bytes`](Self::size_bytes) bytes.
@@ -290,12 +313,13 @@ impl PackedLayout {
     /// # Errors
     /// [`ShapeError`] if the length differs. Any bytes of the right length are accepted: they are numbers, right or wrong.
     pub fn view<'a>(&self, blob: &'a [u8]) -> Result<PackedWeights<'a>, ShapeError> {
-        expect_len("bytes of packed weights", blob.len(), self.size_bytes())?;
+        let Sections { code_bytes, scales_at, scale_bytes, offsets_at, size } = self.sections;
+        expect_len("bytes of packed weights", blob.len(), size)?;
         Ok(PackedWeights {
             layout: *self,
-            codes: &blob[..self.code_bytes()],
-            scales: &blob[self.scales_at_bytes()..][..self.panels() * self.panel_scale_bytes()],
-            offsets: &blob[self.offsets_at_bytes()..],
+            codes: &blob[..code_bytes],
+            scales: &blob[scales_at..][..scale_bytes],
+            offsets: &blob[offsets_at..],
             row_sums: &[],
         })
     }
@@ -303,11 +327,6 @@ impl PackedLayout {
     /// Bytes of a full panel's codes: where the next panel starts.
     pub(crate) fn panel_code_bytes(&self) -> usize {
         self.k_padded() * PANEL * self.format.bits() / 8
-    }
-
-    fn code_bytes(&self) -> usize {
-        let last = self.panels() - 1;
-        last * self.panel_code_bytes() + self.panel_code_bytes() / PANEL * self.width(last)
     }
 
     pub(crate) fn panel_scale_bytes(&self) -> usize {
@@ -329,14 +348,6 @@ impl PackedLayout {
             BlockOffset::Integer => self.blocks() * PANEL,
             BlockOffset::Min => self.blocks() * PANEL * 2,
         }
-    }
-
-    fn scales_at_bytes(&self) -> usize {
-        self.code_bytes().next_multiple_of(SECTION_ALIGN_BYTES)
-    }
-
-    fn offsets_at_bytes(&self) -> usize {
-        (self.scales_at_bytes() + self.panels() * self.panel_scale_bytes()).next_multiple_of(SECTION_ALIGN_BYTES)
     }
 }
 

@@ -97,13 +97,16 @@ impl Panels {
         &self.bytes
     }
 
-    /// A view that the kernels take, with the sums of rows if they were made.
+    /// A view that the kernels take.
     pub fn view(&self) -> PackedWeights<'_> {
-        let view = self.layout.view(&self.bytes).expect("`new` checked that the bytes fit the layout");
-        match self.row_sums.get() {
-            None => view,
-            Some(sums) => view.with_row_sums(sums).expect("`sum_rows` makes one for each row"),
-        }
+        self.layout.view(&self.bytes).expect("`new` checked that the bytes fit the layout")
+    }
+
+    /// The same with the sums of rows, if they were made. They lie elsewhere: only to look for them costs a trip to memory.
+    pub(crate) fn view_with_sums(&self) -> PackedWeights<'_> {
+        let sums = self.row_sums.get().map_or(&[][..], |sums| sums);
+        let view = self.view();
+        if sums.is_empty() { view } else { view.with_row_sums(sums).expect("`sum_rows` makes one for each row") }
     }
 
     /// Makes the sums of rows that products with inputs on a shifted grid need, unless they are there: one pass over the

@@ -131,9 +131,10 @@ fn add_row(cx: &Cx<'_>, tile: &Tile, values: &mut [f32], row: &[f32], factor: f3
 /// Asks for the few bytes that the tile needs of a branch.
 pub(super) fn prefetch_branch(cx: &Cx<'_>, half: &Half<'_>, tile: &Tile) {
     if let Some(branch) = &half.branch {
-        let bytes = branch.up.codes_from(tile.panel);
-        let len = tile.panels * branch.up.layout().panel_code_bytes();
-        (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
+        let layout = branch.up.layout();
+        let ask = |bytes: &[u8], len: usize| (cx.kernels.prefetch)(&bytes[..len.min(bytes.len())]);
+        ask(branch.up.codes_from(tile.panel), tile.panels * layout.panel_code_bytes());
+        ask(branch.up.scales_from(tile.panel), tile.panels * layout.panel_scale_bytes());
     }
 }
 

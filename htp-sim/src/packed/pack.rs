@@ -205,7 +205,7 @@ impl<'a> Packer<'a> {
 
     fn write_scales(&mut self, panel: usize, scales: &[f32]) -> Result<(), ShapeError> {
         let (blocks, bytes) = (self.layout.blocks(), self.layout.panel_scale_bytes());
-        let section = &mut self.blob[self.layout.scales_at_bytes() + panel * bytes..][..bytes];
+        let section = &mut self.blob[self.layout.sections.scales_at + panel * bytes..][..bytes];
         if self.layout.format.block().is_some() {
             return write_f16(section, scales, blocks, "block scale in row of panel");
         }
@@ -221,7 +221,7 @@ impl<'a> Packer<'a> {
     fn write_offsets(&mut self, panel: usize, rows: usize, offsets: Offsets<'_>) -> Result<(), ShapeError> {
         let (count, steps) = (rows * self.layout.blocks(), self.layout.steps());
         let (blocks, bytes) = (self.layout.blocks(), self.layout.panel_offset_bytes());
-        let section = &mut self.blob[self.layout.offsets_at_bytes() + panel * bytes..][..bytes];
+        let section = &mut self.blob[self.layout.sections.offsets_at + panel * bytes..][..bytes];
         match (self.layout.format.block_offset(), offsets) {
             (BlockOffset::Symmetric, Offsets::Steps(values)) if steps > 0 => {
                 expect_len("steps of a panel", values.len(), rows * steps)?;

@@ -1,6 +1,6 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Branch, Cx, Gate, GateUp, Grid, Part, Rows, ShapeError, Write, elementwise};
+use htp_sim::{Branch, Cx, Gate, GateUp, Grid, PackedWeights, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
     adapter::Adapter,
@@ -62,9 +62,15 @@ pub(super) fn show(
     }
 }
 
-/// Asks for the cache rows that attention step `step` will write and read first.
-pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mut State) {
-    let Work::Attention { cache, .. } = &step.work else { return };
+/// Asks for the cache rows that attention step `step` will write and read first, or for the first halves of a product's branches.
+pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings, &Applied<'_>), state: &mut State) {
+    let Work::Attention { cache, .. } = &step.work else {
+        let mut left = PREFETCHED_BYTES;
+        for first in step.work.branches().filter_map(|branch| adapter.panels(branch.down)) {
+            left -= htp_sim::prefetch_weights(cx, first.view(), left);
+        }
+        return;
+    };
     let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
     let at = at.first().and_then(|at| usize::try_from(*at).ok());
     if let (Some(at), Some((target, _))) = (at, state.kernel_cache_mut(&cache.name)) {
@@ -231,14 +237,15 @@ impl Run<'_> {
             *first = self.take_first(memory, part);
         }
         let lent: &Memory = memory;
+        let x = source(lent, x, self.rows);
         let mut views = parts.iter().zip(&mut outs).zip(&mut firsts).map(|((part, out), t)| Part {
-            weights: part.weights.view(),
+            weights: view(&part.weights, x),
             bias: part.bias.as_deref(),
             branch: self.branch(lent, part, t),
             write: if part.add { Write::Add } else { Write::Store },
             out,
         });
-        let done = call_linear(self.cx, source(lent, x, self.rows), &mut views);
+        let done = call_linear(self.cx, x, &mut views);
         drop(views);
         for ((part, out), first) in parts.iter().zip(&mut outs).zip(&mut firsts) {
             memory.floats[part.out] = std::mem::take(out);
@@ -252,12 +259,12 @@ impl Run<'_> {
         let [gate, up] = &**halves;
         let [mut of_gate, mut of_up] = [gate, up].map(|half| self.take_first(memory, half));
         let done = self.with_out(memory, *out, up.weights.layout().n(), |memory, out| {
+            let x = source(memory, *x, self.rows);
             let [gate, up] = [(gate, &mut of_gate), (up, &mut of_up)].map(|(half, t)| Gate {
-                weights: half.weights.view(),
+                weights: view(&half.weights, x),
                 bias: half.bias.as_deref(),
                 branch: self.branch(memory, half, t),
             });
-            let x = source(memory, *x, self.rows);
             htp_sim::gated_linear(self.cx, x, GateUp { gate, up }, *activation, out)
         });
         give_first(memory, gate, of_gate);
@@ -278,7 +285,7 @@ impl Run<'_> {
         let branch = part.branch.as_ref()?;
         let (down, up) = self.active(branch)?;
         let (x, alpha) = (source(memory, branch.x, self.rows), self.alpha(branch.alpha));
-        Some(Branch { x, down: down.view(), alpha, up: up.view(), t })
+        Some(Branch { x, down: view(down, x), alpha, up: up.view(), t })
     }
 
     /// A and B of a branch, if the adapter has both and a strength that is not 0.
@@ -363,6 +370,14 @@ fn source(memory: &Memory, x: Source, rows: usize) -> Rows<'_> {
     }
 }
 
+/// Weights that meet `x`: those on a grid that is shifted need sums of rows.
+fn view<'a>(weights: &'a Panels, x: Rows<'_>) -> PackedWeights<'a> {
+    match x {
+        Rows::Quantized(rows) if rows.shift() != 0.0 => weights.view_with_sums(),
+        _ => weights.view(),
+    }
+}
+
 /// Puts back what [`Run::take_first`] took.
 fn give_first(memory: &mut Memory, part: &LinearPart, t: Floats) {
     if let Some(branch) = &part.branch {
@@ -380,3 +395,6 @@ fn call_linear<'a>(cx: &Cx<'_>, x: Rows<'_>, parts: &mut dyn Iterator<Item = Par
         [None, ..] => Ok(()),
     }
 }
+
+/// Bytes of first halves to ask for: some microseconds of reading. Those that are not there by then, workers read together.
+const PREFETCHED_BYTES: usize = 16 << 10;

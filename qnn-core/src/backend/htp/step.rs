@@ -22,7 +22,7 @@ pub(super) struct Step {
     pub(super) rows: Dim,
     /// The work.
     pub(super) work: Work,
-    /// Number of the attention step whose cache is asked for before this step.
+    /// Number of a later step whose cache, or whose adapter's tensors, are asked for before this step.
     pub(super) prefetch: Option<usize>,
 }
 
@@ -192,6 +192,16 @@ impl Work {
             Work::Attention { .. } => "attention",
             Work::Binary { .. } | Work::Unary { .. } | Work::Copy { .. } => "elementwise",
         }
+    }
+
+    /// The adapter's branches of a product.
+    pub(super) fn branches(&self) -> impl Iterator<Item = &BranchPart> {
+        let parts = match self {
+            Work::Linear { parts, .. } => &parts[..],
+            Work::Gated { halves, .. } => &halves[..],
+            _ => &[],
+        };
+        parts.iter().filter_map(|part| part.branch.as_ref())
     }
 
     /// Calls `visit` with every float buffer the work touches.

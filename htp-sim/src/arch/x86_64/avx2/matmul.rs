@@ -20,6 +20,9 @@ pub(crate) use float::{f32_bf16, f32_f16, f32_f32, f32_w8c};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if one_row::bytes::product::<false>(tile, out) {
+        return;
+    }
     per_channel::<Maddubs, 8>(tile, out);
 }
 
@@ -30,6 +33,9 @@ pub(crate) fn q_w4c(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w8b(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if one_row::bytes::product::<true>(tile, out) {
+        return;
+    }
     integer::<Maddubs, 8, BLOCKS>(tile, out);
 }
 

@@ -10,6 +10,8 @@ use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
 use crate::kernels::IntegerTile;
 use crate::packed::BlockOffset;
 
+pub(super) mod bytes;
+
 /// Computes the tile, if it is one for this kernel. Says whether it did.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn product(tile: &IntegerTile<'_>, out: &mut [f32]) -> bool {
