@@ -14,8 +14,11 @@ use crate::packed::{PANEL, PackedWeights};
 use crate::quantize::{self, ActBits, QuantizedRows, quantize_rows};
 use crate::scratch::Disjoint;
 
+mod ahead;
 mod branch;
 mod tile;
+
+pub use ahead::{Next, expect};
 
 use branch::{FirstHalves, SecondHalf};
 use tile::{Tile, add_branch, compute, compute_gated_straight, compute_straight, prefetch_branch};

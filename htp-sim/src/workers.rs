@@ -22,6 +22,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::{fmt, hint, io, ptr};
 
+mod ahead;
+
+use ahead::Ahead;
+pub(crate) use ahead::SECTIONS;
+
 /// A team of `n` workers: the calling thread and `n - 1` threads that wait for it.
 ///
 /// The threads spin briefly after each region and then sleep, so an idle team burns no CPU.
@@ -113,6 +118,18 @@ impl Workers {
         }
     }
 
+    /// The first item that `worker` takes of `n_items`, if its share has any.
+    pub(crate) fn first_item(&self, n_items: usize, worker: usize) -> Option<usize> {
+        let (first, len) = self.shared.share(n_items, worker);
+        (len > 0).then_some(first)
+    }
+
+    /// Tells `worker` what it asks for while it waits, instead of what it was told before: the first `panels` panels of some sections
+    /// of a weight, each with its bytes per panel.
+    pub(crate) fn set_ahead(&self, worker: usize, sections: [(&[u8], usize); SECTIONS], panels: usize) {
+        self.shared.ahead[worker].set(sections, panels);
+    }
+
     /// The number of the worker of this team that is running this code, if any is.
     fn current_worker(&self) -> Option<usize> {
         let (team, worker) = IDENTITY.get();
@@ -143,6 +160,8 @@ struct Shared {
     state: Line<AtomicU64>,
     /// The share of each worker.
     shares: Box<[Line<Share>]>,
+    /// What each worker reads next.
+    ahead: Box<[Line<Ahead>]>,
     /// Threads that sleep or are about to: lets a busy team skip the system call.
     asleep: Line<[AtomicBool; MAX_WORKERS]>,
     job: UnsafeCell<Option<Job>>,
@@ -214,6 +233,7 @@ impl Shared {
         Self {
             state: Line(AtomicU64::new(0)),
             shares: (0..n_workers).map(|_| Line(Share(AtomicU64::new(0)))).collect(),
+            ahead: (0..n_workers).map(|_| Line(Ahead::default())).collect(),
             asleep: Line([const { AtomicBool::new(false) }; MAX_WORKERS]),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
@@ -245,7 +265,9 @@ impl Shared {
         let mut state = self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
         while state & ACTIVE != 0 {
-            if spins < self.spins {
+            if self.ahead[0].ask() {
+                // Waiting was of use.
+            } else if spins < self.spins {
                 spins += 1;
                 self.pause();
             } else {
@@ -264,15 +286,19 @@ impl Shared {
     /// Runs `f` for the items of `worker`'s share, then for what is left of the others'. The caller has the region open.
     fn take_items(&self, n_items: usize, worker: usize, f: impl Fn(usize)) {
         let epoch = self.epoch();
-        let n = self.shares.len();
-        let (len, n_longer) = (n_items / n, n_items % n);
-        for share in (worker..n).chain(0..worker) {
-            let first = share * len + share.min(n_longer);
-            let len = len + usize::from(share < n_longer);
+        for share in (worker..self.shares.len()).chain(0..worker) {
+            let (first, len) = self.share(n_items, share);
             while let Some(item) = self.shares[share].take(epoch, len) {
                 f(first + item);
             }
         }
+    }
+
+    /// The first of `worker`'s items, and their number.
+    fn share(&self, n_items: usize, worker: usize) -> (usize, usize) {
+        let n = self.shares.len();
+        let (len, n_longer) = (n_items / n, n_items % n);
+        (worker * len + worker.min(n_longer), len + usize::from(worker < n_longer))
     }
 
     /// Runs `run(worker)`; keeps the first panic and drops the remaining items.
@@ -322,8 +348,13 @@ impl Shared {
         hint::spin_loop();
     }
 
-    /// Returns when the epoch is not `seen`: spins, then gives way, then sleeps.
+    /// Returns when the epoch is not `seen`: asks for what is read next, spins, then gives way, then sleeps.
     fn wait_for_other_epoch(&self, seen: u64, worker: usize) {
+        while self.ahead[worker].ask() {
+            if self.state.load(Ordering::Relaxed) / EPOCH != seen {
+                return;
+            }
+        }
         for i in 0..self.spins + YIELDS {
             if self.state.load(Ordering::Relaxed) / EPOCH != seen {
                 return;

@@ -195,6 +195,9 @@ impl Htp {
             if let Some(reader) = step.prefetch {
                 run::prefetch(&cx, &self.plan.steps[reader], (bindings, &applied), state);
             }
+            if let Some(next) = step.next_product {
+                run::expect(&cx, &self.plan.steps[next]);
+            }
             let step_begun = self.meter.as_ref().map(|_| Instant::now());
             run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
             if let (Some(meter), Some(begun)) = (&mut self.meter, step_begun) {

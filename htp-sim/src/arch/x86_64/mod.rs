@@ -31,9 +31,13 @@ fn ask_ahead_of_bytes<T>(at: *const T) {
 
 /// Asks for the lines of `bytes`, to the second cache: see [`ask_ahead`].
 fn prefetch(bytes: &[u8]) {
+    bytes.chunks(64).for_each(|line| ask_for(line.as_ptr()));
+}
+
+/// Asks for a line, to the second cache.
+#[inline(always)]
+pub(super) fn ask_for(at: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    for line in bytes.chunks(64) {
-        // SAFETY: every CPU of this architecture has the instruction, and it never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
-    }
+    // SAFETY: every CPU of this architecture has the instruction, and it never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
 }

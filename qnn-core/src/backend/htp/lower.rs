@@ -331,7 +331,7 @@ impl<'g> Lowering<'g> {
     }
 
     fn push(&mut self, node: &str, rows: Dim, work: Work) {
-        self.result.steps.push(Step { node: node.to_owned(), rows, work, prefetch: None });
+        self.result.steps.push(Step { node: node.to_owned(), rows, work, prefetch: None, next_product: None });
     }
 }
 

@@ -65,6 +65,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         }
     }
     plan_prefetches(&mut lowered.steps);
+    plan_next_products(&mut lowered.steps);
     let largest = |owners: &Vec<usize>| owners.iter().map(|v| lowered.float_elements[*v]).max().unwrap_or(0);
     Plan {
         float_capacity: float_owners.iter().map(largest).collect(),
@@ -92,6 +93,17 @@ fn plan_prefetches(steps: &mut [Step]) {
         if let Some(asker) = asker.filter(|asker| steps[*asker].prefetch.is_none()) {
             steps[asker].prefetch = Some(reader);
         }
+    }
+}
+
+/// In a graph for single rows, which wait for memory: each product is told which comes after it, the last one which is first when
+/// the graph is run again.
+fn plan_next_products(steps: &mut [Step]) {
+    let is_product = |step: &Step| matches!(step.work, Work::Linear { .. } | Work::Gated { .. });
+    let products: Vec<usize> =
+        (0..steps.len()).filter(|i| is_product(&steps[*i]) && steps[*i].rows.max() <= 1).collect();
+    for (product, next) in products.iter().zip(products.iter().cycle().skip(1)) {
+        steps[*product].next_product = Some(*next);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Branch, Cx, Gate, GateUp, Grid, PackedWeights, Part, Rows, ShapeError, Write, elementwise};
+use htp_sim::{Branch, Cx, Gate, GateUp, Grid, Next, PackedWeights, Part, Rows, ShapeError, Write, elementwise};
 
 use crate::{
     adapter::Adapter,
@@ -75,6 +75,23 @@ pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings
     let at = at.first().and_then(|at| usize::try_from(*at).ok());
     if let (Some(at), Some((target, _))) = (at, state.kernel_cache_mut(&cache.name)) {
         htp_sim::attention::prefetch(cx, &target.as_ref(), at);
+    }
+}
+
+/// Tells the workers that product `step` comes after the next.
+pub(super) fn expect(cx: &Cx<'_>, step: &Step) {
+    match &step.work {
+        Work::Linear { parts, .. } => match &parts[..] {
+            [a] => htp_sim::expect(cx, Next::Linear(&[a.weights.view()])),
+            [a, b] => htp_sim::expect(cx, Next::Linear(&[a, b].map(|part| part.weights.view()))),
+            [a, b, c] => htp_sim::expect(cx, Next::Linear(&[a, b, c].map(|part| part.weights.view()))),
+            _ => {}
+        },
+        Work::Gated { halves, .. } => {
+            let [gate, up] = &**halves;
+            htp_sim::expect(cx, Next::Gated([gate.weights.view(), up.weights.view()]));
+        }
+        _ => {}
     }
 }
 

@@ -24,6 +24,8 @@ pub(super) struct Step {
     pub(super) work: Work,
     /// Number of a later step whose cache, or whose adapter's tensors, are asked for before this step.
     pub(super) prefetch: Option<usize>,
+    /// Number of the product after this one, whose weights workers ask for while they wait.
+    pub(super) next_product: Option<usize>,
 }
 
 /// A computed tensor, as one who watches the run is shown it.
