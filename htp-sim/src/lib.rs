@@ -42,9 +42,7 @@ pub use elementwise::Activation;
 pub use error::ShapeError;
 pub use isa::{ISA_VARIABLE, IsaError};
 pub use kernels::Kernels;
-pub use matmul::{
-    Branch, Gate, GateUp, Next, Part, Rows, Write, expect, gated_linear, linear, prefetch_weights, sum_rows,
-};
+pub use matmul::{Branch, Gate, GateUp, Next, Part, Rows, Write, expect, gated_linear, linear, sum_rows};
 pub use norm::{rms_norm, rms_norm_quantize};
 pub use packed::{
     BlockOffset, Offsets, PackedLayout, PackedWeights, Packer, WeightFormat, pack_float, pack_quantized, round_to_f16,

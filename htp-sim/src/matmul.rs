@@ -159,18 +159,6 @@ pub fn sum_rows(cx: &Cx<'_>, weights: PackedWeights<'_>) -> Result<Vec<f32>, Sha
     Ok(out)
 }
 
-/// Asks for the first codes and scales of a weight that will be read soon, `max_bytes` at most; returns the number of bytes asked
-/// for. A hint: it changes nothing.
-pub fn prefetch_weights(cx: &Cx<'_>, weights: PackedWeights<'_>, max_bytes: usize) -> usize {
-    let mut asked = 0;
-    for section in [weights.codes_from(0), weights.scales_from(0)] {
-        let section = &section[..section.len().min(max_bytes - asked)];
-        (cx.kernels.prefetch)(section);
-        asked += section.len();
-    }
-    asked
-}
-
 /// Computes `out = activation(gate) · up`, where gate and up are linear layers over the same `x`, in one parallel region.
 ///
 /// `out` is `[m, n]` and overwritten.

@@ -25,7 +25,7 @@ use std::{fmt, hint, io, ptr};
 mod ahead;
 
 use ahead::Ahead;
-pub(crate) use ahead::SECTIONS;
+pub(crate) use ahead::{RANGES, SECTIONS};
 
 /// A team of `n` workers: the calling thread and `n - 1` threads that wait for it.
 ///
@@ -124,10 +124,16 @@ impl Workers {
         (len > 0).then_some(first)
     }
 
-    /// Tells `worker` what it asks for while it waits, instead of what it was told before: the first `panels` panels of some sections
-    /// of a weight, each with its bytes per panel.
-    pub(crate) fn set_ahead(&self, worker: usize, sections: [(&[u8], usize); SECTIONS], panels: usize) {
-        self.shared.ahead[worker].set(sections, panels);
+    /// Tells `worker` what it asks for while it waits, instead of what it was told before: `ranges`, and the first `panels` panels of
+    /// some sections of a weight, each with its bytes per panel.
+    pub(crate) fn set_ahead(
+        &self,
+        worker: usize,
+        ranges: [&[u8]; RANGES],
+        sections: [(&[u8], usize); SECTIONS],
+        panels: usize,
+    ) {
+        self.shared.ahead[worker].set(ranges, sections, panels);
     }
 
     /// The number of the worker of this team that is running this code, if any is.

@@ -3,7 +3,7 @@
 use super::Grid;
 use crate::Cx;
 use crate::packed::PackedWeights;
-use crate::workers::SECTIONS;
+use crate::workers::{RANGES, SECTIONS};
 
 /// The product of one row that comes after the one that is run next.
 #[derive(Debug, Clone, Copy)]
@@ -16,7 +16,10 @@ pub enum Next<'a> {
 
 /// Tells each worker which weights it will read first in the product after the next. While it waits in between, it asks for them. A
 /// hint: no result depends on it.
-pub fn expect(cx: &Cx<'_>, next: Next<'_>) {
+///
+/// `firsts` are the first halves of adapters' branches of that product. They are read before its weights, by all but the calling
+/// thread.
+pub fn expect(cx: &Cx<'_>, next: Next<'_>, firsts: &[Option<PackedWeights<'_>>]) {
     // A gated product starts with the gate's half of its tiles.
     let (weights, all) = match &next {
         Next::Linear(weights) => (*weights, *weights),
@@ -26,11 +29,15 @@ pub fn expect(cx: &Cx<'_>, next: Next<'_>) {
     let bytes = all.iter().map(|weights| weights.layout().size_bytes()).sum();
     let grid = Grid::plan(1, panels, bytes, cx.workers.count());
     let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
-    for worker in 0..cx.workers.count() {
+    let n_helpers = cx.workers.count() - 1;
+    for worker in 0..=n_helpers {
+        let mut mine = [&[][..]; RANGES];
+        let of_worker = firsts.iter().flatten().enumerate().filter(|(i, _)| worker > 0 && i % n_helpers == worker - 1);
+        mine.iter_mut().zip(of_worker).for_each(|(mine, (_, first))| *mine = first.codes_from(0));
         let first = cx.workers.first_item(n_items, worker);
         let place = first.and_then(|item| place(&grid, weights, item));
         let (sections, panels) = place.unwrap_or(([(&[], 0); SECTIONS], 0));
-        cx.workers.set_ahead(worker, sections, panels);
+        cx.workers.set_ahead(worker, mine, sections, panels);
     }
 }
 

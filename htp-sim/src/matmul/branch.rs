@@ -1,7 +1,9 @@
 //! Adapters' branches in the region of their layer.
 //!
 //! The first halves are small products. Whoever has a tile of the layer helps with them first, and waits for the last of them
-//! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do.
+//! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do. In a decode
+//! step the calling thread, which has just made x, leaves them to those who waited for it and meanwhile asked for their weights (see
+//! `ahead`); it helps with what is not taken when it needs them.
 //!
 //! Where x and the second half's weights have integers, `t` gets them, too: each worker quantizes the rows that its tiles need.
 //!
@@ -12,7 +14,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::{hint, mem, thread};
 
 use super::tile::{Tile, compute};
-use super::{Branch, Grid, Half, MAX_PARTS, PANEL, Rows, Target, VALUES, Write, with_buffer};
+use super::{Branch, Grid, Half, MAX_PARTS, PANEL, PRODUCTS, Rows, Target, Write, with_buffer};
 use crate::Cx;
 use crate::packed::{PackedWeights, WeightFormat};
 use crate::scratch::Disjoint;
@@ -27,6 +29,7 @@ pub(super) struct FirstHalves<'a> {
     /// No other call with a branch has the same number in this process.
     layer: u64,
     halves: [Option<FirstHalf<'a>>; MAX_PARTS],
+    few_rows: bool,
     n_items: usize,
     /// The next one to take.
     next: AtomicUsize,
@@ -56,7 +59,7 @@ pub(super) struct SecondHalf<'a> {
 impl<'a> FirstHalves<'a> {
     pub(super) fn new() -> Self {
         let (next, n_done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { layer: 0, halves: [const { None }; MAX_PARTS], n_items: 0, next, n_done }
+        Self { layer: 0, halves: [const { None }; MAX_PARTS], few_rows: true, n_items: 0, next, n_done }
     }
 
     /// Takes over a branch; a layer has at most [`MAX_PARTS`].
@@ -67,6 +70,7 @@ impl<'a> FirstHalves<'a> {
         let n_items = grid.row_blocks() * grid.groups(down);
         let t = Target { write: Write::Store, n: down.layout().n(), out: Disjoint::new(t) };
         self.halves[first] = Some(FirstHalf { x, down, alpha, t, grid, n_items });
+        self.few_rows &= x.count() < PANEL;
         self.n_items += n_items;
         if first == 0 {
             static LAYERS: AtomicU64 = AtomicU64::new(1);
@@ -79,8 +83,10 @@ impl<'a> FirstHalves<'a> {
 
     /// Computes all first halves, and calls `tile` for each of `n_tiles`.
     pub(super) fn then_each(&self, cx: &Cx<'_>, n_tiles: usize, tile: impl Fn(usize) + Sync) {
-        let tiles = |item: usize, _: usize| {
-            self.help(cx);
+        let tiles = |item: usize, worker: usize| {
+            if worker > 0 || !self.few_rows {
+                self.help(cx);
+            }
             tile(item);
         };
         cx.workers.for_each_then(n_tiles, tiles, cx.kernels.leave);
@@ -114,7 +120,8 @@ impl<'a> FirstHalves<'a> {
     }
 
     /// Rows `rows` from `row` on of a first half, `[rows, r]`; waits until all first halves are done. `None` if one panicked.
-    pub(super) fn rows(&self, second: &SecondHalf<'_>, row: usize, rows: usize) -> Option<&[f32]> {
+    pub(super) fn rows(&self, cx: &Cx<'_>, second: &SecondHalf<'_>, row: usize, rows: usize) -> Option<&[f32]> {
+        self.help(cx);
         let mut spins = 0;
         loop {
             let n_done = self.n_done.load(Ordering::Acquire);
@@ -142,7 +149,12 @@ impl FirstHalf<'_> {
         let n_groups = self.grid.groups(self.down);
         let tile = self.grid.tile(item / n_groups, item % n_groups, self.down);
         let half = Half { weights: self.down, bias: None, branch: None };
-        with_buffer(&VALUES, tile.values(), |values| {
+        if tile.rows < PANEL {
+            let codes = self.down.codes_from(tile.panel);
+            (cx.kernels.prefetch)(&codes[..codes.len().min(PREFETCHED_BYTES)]);
+        }
+        // Whoever needs the first half now has begun a tile in the other buffer.
+        with_buffer(&PRODUCTS, tile.values(), |values| {
             compute(cx, self.x, &half, &tile, values);
             self.scale(&tile, values);
             self.t.store(cx, &tile, Write::Store, values);
@@ -169,6 +181,9 @@ impl Drop for Abandon<'_> {
 /// More first halves than there can be.
 const ABANDONED: usize = usize::MAX / 2;
 
+/// Bytes of a first half's codes to ask for at once: a stream as short as this is over before hardware knows it.
+const PREFETCHED_BYTES: usize = 8 << 10;
+
 /// Pauses before a waiting worker gives its core away.
 const SPINS: u32 = 2000;
 
@@ -193,7 +208,7 @@ mod tests {
         let mut branch = Branch { x: Rows::F32 { x: &x, m: 3 }, down: w, alpha: &[1.0], up: w, t: &mut t };
         let mut firsts = FirstHalves::new();
         let second = firsts.add(&cx, &mut branch);
-        let run = || firsts.then_each(&cx, 64, |_| assert!(firsts.rows(&second, 0, 1).is_none(), "it never was"));
+        let run = || firsts.then_each(&cx, 64, |_| assert!(firsts.rows(&cx, &second, 0, 1).is_none(), "it never was"));
         let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("the first half panics");
         let message = panic.downcast_ref::<String>().expect("a message");
         assert!(message.starts_with("range "), "{message}");

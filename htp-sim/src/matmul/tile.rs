@@ -142,7 +142,7 @@ pub(super) fn prefetch_branch(cx: &Cx<'_>, half: &Half<'_>, tile: &Tile) {
 pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile, values: &mut [f32]) {
     let Some(branch) = &half.branch else { return };
     let rank = branch.up.layout().k();
-    let Some(t) = firsts.rows(branch, tile.row, tile.rows) else { return };
+    let Some(t) = firsts.rows(cx, branch, tile.row, tile.rows) else { return };
     if branch.in_integers {
         let key = firsts.key(branch, tile);
         return IntegerRows::with(cx, key, t, rank, |t| add_integers(cx, t, branch.up, tile, values));

@@ -192,11 +192,11 @@ impl Htp {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
-            if let Some(reader) = step.prefetch {
-                run::prefetch(&cx, &self.plan.steps[reader], (bindings, &applied), state);
+            if let Some(attention) = step.prefetch {
+                run::prefetch(&cx, &self.plan.steps[attention], bindings, state);
             }
             if let Some(next) = step.next_product {
-                run::expect(&cx, &self.plan.steps[next]);
+                run::expect(&cx, &self.plan.steps[next], &applied);
             }
             let step_begun = self.meter.as_ref().map(|_| Instant::now());
             run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;

@@ -79,19 +79,16 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
     }
 }
 
-/// In a graph for single rows, which go through more memory than the caches hold between two visits of a layer: each attention's
-/// cache is asked for before the product that makes its rows, and what adapters have for a product before the step that makes its
-/// input, which reads little itself.
+/// In a graph for single rows, where there is time to fetch a cache but no other work to hide it behind: each attention's
+/// cache is asked for before the product that makes its rows.
 fn plan_prefetches(steps: &mut [Step]) {
-    for reader in 0..steps.len() {
-        let before = &steps[..reader];
-        let asker = match &steps[reader].work {
-            _ if steps[reader].rows.max() > 1 => None,
-            Work::Attention { .. } => before.iter().rposition(|step| matches!(step.work, Work::Linear { .. })),
-            work => work.branches().next().and_then(|_| reader.checked_sub(1)),
-        };
-        if let Some(asker) = asker.filter(|asker| steps[*asker].prefetch.is_none()) {
-            steps[asker].prefetch = Some(reader);
+    for attention in 0..steps.len() {
+        if !matches!(steps[attention].work, Work::Attention { .. }) || steps[attention].rows.max() > 1 {
+            continue;
+        }
+        let product = steps[..attention].iter().rposition(|step| matches!(step.work, Work::Linear { .. }));
+        if let Some(product) = product {
+            steps[product].prefetch = Some(attention);
         }
     }
 }

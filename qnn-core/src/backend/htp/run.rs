@@ -62,15 +62,9 @@ pub(super) fn show(
     }
 }
 
-/// Asks for the cache rows that attention step `step` will write and read first, or for the first halves of a product's branches.
-pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings, &Applied<'_>), state: &mut State) {
-    let Work::Attention { cache, .. } = &step.work else {
-        let mut left = PREFETCHED_BYTES;
-        for first in step.work.branches().filter_map(|branch| adapter.panels(branch.down)) {
-            left -= htp_sim::prefetch_weights(cx, first.view(), left);
-        }
-        return;
-    };
+/// Asks for the cache rows that attention step `step` will write and read first.
+pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mut State) {
+    let Work::Attention { cache, .. } = &step.work else { return };
     let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
     let at = at.first().and_then(|at| usize::try_from(*at).ok());
     if let (Some(at), Some((target, _))) = (at, state.kernel_cache_mut(&cache.name)) {
@@ -79,17 +73,20 @@ pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings
 }
 
 /// Tells the workers that product `step` comes after the next.
-pub(super) fn expect(cx: &Cx<'_>, step: &Step) {
+pub(super) fn expect(cx: &Cx<'_>, step: &Step, adapter: &Applied<'_>) {
+    let firsts = step.work.branches().map(|branch| adapter.panels(branch.down).map(Panels::view));
+    let mut views = [None; MAX_PARTS];
+    views.iter_mut().zip(firsts).for_each(|(view, first)| *view = first);
     match &step.work {
         Work::Linear { parts, .. } => match &parts[..] {
-            [a] => htp_sim::expect(cx, Next::Linear(&[a.weights.view()])),
-            [a, b] => htp_sim::expect(cx, Next::Linear(&[a, b].map(|part| part.weights.view()))),
-            [a, b, c] => htp_sim::expect(cx, Next::Linear(&[a, b, c].map(|part| part.weights.view()))),
+            [a] => htp_sim::expect(cx, Next::Linear(&[a.weights.view()]), &views),
+            [a, b] => htp_sim::expect(cx, Next::Linear(&[a, b].map(|part| part.weights.view())), &views),
+            [a, b, c] => htp_sim::expect(cx, Next::Linear(&[a, b, c].map(|part| part.weights.view())), &views),
             _ => {}
         },
         Work::Gated { halves, .. } => {
             let [gate, up] = &**halves;
-            htp_sim::expect(cx, Next::Gated([gate.weights.view(), up.weights.view()]));
+            htp_sim::expect(cx, Next::Gated([gate.weights.view(), up.weights.view()]), &views);
         }
         _ => {}
     }
@@ -412,6 +409,3 @@ fn call_linear<'a>(cx: &Cx<'_>, x: Rows<'_>, parts: &mut dyn Iterator<Item = Par
         [None, ..] => Ok(()),
     }
 }
-
-/// Bytes of first halves to ask for: some microseconds of reading. Those that are not there by then, workers read together.
-const PREFETCHED_BYTES: usize = 16 << 10;

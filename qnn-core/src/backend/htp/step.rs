@@ -22,7 +22,7 @@ pub(super) struct Step {
     pub(super) rows: Dim,
     /// The work.
     pub(super) work: Work,
-    /// Number of a later step whose cache, or whose adapter's tensors, are asked for before this step.
+    /// Number of the attention step whose cache is asked for before this step.
     pub(super) prefetch: Option<usize>,
     /// Number of the product after this one, whose weights workers ask for while they wait.
     pub(super) next_product: Option<usize>,
