@@ -5,12 +5,13 @@
 //! scheduled costs nothing but its help: the team works with more workers than cores.
 //!
 //! Each worker has a share of neighbouring items and takes those first: it streams through memory that lies together, and
-//! the counter of its share stays in its own cache. Then it helps with the shares of the others.
+//! the counter of its share stays in its own cache. Then it helps with the shares of the others. While it waits for the next region,
+//! or for others to end this one, it asks for the memory that it was told it reads next (see `ahead`).
 //!
 //! ```text
 //! caller: write job; state = (epoch + 1, open, 0 active); wake sleepers
 //!         take items until none are left; state.open = false; wait until state.active = 0
-//! thread: spin, then yield, then park until the epoch changes
+//! thread: ask for memory, spin, then yield, then park until the epoch changes
 //!         if state.open: state.active += 1 (one exchange with the epoch); take items; state.active -= 1
 //! ```
 
@@ -25,7 +26,7 @@ use std::{fmt, hint, io, ptr};
 mod ahead;
 
 use ahead::Ahead;
-pub(crate) use ahead::{RANGES, SECTIONS};
+pub(crate) use ahead::{RANGES, SECTIONS, Sections};
 
 /// A team of `n` workers: the calling thread and `n - 1` threads that wait for it.
 ///
@@ -126,14 +127,14 @@ impl Workers {
 
     /// Tells `worker` what it asks for while it waits, instead of what it was told before: `ranges`, and the first `panels` panels of
     /// some sections of a weight, each with its bytes per panel.
-    pub(crate) fn set_ahead(
-        &self,
-        worker: usize,
-        ranges: [&[u8]; RANGES],
-        sections: [(&[u8], usize); SECTIONS],
-        panels: usize,
-    ) {
+    pub(crate) fn set_ahead(&self, worker: usize, ranges: [&[u8]; RANGES], sections: Sections<'_>, panels: usize) {
         self.shared.ahead[worker].set(ranges, sections, panels);
+    }
+
+    /// The next line that `worker` would ask for.
+    #[cfg(test)]
+    pub(crate) fn next_ahead(&self, worker: usize) -> Option<usize> {
+        self.shared.ahead[worker].next()
     }
 
     /// The number of the worker of this team that is running this code, if any is.

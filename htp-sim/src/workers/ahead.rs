@@ -31,7 +31,7 @@ struct Lines {
 
 impl Ahead {
     /// Sets what to ask for: the ranges, then the first `panels` panels of the sections, each with its bytes per panel.
-    pub(super) fn set(&self, ranges: [&[u8]; RANGES], sections: [(&[u8], usize); SECTIONS], panels: usize) {
+    pub(super) fn set(&self, ranges: [&[u8]; RANGES], sections: Sections<'_>, panels: usize) {
         for (lines, range) in self.ranges.iter().zip(ranges) {
             lines.set(range, range.len());
         }
@@ -44,29 +44,35 @@ impl Ahead {
         self.section.store(0, Relaxed);
     }
 
-    /// Asks for a line; says whether there may be more.
+    /// Asks for the next line; says whether there was one.
     pub(super) fn ask(&self) -> bool {
-        let range = self.range.load(Relaxed);
-        if let Some(lines) = self.ranges.get(range) {
-            if !lines.ask() {
-                self.range.store(range + 1, Relaxed);
+        self.next().map(arch::ask_for).is_some()
+    }
+
+    /// The next line, which is not said again.
+    pub(super) fn next(&self) -> Option<usize> {
+        let mut range = self.range.load(Relaxed);
+        while let Some(lines) = self.ranges.get(range) {
+            let line = lines.next();
+            if line.is_some() {
+                return line;
             }
-            return true;
+            range += 1;
+            self.range.store(range, Relaxed);
         }
-        let panels = self.panels.load(Relaxed);
-        if panels == 0 {
-            return false;
+        let mut panels = self.panels.load(Relaxed);
+        while panels > 0 {
+            let section = self.section.load(Relaxed) % SECTIONS;
+            let line = self.sections[section].next();
+            if line.is_some() {
+                return line;
+            }
+            self.sections[section].left.store(self.panel_bytes[section].load(Relaxed), Relaxed);
+            self.section.store(section + 1, Relaxed);
+            panels -= usize::from(section + 1 == SECTIONS);
+            self.panels.store(panels, Relaxed);
         }
-        let section = self.section.load(Relaxed) % SECTIONS;
-        if self.sections[section].ask() {
-            return true;
-        }
-        self.sections[section].left.store(self.panel_bytes[section].load(Relaxed), Relaxed);
-        self.section.store(section + 1, Relaxed);
-        if section + 1 == SECTIONS {
-            self.panels.store(panels - 1, Relaxed);
-        }
-        true
+        None
     }
 }
 
@@ -76,23 +82,45 @@ impl Lines {
         self.left.store(len, Relaxed);
     }
 
-    /// Asks for the next line, if there is one.
-    fn ask(&self) -> bool {
+    fn next(&self) -> Option<usize> {
         let (at, left) = (self.at.load(Relaxed), self.left.load(Relaxed));
         let len = left.min(LINE_BYTES);
-        if len > 0 {
-            arch::ask_for(at);
-            self.at.store(at.wrapping_add(len), Relaxed);
-            self.left.store(left - len, Relaxed);
-        }
-        len > 0
+        self.at.store(at.wrapping_add(len), Relaxed);
+        self.left.store(left - len, Relaxed);
+        (len > 0).then_some(at)
     }
 }
 
-/// Codes, scales, offsets.
+/// Codes, scales and offsets of a weight from some panel on, each with its bytes per panel.
+pub(crate) type Sections<'a> = [(&'a [u8], usize); SECTIONS];
+
+/// See [`Sections`].
 pub(crate) const SECTIONS: usize = 3;
 
 /// First halves of a product's branches.
 pub(crate) const RANGES: usize = 4;
 
 const LINE_BYTES: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every line of the ranges is named once, then those of all sections panel by panel; after that none.
+    #[test]
+    fn every_line_once() {
+        let memory = [0; 4096];
+        let start = memory.as_ptr().addr();
+        let ahead = Ahead::default();
+        assert_eq!(ahead.next(), None);
+        let sections = [(&memory[1024..], 128), (&memory[2048..], 32), (&memory[3072..], 0)];
+        ahead.set([&memory[..100], &[], &memory[512..512 + 64], &[]], sections, 2);
+        let lines: Vec<_> = std::iter::from_fn(|| ahead.next()).map(|at| at - start).take(100).collect();
+        assert_eq!(lines, [0, 64, 512, 1024, 1088, 2048, 1152, 1216, 2080]);
+        // What is set anew takes the place of what was left.
+        ahead.set([&memory[..], &[], &[], &[]], sections, 0);
+        ahead.next();
+        ahead.set([&[]; RANGES], [(&memory, 64); SECTIONS], 1);
+        assert_eq!(ahead.next(), Some(start));
+    }
+}

@@ -74,22 +74,18 @@ pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mu
 
 /// Tells the workers that product `step` comes after the next.
 pub(super) fn expect(cx: &Cx<'_>, step: &Step, adapter: &Applied<'_>) {
-    let firsts = step.work.branches().map(|branch| adapter.panels(branch.down).map(Panels::view));
-    let mut views = [None; MAX_PARTS];
-    views.iter_mut().zip(firsts).for_each(|(view, first)| *view = first);
-    match &step.work {
-        Work::Linear { parts, .. } => match &parts[..] {
-            [a] => htp_sim::expect(cx, Next::Linear(&[a.weights.view()]), &views),
-            [a, b] => htp_sim::expect(cx, Next::Linear(&[a, b].map(|part| part.weights.view())), &views),
-            [a, b, c] => htp_sim::expect(cx, Next::Linear(&[a, b, c].map(|part| part.weights.view())), &views),
-            _ => {}
-        },
-        Work::Gated { halves, .. } => {
-            let [gate, up] = &**halves;
-            htp_sim::expect(cx, Next::Gated([gate.weights.view(), up.weights.view()]), &views);
-        }
-        _ => {}
+    let [first, ..] = step.work.parts() else { return };
+    let (mut weights, mut firsts) = ([first.weights.view(); MAX_PARTS], [None; MAX_PARTS]);
+    let parts = step.work.parts();
+    for (part, (weights, first)) in parts.iter().zip(weights.iter_mut().zip(&mut firsts)) {
+        *weights = part.weights.view();
+        *first = part.branch.as_ref().and_then(|branch| adapter.panels(branch.down)).map(Panels::view);
     }
+    let next = match step.work {
+        Work::Gated { .. } => Next::Gated(&[weights[0], weights[1]]),
+        _ => Next::Linear(&weights[..parts.len()]),
+    };
+    htp_sim::expect(cx, next, &firsts);
 }
 
 /// One step being run.

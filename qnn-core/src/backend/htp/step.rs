@@ -196,14 +196,13 @@ impl Work {
         }
     }
 
-    /// The adapter's branches of a product.
-    pub(super) fn branches(&self) -> impl Iterator<Item = &BranchPart> {
-        let parts = match self {
-            Work::Linear { parts, .. } => &parts[..],
+    /// The weights of a product; none of other work.
+    pub(super) fn parts(&self) -> &[LinearPart] {
+        match self {
+            Work::Linear { parts, .. } => parts,
             Work::Gated { halves, .. } => &halves[..],
             _ => &[],
-        };
-        parts.iter().filter_map(|part| part.branch.as_ref())
+        }
     }
 
     /// Calls `visit` with every float buffer the work touches.
