@@ -212,7 +212,7 @@ fn tight_layouts_give_the_same_bits() {
 #[test]
 fn extreme_codes_do_not_saturate() {
     let workers = team(1);
-    for (m, k) in [(1, 512), (13, 512), (13, 1536)] {
+    for (m, k) in [(1, 512), (1, 1536), (13, 512), (13, 1536)] {
         for (format, code) in
             integer_formats(k).into_iter().flat_map(|f| [(f, *f.codes().start()), (f, *f.codes().end())])
         {
@@ -270,6 +270,29 @@ fn the_largest_sums_are_exact() {
                 assert_eq!(found, expected, "{} {format:?} {zeros} {mixed} {output}", cx.kernels.name);
             });
         }
+    }
+}
+
+/// Where the low bytes of x alone sum to more than a float holds, all of it is rounded as `portable` rounds it.
+#[test]
+fn sums_of_low_bytes_round_alike() {
+    let workers = team(1);
+    let (n, k) = (64, 4096);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
+    let mut noise = Noise(61);
+    let codes: Vec<i8> = noise.floats(n * k).into_iter().map(|noise| 113 + (noise * 12.0) as i8).collect();
+    let blob = crate::pack_quantized(&layout, &codes, &vec![1.0; n], crate::Offsets::None).expect("lengths match");
+    let w = layout.view(&blob).expect("length matches");
+    for m in [1, 3] {
+        let x = |(i, noise): (usize, f32)| if i.is_multiple_of(512) { 32000.0 } else { 113.0 + (noise * 12.0).round() };
+        let x: Vec<f32> = noise.floats(m * k).into_iter().enumerate().map(x).collect();
+        let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, k).expect("sizes are fine");
+        rows.set_grid(crate::Grid::new(1.0, -32896, 32639)).expect("the grid fits");
+        quantize_rows(&portable(&workers), &x, &mut rows).expect("lengths match");
+        let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+        each_tier(&workers, |cx| {
+            assert_eq!(bits(&product(cx, Rows::Quantized(&rows), w)), expected, "{} {m}", cx.kernels.name);
+        });
     }
 }
 
