@@ -10,7 +10,7 @@ use crate::Cx;
 use crate::elementwise::Activation;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::kernels::{MAX_TILE_ROWS, RowsMut};
-use crate::packed::{PANEL, PackedWeights};
+use crate::packed::{PANEL, PackedLayout, PackedWeights};
 use crate::quantize::{self, ActBits, QuantizedRows, quantize_rows};
 use crate::scratch::Disjoint;
 
@@ -118,9 +118,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
         check_branch(x, part.weights, part.branch.as_ref())?;
     }
     let m = x.count();
-    let layouts = || parts.iter().map(|part| part.weights.layout());
-    let (n_panels, bytes) = (layouts().map(|l| l.panels()).sum(), layouts().map(|l| l.size_bytes()).sum());
-    let grid = Grid::plan(m, n_panels, bytes, cx.workers.count());
+    let grid = Grid::of_linear(m, parts.iter().map(|part| part.weights.layout()), cx.workers.count());
     let mut firsts = FirstHalves::new();
     let mut targets = [const { None }; MAX_PARTS];
     let mut n_groups = 0;
@@ -179,8 +177,7 @@ pub fn gated_linear(
     }
     let n = gate.weights.layout().n();
     expect_len("outputs of up", up.weights.layout().n(), n)?;
-    let bytes = gate.weights.layout().size_bytes() + up.weights.layout().size_bytes();
-    let grid = Grid::plan(x.count(), gate.weights.layout().panels(), bytes, cx.workers.count());
+    let grid = Grid::of_gated(x.count(), [gate.weights.layout(), up.weights.layout()], cx.workers.count());
     let n_groups = grid.groups(gate.weights);
     let mut firsts = FirstHalves::new();
     let [gate, up] = [&mut gate, &mut up].map(|half| {
@@ -344,6 +341,17 @@ struct Grid {
 }
 
 impl Grid {
+    /// For a linear layer of some weights.
+    fn of_linear(m: usize, layouts: impl Iterator<Item = PackedLayout> + Clone, workers: usize) -> Self {
+        let n_panels = layouts.clone().map(|layout| layout.panels()).sum();
+        Self::plan(m, n_panels, layouts.map(|layout| layout.size_bytes()).sum(), workers)
+    }
+
+    /// For a gated layer of gate and up, whose tiles have both.
+    fn of_gated(m: usize, [gate, up]: [PackedLayout; 2], workers: usize) -> Self {
+        Self::plan(m, gate.panels(), gate.size_bytes() + up.size_bytes(), workers)
+    }
+
     /// For `m` rows and weights of `n_panels`, `bytes` in all.
     fn plan(m: usize, n_panels: usize, bytes: usize, workers: usize) -> Self {
         // Rows are shared out before panels: what a worker reads it has mostly written itself, and lines of the output do not go

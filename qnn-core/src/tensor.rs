@@ -104,9 +104,10 @@ impl Panels {
 
     /// The same with the sums of rows, if they were made. They lie elsewhere: only to look for them costs a trip to memory.
     pub(crate) fn view_with_sums(&self) -> PackedWeights<'_> {
-        let sums = self.row_sums.get().map_or(&[][..], |sums| sums);
-        let view = self.view();
-        if sums.is_empty() { view } else { view.with_row_sums(sums).expect("`sum_rows` makes one for each row") }
+        match self.row_sums.get() {
+            None => self.view(),
+            Some(sums) => self.view().with_row_sums(sums).expect("`sum_rows` makes one for each row"),
+        }
     }
 
     /// Makes the sums of rows that products with inputs on a shifted grid need, unless they are there: one pass over the

@@ -24,14 +24,12 @@ pub fn expect(cx: &Cx<'_>, next: Next<'_>, firsts: &[Option<PackedWeights<'_>>])
     if n_helpers == 0 {
         return;
     }
-    // A gated product starts with the gate's half of its tiles.
-    let (weights, all) = match &next {
-        Next::Linear(weights) => (*weights, *weights),
-        Next::Gated(halves) => (&halves[..1], &halves[..]),
+    let workers = cx.workers.count();
+    let (weights, grid) = match next {
+        Next::Linear(weights) => (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), workers)),
+        // It starts with the gate's half of its tiles.
+        Next::Gated(halves) => (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), workers)),
     };
-    let panels = weights.iter().map(|weights| weights.layout().panels()).sum();
-    let bytes = all.iter().map(|weights| weights.layout().size_bytes()).sum();
-    let grid = Grid::plan(1, panels, bytes, cx.workers.count());
     let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
     for worker in 0..=n_helpers {
         let mut mine = [&[][..]; RANGES];

@@ -96,9 +96,8 @@ fn plan_prefetches(steps: &mut [Step]) {
 /// In a graph for single rows, which wait for memory: each product is told which comes after it, the last one which is first when
 /// the graph is run again.
 fn plan_next_products(steps: &mut [Step]) {
-    let is_product = |step: &Step| matches!(step.work, Work::Linear { .. } | Work::Gated { .. });
-    let products: Vec<usize> =
-        (0..steps.len()).filter(|i| is_product(&steps[*i]) && steps[*i].rows.max() <= 1).collect();
+    let is_product = |step: &Step| !step.work.parts().is_empty() && step.rows.max() <= 1;
+    let products: Vec<usize> = (0..steps.len()).filter(|i| is_product(&steps[*i])).collect();
     for (product, next) in products.iter().zip(products.iter().cycle().skip(1)) {
         steps[*product].next_product = Some(*next);
     }

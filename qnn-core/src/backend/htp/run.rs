@@ -74,9 +74,9 @@ pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mu
 
 /// Tells the workers that product `step` comes after the next.
 pub(super) fn expect(cx: &Cx<'_>, step: &Step, adapter: &Applied<'_>) {
-    let [first, ..] = step.work.parts() else { return };
-    let (mut weights, mut firsts) = ([first.weights.view(); MAX_PARTS], [None; MAX_PARTS]);
     let parts = step.work.parts();
+    let [first, ..] = parts else { return };
+    let (mut weights, mut firsts) = ([first.weights.view(); MAX_PARTS], [None; MAX_PARTS]);
     for (part, (weights, first)) in parts.iter().zip(weights.iter_mut().zip(&mut firsts)) {
         *weights = part.weights.view();
         *first = part.branch.as_ref().and_then(|branch| adapter.panels(branch.down)).map(Panels::view);
