@@ -42,7 +42,7 @@ pub use elementwise::Activation;
 pub use error::ShapeError;
 pub use isa::{ISA_VARIABLE, IsaError};
 pub use kernels::Kernels;
-pub use matmul::{Branch, Gate, GateUp, Next, Part, Rows, Write, expect, gated_linear, linear, sum_rows};
+pub use matmul::{Branch, Gate, GateUp, Next, Part, Rows, Starts, Write, expect, gated_linear, linear, sum_rows};
 pub use norm::{rms_norm, rms_norm_quantize};
 pub use packed::{
     BlockOffset, Offsets, PackedLayout, PackedWeights, Packer, WeightFormat, pack_float, pack_quantized, round_to_f16,
@@ -51,6 +51,16 @@ pub use quantize::{ActBits, Grid, QuantizedRows, quantize_rows, snap};
 pub use rope::{rotary_table, rotate};
 pub use scratch::Aligned;
 pub use workers::{MAX_WORKERS, Workers};
+
+/// Asks for the memory of `values`, to the second cache, where this is known to help. A hint.
+pub fn prefetch<T>(values: &[T]) {
+    let (start, len) = (values.as_ptr().addr(), size_of_val(values));
+    // They may start and end anywhere in a line.
+    (0..len).step_by(scratch::LINE_BYTES).for_each(|at| arch::ask_for(start + at));
+    if len > 0 {
+        arch::ask_for(start + len - 1);
+    }
+}
 
 /// What every operation needs from its caller: which kernels, and who runs them.
 #[derive(Debug, Clone, Copy)]

@@ -18,7 +18,7 @@ mod ahead;
 mod branch;
 mod tile;
 
-pub use ahead::{Next, expect};
+pub use ahead::{Next, Starts, expect};
 
 use branch::{FirstHalves, SecondHalf};
 use tile::{Tile, add_branch, compute, compute_gated_straight, compute_straight, prefetch_branch};

@@ -26,7 +26,7 @@ use std::{fmt, hint, io, ptr};
 mod ahead;
 
 use ahead::Ahead;
-pub(crate) use ahead::{RANGES, SECTIONS, Sections};
+pub(crate) use ahead::{RANGES, Start};
 
 /// A team of `n` workers: the calling thread and `n - 1` threads that wait for it.
 ///
@@ -125,10 +125,9 @@ impl Workers {
         (len > 0).then_some(first)
     }
 
-    /// Tells `worker` what it asks for while it waits, instead of what it was told before: `ranges`, and the first `panels` panels of
-    /// some sections of a weight, each with its bytes per panel.
-    pub(crate) fn set_ahead(&self, worker: usize, ranges: [&[u8]; RANGES], sections: Sections<'_>, panels: usize) {
-        self.shared.ahead[worker].set(ranges, sections, panels);
+    /// Tells `worker` what it asks for while it waits, instead of what it was told before: `ranges`, then the start of its share.
+    pub(crate) fn set_ahead(&self, worker: usize, ranges: [&[u8]; RANGES], start: &Start) {
+        self.shared.ahead[worker].set(ranges, start);
     }
 
     /// The next line that `worker` would ask for.

@@ -280,21 +280,28 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
     expect_at_most("positions after this step", at.saturating_add(m), layout.capacity)?;
 
     let bytes = Disjoint::new(cache.bytes);
-    let append_head = |head: usize| {
+    let append_head = |head: usize, codes: &mut Codes| {
         let mut row = 0;
         while row < m {
             let (position, from) = (at + row, row * width + head * layout.head_dim);
             let rows = (m - row).min(RANGE - position % RANGE);
             // SAFETY: each head is one item, and its blocks are its own.
             let block = unsafe { bytes.range(layout.block_at(head, position), layout.block_bytes()) };
-            BlockMut::new(cx.kernels, layout, block).write(position % RANGE, rows, width, &k[from..], &v[from..]);
+            BlockMut::new(cx.kernels, layout, block, codes).write(
+                position % RANGE,
+                rows,
+                width,
+                &k[from..],
+                &v[from..],
+            );
             row += rows;
         }
     };
     if k.len() < PARALLEL_VALUES {
-        (0..layout.kv_heads).for_each(append_head);
+        let mut codes = NO_CODES;
+        (0..layout.kv_heads).for_each(|head| append_head(head, &mut codes));
     } else {
-        cx.workers.for_each(layout.kv_heads, |head, _| append_head(head));
+        cx.workers.for_each(layout.kv_heads, |head, _| append_head(head, &mut { NO_CODES }));
     }
     Ok(())
 }
@@ -308,15 +315,15 @@ struct BlockMut<'a> {
     values: &'a mut [u8],
     value_scales: &'a mut [u8],
     /// Int8: rows on their way.
-    codes: [[i8; MAX_HEAD_DIM]; GROUP],
+    codes: &'a mut Codes,
 }
 
 impl<'a> BlockMut<'a> {
-    fn new(kernels: &'static Kernels, layout: CacheLayout, block: &'a mut [u8]) -> Self {
+    fn new(kernels: &'static Kernels, layout: CacheLayout, block: &'a mut [u8], codes: &'a mut Codes) -> Self {
         let (keys, block) = block.split_at_mut(layout.block_key_bytes());
         let (key_scales, block) = block.split_at_mut(layout.block_scale_bytes());
         let (value_scales, values) = block.split_at_mut(layout.block_scale_bytes());
-        Self { layout, kernels, keys, key_scales, values, value_scales, codes: [[0; MAX_HEAD_DIM]; GROUP] }
+        Self { layout, kernels, keys, key_scales, values, value_scales, codes }
     }
 
     /// Writes `rows` rows from position `at` of the range on, `stride` apart in `k` and `v`.
@@ -414,6 +421,10 @@ fn quantize(kernels: &Kernels, x: &[f32], codes: &mut [i8; MAX_HEAD_DIM]) -> f32
     unsafe { (kernels.quantize)(RowValues { x, norm: None }, target) };
     scale
 }
+
+/// Codes of one head in the rows of a group.
+type Codes = [[i8; MAX_HEAD_DIM]; GROUP];
+const NO_CODES: Codes = [[0; MAX_HEAD_DIM]; GROUP];
 
 /// Largest `head_dim`: keeps an integer score inside i32.
 pub const MAX_HEAD_DIM: usize = 512;

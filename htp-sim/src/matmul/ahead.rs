@@ -3,9 +3,9 @@
 use super::Grid;
 use crate::Cx;
 use crate::packed::PackedWeights;
-use crate::workers::{RANGES, SECTIONS, Sections};
+use crate::workers::{RANGES, Start, Workers};
 
-/// The product of one row that comes after the one that is run next.
+/// A product of one row, as one that is to come.
 #[derive(Debug, Clone, Copy)]
 pub enum Next<'a> {
     /// A [`linear`](super::linear) of these weights.
@@ -14,36 +14,66 @@ pub enum Next<'a> {
     Gated(&'a [PackedWeights<'a>; 2]),
 }
 
-/// Tells each worker which weights it will read first in the product after the next. While it waits in between, it asks for them. A
-/// hint: no result depends on it.
+/// Where each worker of a team starts to read in each of several products: worked out once, and in one piece, since in a step that
+/// goes through all weights nothing else stays in a cache.
+///
+/// Addresses alone: it may outlive the weights, and is of no use then.
+#[derive(Debug)]
+pub struct Starts {
+    workers: usize,
+    /// `[product][worker]`.
+    starts: Vec<Start>,
+}
+
+impl Starts {
+    /// Of no product yet, for a team of so many workers.
+    pub fn new(workers: &Workers) -> Self {
+        Self { workers: workers.count(), starts: Vec::new() }
+    }
+
+    /// Adds the product `next`.
+    pub fn push(&mut self, workers: &Workers, next: Next<'_>) {
+        let (weights, grid) = match next {
+            Next::Linear(weights) => {
+                (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), self.workers))
+            }
+            // It starts with the gate's half of its tiles.
+            Next::Gated(halves) => {
+                (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), self.workers))
+            }
+        };
+        let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
+        let first = |worker| workers.first_item(n_items, worker).and_then(|item| place(&grid, weights, item));
+        self.starts.extend((0..self.workers).map(|worker| first(worker).unwrap_or_default()));
+    }
+
+    fn of(&self, product: usize) -> &[Start] {
+        self.starts.chunks_exact(self.workers).nth(product).unwrap_or_default()
+    }
+}
+
+/// Tells each worker what it will read first in product number `product` of `starts`, which comes after the one that is run next.
+/// While it waits in between, it asks for that. A hint: no result depends on it.
 ///
 /// `firsts` are the first halves of adapters' branches of that product. They are read before its weights, by all but the calling
 /// thread.
-pub fn expect(cx: &Cx<'_>, next: Next<'_>, firsts: &[Option<PackedWeights<'_>>]) {
+pub fn expect(cx: &Cx<'_>, (starts, product): (&Starts, usize), firsts: &[Option<PackedWeights<'_>>]) {
     let n_helpers = cx.workers.count() - 1;
     if n_helpers == 0 {
         return;
     }
-    let workers = cx.workers.count();
-    let (weights, grid) = match next {
-        Next::Linear(weights) => (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), workers)),
-        // It starts with the gate's half of its tiles.
-        Next::Gated(halves) => (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), workers)),
-    };
-    let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
-    for worker in 0..=n_helpers {
+    // Read in the next call.
+    crate::prefetch(starts.of(product + 1));
+    for (worker, start) in starts.of(product).iter().enumerate() {
         let mut mine = [&[][..]; RANGES];
         let of_worker = firsts.iter().flatten().enumerate().filter(|(i, _)| worker > 0 && i % n_helpers == worker - 1);
         mine.iter_mut().zip(of_worker).for_each(|(mine, (_, first))| *mine = first.codes_from(0));
-        let first = cx.workers.first_item(n_items, worker);
-        let place = first.and_then(|item| place(&grid, weights, item));
-        let (sections, panels) = place.unwrap_or(([(&[], 0); SECTIONS], 0));
-        cx.workers.set_ahead(worker, mine, sections, panels);
+        cx.workers.set_ahead(worker, mine, start);
     }
 }
 
-/// The sections from the first panel of item `group` on, with their bytes per panel, and the number of panels to ask for.
-fn place<'a>(grid: &Grid, weights: &[PackedWeights<'a>], mut group: usize) -> Option<(Sections<'a>, usize)> {
+/// Where the sections are from the first panel of item `group` on, and the number of panels to ask for.
+fn place(grid: &Grid, weights: &[PackedWeights<'_>], mut group: usize) -> Option<Start> {
     for weights in weights {
         let groups = grid.groups(*weights);
         if group < groups {
@@ -54,7 +84,8 @@ fn place<'a>(grid: &Grid, weights: &[PackedWeights<'a>], mut group: usize) -> Op
                 (weights.scales_from(tile.panel), layout.panel_scale_bytes()),
                 (weights.offsets_from(tile.panel), layout.panel_offset_bytes()),
             ];
-            return Some((sections, tile.panels.min((AHEAD_BYTES / code_bytes).max(1))));
+            let sections = sections.map(|(bytes, panel_bytes)| (bytes.as_ptr().addr(), panel_bytes));
+            return Some(Start { sections, panels: tile.panels.min((AHEAD_BYTES / code_bytes).max(1)) });
         }
         group -= groups;
     }
@@ -69,7 +100,6 @@ mod tests {
     use super::*;
     use crate::packed::{PackedLayout, WeightFormat};
     use crate::testing::{portable, weights};
-    use crate::workers::Workers;
 
     /// A worker is told the panel that its share of the next product starts with; branches are not the caller's.
     #[test]
@@ -80,15 +110,20 @@ mod tests {
         let blobs = [weights(&layout, 1), weights(&layout, 2)];
         let views = [&blobs[0], &blobs[1]].map(|blob| layout.view(blob).expect("length matches"));
         let [one, other] = views.map(|weights| weights.codes_from(0).as_ptr().addr());
+        let mut starts = Starts::new(&workers);
+        starts.push(&workers, Next::Linear(&views));
+        starts.push(&workers, Next::Gated(&[views[1], views[0]]));
         // The thread may use up what it is told at any time; the caller does so in regions only.
-        expect(&cx, Next::Linear(&views), &[Some(views[1])]);
+        expect(&cx, (&starts, 0), &[Some(views[1])]);
         assert_eq!(cx.workers.next_ahead(0), Some(one));
-        expect(&cx, Next::Gated(&[views[1], views[0]]), &[]);
+        expect(&cx, (&starts, 1), &[]);
         assert_eq!(cx.workers.next_ahead(0), Some(other));
+        // There is no such product: nothing is told.
+        expect(&cx, (&starts, 2), &[]);
 
         let grid = Grid::plan(1, 8, 2 * layout.size_bytes(), 2);
-        let (sections, panels) = place(&grid, &views, grid.groups(views[0])).expect("the second weight has a tile");
-        assert_eq!((sections[0].0.as_ptr().addr(), panels), (other, 4));
+        let start = place(&grid, &views, grid.groups(views[0])).expect("the second weight has a tile");
+        assert_eq!((start.sections[0].0, start.panels), (other, 4));
         assert!(place(&grid, &views, 2 * grid.groups(views[0])).is_none(), "there are no more items");
     }
 }

@@ -29,16 +29,24 @@ struct Lines {
     left: AtomicUsize,
 }
 
+/// Where a worker's share of a product starts: addresses of sections of a weight, each with its bytes per panel, and how many panels
+/// to ask for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Start {
+    pub(crate) sections: [(usize, usize); SECTIONS],
+    pub(crate) panels: usize,
+}
+
 impl Ahead {
-    /// Sets what to ask for: the ranges, then the first `panels` panels of the sections, each with its bytes per panel.
-    pub(super) fn set(&self, ranges: [&[u8]; RANGES], sections: Sections<'_>, panels: usize) {
+    /// Sets what to ask for: the ranges, then the start of a share.
+    pub(super) fn set(&self, ranges: [&[u8]; RANGES], start: &Start) {
         for (lines, range) in self.ranges.iter().zip(ranges) {
-            lines.set(range, range.len());
+            lines.set(range.as_ptr().addr(), range.len());
         }
         self.range.store(0, Relaxed);
-        self.panels.store(panels, Relaxed);
-        for ((lines, own_bytes), (bytes, panel_bytes)) in self.sections.iter().zip(&self.panel_bytes).zip(sections) {
-            lines.set(bytes, panel_bytes);
+        self.panels.store(start.panels, Relaxed);
+        for ((lines, own_bytes), (at, panel_bytes)) in self.sections.iter().zip(&self.panel_bytes).zip(start.sections) {
+            lines.set(at, panel_bytes);
             own_bytes.store(panel_bytes, Relaxed);
         }
         self.section.store(0, Relaxed);
@@ -77,8 +85,8 @@ impl Ahead {
 }
 
 impl Lines {
-    fn set(&self, bytes: &[u8], len: usize) {
-        self.at.store(bytes.as_ptr().addr(), Relaxed);
+    fn set(&self, at: usize, len: usize) {
+        self.at.store(at, Relaxed);
         self.left.store(len, Relaxed);
     }
 
@@ -91,10 +99,7 @@ impl Lines {
     }
 }
 
-/// Codes, scales and offsets of a weight from some panel on, each with its bytes per panel.
-pub(crate) type Sections<'a> = [(&'a [u8], usize); SECTIONS];
-
-/// See [`Sections`].
+/// Codes, scales and offsets of a weight.
 pub(crate) const SECTIONS: usize = 3;
 
 /// First halves of a product's branches.
@@ -110,17 +115,17 @@ mod tests {
     #[test]
     fn every_line_once() {
         let memory = [0; 4096];
-        let start = memory.as_ptr().addr();
+        let at = memory.as_ptr().addr();
         let ahead = Ahead::default();
         assert_eq!(ahead.next(), None);
-        let sections = [(&memory[1024..], 128), (&memory[2048..], 32), (&memory[3072..], 0)];
-        ahead.set([&memory[..100], &[], &memory[512..512 + 64], &[]], sections, 2);
-        let lines: Vec<_> = std::iter::from_fn(|| ahead.next()).map(|at| at - start).take(100).collect();
+        let start = Start { sections: [(at + 1024, 128), (at + 2048, 32), (at + 3072, 0)], panels: 2 };
+        ahead.set([&memory[..100], &[], &memory[512..512 + 64], &[]], &start);
+        let lines: Vec<_> = std::iter::from_fn(|| ahead.next()).map(|line| line - at).take(100).collect();
         assert_eq!(lines, [0, 64, 512, 1024, 1088, 2048, 1152, 1216, 2080]);
         // What is set anew takes the place of what was left.
-        ahead.set([&memory[..], &[], &[], &[]], sections, 0);
+        ahead.set([&memory[..], &[], &[], &[]], &Start::default());
         ahead.next();
-        ahead.set([&[]; RANGES], [(&memory, 64); SECTIONS], 1);
-        assert_eq!(ahead.next(), Some(start));
+        ahead.set([&[]; RANGES], &Start { sections: [(at, 64); SECTIONS], panels: 1 });
+        assert_eq!(ahead.next(), Some(at));
     }
 }

@@ -5,13 +5,14 @@
 //!          fuse: norm + quantize · q,k,v in one call · gate·up · residual add · rope in place
 //! ```
 
+use std::slice;
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
 };
 use std::time::Instant;
 
-use htp_sim::{Cx, Grid, Kernels, QuantizedRows, ShapeError, Workers};
+use htp_sim::{Cx, Grid, Kernels, QuantizedRows, ShapeError, Starts, Workers};
 
 use crate::{adapter::Adapter, graph::Graph};
 
@@ -111,6 +112,11 @@ struct Htp {
     adapter: Option<Arc<Adapter>>,
     /// Its own grid of each of the plan's updatable encodings.
     grids: Vec<Option<Grid>>,
+    /// Index in the state of each of the plan's caches, and the names of the state last run with.
+    caches: Vec<usize>,
+    cache_names: Option<Arc<[String]>>,
+    /// Where workers start to read in the product after each product.
+    starts: Starts,
     /// The account, while one is kept.
     meter: Option<Meter>,
 }
@@ -127,7 +133,12 @@ impl Htp {
         let quantized = plan.quantized.iter().map(|q| q.allocate()).collect::<Result<_, _>>()?;
         let (slots, names, grids) = (Vec::new(), None, vec![None; plan.grid_slots.len()]);
         let memory = Memory { floats, quantized };
-        Ok(Htp { backend, plan, memory, slots, names, adapter: None, grids, meter: None })
+        let mut starts = Starts::new(&backend.workers);
+        for next in plan.steps.iter().filter_map(|step| step.next_product) {
+            run::push_start(&mut starts, &backend.workers, &plan.steps[next]);
+        }
+        let (adapter, caches, cache_names, meter) = (None, Vec::new(), None, None);
+        Ok(Htp { backend, plan, memory, slots, names, adapter, grids, caches, cache_names, starts, meter })
     }
 }
 
@@ -146,6 +157,23 @@ impl Htp {
         };
         self.slots = self.plan.slots.iter().map(find).collect::<Result<_, _>>()?;
         self.names = Some(Arc::clone(names));
+        Ok(())
+    }
+
+    /// Looks the caches up in a state, when it is another than before.
+    fn find_caches(&mut self, names: &Arc<[String]>) -> Result<(), ExecuteError> {
+        if self.cache_names.as_ref().is_some_and(|known| Arc::ptr_eq(known, names)) {
+            return Ok(());
+        }
+        let find = |own: &String| {
+            names.iter().position(|name| name == own).ok_or_else(|| {
+                let why = "no cache of this state has this name".to_owned();
+                ExecuteError::State { tensor: own.clone(), why }
+            })
+        };
+        self.cache_names = None;
+        self.caches = self.plan.cache_names.iter().map(find).collect::<Result<_, _>>()?;
+        self.cache_names = Some(Arc::clone(names));
         Ok(())
     }
 
@@ -184,19 +212,29 @@ impl Htp {
             self.resolve(adapter.names())?;
             self.adopt(adapter)?;
         }
+        self.find_caches(state.names())?;
         let adapter = bindings.adapter().map(|adapter| &**adapter);
-        let applied = Applied { adapter, slots: &self.slots, grids: &self.grids };
+        let applied = Applied { adapter, slots: &self.slots, grids: &self.grids, caches: &self.caches };
         let cx = Cx { kernels: self.backend.kernels, workers: &self.backend.workers };
         let begun = self.meter.as_ref().map(|_| (Instant::now(), self.backend.workers.n_regions()));
-        for (i, step) in self.plan.steps.iter().enumerate() {
+        let (steps, mut product) = (&self.plan.steps[..], 0);
+        for (i, step) in steps.iter().enumerate() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
+            // In two goes: a step says where its operands are.
+            if let Some(step) = steps.get(i + 2 * STEPS_AHEAD) {
+                htp_sim::prefetch(slice::from_ref(step));
+            }
+            if let Some(step) = steps.get(i + STEPS_AHEAD) {
+                run::prefetch_operands(step, &applied);
+            }
             if let Some(attention) = step.prefetch {
-                run::prefetch(&cx, &self.plan.steps[attention], bindings, state);
+                run::prefetch(&cx, &steps[attention], (bindings, &applied), state);
             }
             if let Some(next) = step.next_product {
-                run::expect(&cx, &self.plan.steps[next], &applied);
+                run::expect(&cx, &steps[next], (&self.starts, product), &applied);
+                product += 1;
             }
             let step_begun = self.meter.as_ref().map(|_| Instant::now());
             run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
@@ -242,3 +280,6 @@ impl Executable for Htp {
         Some(self.meter.take()?.account(&self.plan.steps, &self.backend.workers))
     }
 }
+
+/// Steps from one that runs to one whose operands are asked for: at least one of them is a product, in which the answers arrive.
+const STEPS_AHEAD: usize = 4;

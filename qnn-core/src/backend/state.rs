@@ -1,6 +1,7 @@
 //! State of a client of a context: the KV caches, written in place by every execute.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
+use std::sync::Arc;
 
 use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
 
@@ -24,7 +25,10 @@ use super::PrepareError;
 #[derive(Debug)]
 pub struct State {
     capacity: usize,
-    caches: HashMap<String, Cache>,
+    /// Names of the key tensors, which name the caches.
+    names: Arc<[String]>,
+    /// In the order of `names`.
+    caches: Vec<Cache>,
     /// Of all caches in the kernels' form.
     memory: Zeroed,
     /// Scratch memory of the attention kernels, one for all layers of the same extents.
@@ -75,7 +79,8 @@ impl State {
         // Where that is more than there can be, `with_range_stride` says so.
         let stride = layers.iter().fold(0, |sum: usize, layer| sum.saturating_add(layer.layout.range_bytes()));
         let ranges = layers.first().map_or(0, |layer| layer.layout.ranges());
-        let (mut caches, mut scratch, mut at) = (HashMap::new(), Vec::new(), 0);
+        let mut names = Vec::new();
+        let (mut caches, mut scratch, mut at) = (Vec::new(), Vec::new(), 0);
         for Layer { key, layout, heads } in layers {
             let cache = match form {
                 CacheForm::Kernels { n_workers } => {
@@ -90,14 +95,15 @@ impl State {
                 }
             };
             at += layout.range_bytes();
-            caches.insert(key, cache);
+            names.push(key);
+            caches.push(cache);
         }
         let memory = match form {
             // `with_range_stride` checked the product.
             CacheForm::Kernels { .. } => Zeroed::new(stride * ranges),
             CacheForm::Reference => Zeroed::new(0),
         };
-        Ok(State { capacity, caches, memory, scratch })
+        Ok(State { capacity, names: names.into(), caches, memory, scratch })
     }
 
     /// Positions that each cache holds.
@@ -105,14 +111,20 @@ impl State {
         self.capacity
     }
 
-    /// The cache whose key tensor is called `key_tensor`.
-    pub(crate) fn cache_mut(&mut self, key_tensor: &str) -> Option<&mut Cache> {
-        self.caches.get_mut(key_tensor)
+    /// Names of the caches' key tensors; one list as long as the state lives.
+    pub(crate) fn names(&self) -> &Arc<[String]> {
+        &self.names
     }
 
-    /// The same in the kernels' form, with the scratch memory of its attention.
-    pub(crate) fn kernel_cache_mut(&mut self, key_tensor: &str) -> Option<(CacheMut<'_>, &mut AttentionScratch)> {
-        match self.caches.get(key_tensor)? {
+    /// The cache whose key tensor is called `key_tensor`.
+    pub(crate) fn cache_mut(&mut self, key_tensor: &str) -> Option<&mut Cache> {
+        let number = self.names.iter().position(|name| name == key_tensor)?;
+        self.caches.get_mut(number)
+    }
+
+    /// Cache number `number` of [`State::names`] in the kernels' form, with the scratch memory of its attention.
+    pub(crate) fn kernel_cache_mut(&mut self, number: usize) -> Option<(CacheMut<'_>, &mut AttentionScratch)> {
+        match self.caches.get(number)? {
             &Cache::Kernels { layout, at, scratch } => {
                 let bytes = &mut self.memory[at..][..layout.size_bytes()];
                 Some((CacheMut { layout, bytes }, &mut self.scratch[scratch].memory))

@@ -35,6 +35,8 @@ pub(super) struct Lowered {
     pub(super) summed: Vec<Panels>,
     /// Slots of the updatable tensors that do.
     pub(super) summed_slots: Vec<usize>,
+    /// Names of the key tensors, which name the caches, by slot.
+    pub(super) cache_names: Vec<String>,
     /// The computed tensors, in the order of the steps.
     pub(super) shown: Vec<Shown>,
 }
@@ -101,6 +103,7 @@ impl<'g> Lowering<'g> {
             grid_slots: Vec::new(),
             summed: Vec::new(),
             summed_slots: Vec::new(),
+            cache_names: Vec::new(),
             shown: Vec::new(),
         };
         let places = vec![Place::default(); graph.tensors().len()];
@@ -291,7 +294,8 @@ impl<'g> Lowering<'g> {
         let index_input = self.input_number(node, 5)?;
         let name = self.graph.tensor(node.inputs[3]).name.clone();
         let out = self.output(node, 0);
-        let cache = CacheRef { name, index_input, attrs: *attrs };
+        let cache = CacheRef { slot: self.result.cache_names.len(), index_input, attrs: *attrs };
+        self.result.cache_names.push(name);
         self.push(&node.name, rows, Work::Attention { q, k, v, out, cache });
         self.requantize(node.outputs[0])
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use htp_sim::Workers;
+use htp_sim::{AttentionScratch, CacheMut, Workers};
 
 use crate::backend::{
     Bindings, State, Value,
@@ -83,7 +83,7 @@ impl Cost {
         match &step.work {
             Work::Linear { parts, .. } => parts.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
             Work::Gated { halves, .. } => halves.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
-            Work::Attention { cache, .. } => Cost::attention(cache, rows, bindings, state),
+            Work::Attention { cache, .. } => Cost::attention(cache, rows, bindings, adapter.cache_mut(cache, state)),
             _ => Cost::default(),
         }
     }
@@ -95,13 +95,17 @@ impl Cost {
     }
 
     /// Every row meets the positions before it and its own; the window of a sliding attention is not taken off.
-    fn attention(cache: &CacheRef, rows: u64, bindings: &Bindings, state: &mut State) -> Cost {
+    fn attention(
+        cache: &CacheRef,
+        rows: u64,
+        bindings: &Bindings,
+        target: Option<(CacheMut<'_>, &mut AttentionScratch)>,
+    ) -> Cost {
         let past = match &bindings.inputs()[cache.index_input].value {
             Value::I32(values) => values.first().map_or(0, |at| (*at).max(0) as u64),
             Value::F32(_) => 0,
         };
-        let layout = state.kernel_cache_mut(&cache.name).map(|(cache, _)| cache.layout);
-        let per_position = layout.map_or(0, |layout| layout.position_bytes() as u64);
+        let per_position = target.map_or(0, |(cache, _)| cache.layout.position_bytes() as u64);
         let meetings = rows * past + rows * (rows + 1) / 2;
         let multiply_adds = 2 * meetings * (cache.attrs.heads * cache.attrs.head_dim) as u64;
         Cost { bytes: (past + rows) * per_position, multiply_adds }

@@ -24,6 +24,8 @@ pub(super) struct Plan {
     pub(super) grid_slots: Vec<String>,
     /// Slots of the updatable tensors that meet inputs on a static grid: their sums of rows may be needed.
     pub(super) summed_slots: Vec<usize>,
+    /// Names of the key tensors, which name the caches, by slot.
+    pub(super) cache_names: Vec<String>,
     /// The computed tensors, in the order of the steps.
     pub(super) shown: Vec<Shown>,
 }
@@ -75,6 +77,7 @@ pub(super) fn place(mut lowered: Lowered) -> Plan {
         slots: lowered.slots,
         grid_slots: lowered.grid_slots,
         summed_slots: lowered.summed_slots,
+        cache_names: lowered.cache_names,
         shown: lowered.shown,
     }
 }

@@ -1,6 +1,11 @@
 //! Running one step: buffers in, `htp-sim` call, buffers out. Nothing here allocates once buffers have their size.
 
-use htp_sim::{Branch, Cx, Gate, GateUp, Grid, Next, PackedWeights, Part, Rows, ShapeError, Write, elementwise};
+use std::slice;
+
+use htp_sim::{
+    AttentionScratch, Branch, CacheMut, Cx, Gate, GateUp, Grid, Next, PackedWeights, Part, Rows, ShapeError, Starts,
+    Workers, Write, elementwise,
+};
 
 use crate::{
     adapter::Adapter,
@@ -63,29 +68,48 @@ pub(super) fn show(
 }
 
 /// Asks for the cache rows that attention step `step` will write and read first.
-pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, bindings: &Bindings, state: &mut State) {
+pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings, &Applied<'_>), state: &mut State) {
     let Work::Attention { cache, .. } = &step.work else { return };
     let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
     let at = at.first().and_then(|at| usize::try_from(*at).ok());
-    if let (Some(at), Some((target, _))) = (at, state.kernel_cache_mut(&cache.name)) {
+    if let (Some(at), Some((target, _))) = (at, adapter.cache_mut(cache, state)) {
         htp_sim::attention::prefetch(cx, &target.as_ref(), at);
     }
 }
 
-/// Tells the workers that product `step` comes after the next.
-pub(super) fn expect(cx: &Cx<'_>, step: &Step, adapter: &Applied<'_>) {
+/// Asks for what it takes to run `step`, but for its weights and buffers: between two visits of it a step of one row goes through
+/// more memory than caches hold, and everything that has to be fetched then is waited for.
+pub(super) fn prefetch_operands(step: &Step, adapter: &Applied<'_>) {
+    let parts = step.work.parts();
+    htp_sim::prefetch(parts);
+    if adapter.adapter.is_some() {
+        let slots = parts.iter().filter_map(|part| part.branch.as_ref()).flat_map(|branch| [branch.down, branch.up]);
+        slots.filter_map(|slot| adapter.panels(slot)).for_each(|panels| htp_sim::prefetch(slice::from_ref(panels)));
+    }
+}
+
+/// Adds the product `step` to what workers can be told to expect.
+pub(super) fn push_start(starts: &mut Starts, workers: &Workers, step: &Step) {
     let parts = step.work.parts();
     let [first, ..] = parts else { return };
-    let (mut weights, mut firsts) = ([first.weights.view(); MAX_PARTS], [None; MAX_PARTS]);
-    for (part, (weights, first)) in parts.iter().zip(weights.iter_mut().zip(&mut firsts)) {
-        *weights = part.weights.view();
-        *first = part.branch.as_ref().and_then(|branch| adapter.panels(branch.down)).map(Panels::view);
-    }
+    let mut weights = [first.weights.view(); MAX_PARTS];
+    parts.iter().zip(&mut weights).for_each(|(part, weights)| *weights = part.weights.view());
     let next = match step.work {
         Work::Gated { .. } => Next::Gated(&[weights[0], weights[1]]),
         _ => Next::Linear(&weights[..parts.len()]),
     };
-    htp_sim::expect(cx, next, &firsts);
+    starts.push(workers, next);
+}
+
+/// Tells the workers that the product `next` comes after the one that is run now, number `product` in `starts`.
+pub(super) fn expect(cx: &Cx<'_>, next: &Step, starts: (&Starts, usize), adapter: &Applied<'_>) {
+    let mut firsts = [None; MAX_PARTS];
+    if adapter.adapter.is_some() {
+        for (part, first) in next.work.parts().iter().zip(&mut firsts) {
+            *first = part.branch.as_ref().and_then(|branch| adapter.panels(branch.down)).map(Panels::view);
+        }
+    }
+    htp_sim::expect(cx, starts, &firsts);
 }
 
 /// One step being run.
@@ -97,18 +121,28 @@ struct Run<'a> {
     rows: usize,
 }
 
-/// The adapter of an execute, seen through the slots of a plan.
+/// The adapter and the caches of an execute, seen through the slots of a plan.
 pub(super) struct Applied<'a> {
     pub(super) adapter: Option<&'a Adapter>,
     /// Index in the adapter of each slot.
     pub(super) slots: &'a [usize],
     /// The adapter's own grid of each updatable encoding.
     pub(super) grids: &'a [Option<Grid>],
+    /// Index in the state of each cache.
+    pub(super) caches: &'a [usize],
 }
 
 impl Applied<'_> {
     pub(super) fn panels(&self, slot: usize) -> Option<&Panels> {
         self.adapter?.tensor(self.slots[slot])
+    }
+
+    pub(super) fn cache_mut<'a>(
+        &self,
+        cache: &CacheRef,
+        state: &'a mut State,
+    ) -> Option<(CacheMut<'a>, &'a mut AttentionScratch)> {
+        state.kernel_cache_mut(self.caches[cache.slot])
     }
 
     /// The grid that holds now.
@@ -328,9 +362,9 @@ impl Run<'_> {
             capacity,
         };
         let past = usize::try_from(at).ok().filter(|at| at + self.rows <= capacity).ok_or_else(full)?;
-        let Some((mut target, scratch)) = state.kernel_cache_mut(&cache.name) else {
-            let why = "no cache of this backend has this name".to_owned();
-            return Err(ExecuteError::State { tensor: cache.name.clone(), why });
+        let Some((mut target, scratch)) = self.adapter.cache_mut(cache, state) else {
+            let (tensor, why) = (self.step.node.clone(), "its cache was made by another backend".to_owned());
+            return Err(ExecuteError::State { tensor, why });
         };
         self.check(htp_sim::append(self.cx, &mut target, past, &memory.floats[k], &memory.floats[v]))?;
         let params = attention_params(&cache.attrs);

@@ -128,8 +128,8 @@ pub(super) struct BranchPart {
 /// The cache an attention step writes and reads.
 #[derive(Debug)]
 pub(super) struct CacheRef {
-    /// Name of the key tensor, which names the cache.
-    pub(super) name: String,
+    /// Number among the plan's caches.
+    pub(super) slot: usize,
     /// Graph input that holds the first position to write.
     pub(super) index_input: usize,
     /// Heads and scale.
