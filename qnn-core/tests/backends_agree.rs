@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use qnn_core::{
     Adapter, Backend, Bindings, BlockOffsets, DataType, Dim, Encoding, Floats, Graph, OpKind, Panels, Shape, Tensor,
     TensorData, TensorId, TensorType,
-    backend::{ExecuteError, HtpBackend, ReferenceBackend, htp::pack_update},
+    backend::{ExecuteError, HtpBackend, ReferenceBackend, State, htp::pack_update},
     op::AttentionAttrs,
 };
 
@@ -284,6 +284,34 @@ fn bad_inputs_are_refused() {
         assert!(bindings.set_i32(2, &[1, 2]).is_err(), "two cache indices");
         assert!(bindings.set_f32(0, &[1.0]).is_err(), "floats for ids");
     }
+}
+
+/// Broken if an executable reads the cache of a state that it ran with before, or takes a state that is not for it.
+#[test]
+fn states_take_turns() {
+    let case = plain();
+    let (graph, _) = Builder::new(&case).decoder(&case);
+    let backend = HtpBackend::new(1).unwrap();
+    let mut executable = backend.prepare(&graph).unwrap();
+    let mut step = |state: &mut State, id: i32, at: i32| {
+        let mut bindings = Bindings::new(&graph);
+        bindings.set_i32(0, &[id]).unwrap();
+        bindings.set_i32(1, &[at]).unwrap();
+        bindings.set_i32(2, &[at]).unwrap();
+        bindings.set_i32(3, &[0]).unwrap();
+        executable.execute(&mut bindings, state, &AtomicBool::new(false))?;
+        Ok::<_, ExecuteError>(bindings.output_f32(0).to_vec())
+    };
+    let [mut one, mut other, mut alone] = [(); 3].map(|()| backend.new_state(&[&graph], 8).unwrap());
+    step(&mut alone, 1, 0).unwrap();
+    let expected = step(&mut alone, 2, 1).unwrap();
+    step(&mut one, 1, 0).unwrap();
+    step(&mut other, 3, 0).unwrap();
+    for mut wrong in [backend.new_state(&[], 8).unwrap(), ReferenceBackend.new_state(&[&graph], 8).unwrap()] {
+        assert!(matches!(step(&mut wrong, 2, 1), Err(ExecuteError::State { .. })));
+    }
+    assert_eq!(step(&mut one, 2, 1).unwrap(), expected);
+    assert_ne!(step(&mut other, 2, 1).unwrap(), expected, "another history has to give something else");
 }
 
 /// Broken if strength 0, or no adapter at all, is not the base bit for bit.

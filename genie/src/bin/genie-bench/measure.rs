@@ -199,8 +199,18 @@ pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow:
 
 /// A field of the kernel's account of this process, in MB (10⁶ bytes).
 pub(crate) fn memory_mb(field: &str) -> anyhow::Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)).context(field.to_owned())?;
+    account_mb("/proc/self/status", field)
+}
+
+/// MB of this process that are on pages of 2 MiB, of files and of its own memory.
+pub(crate) fn large_pages_mb() -> anyhow::Result<f64> {
+    let of = |field| account_mb("/proc/self/smaps_rollup", field);
+    Ok(of("FilePmdMapped:")? + of("AnonHugePages:")?)
+}
+
+fn account_mb(file: &str, field: &str) -> anyhow::Result<f64> {
+    let account = std::fs::read_to_string(file).with_context(|| file.to_owned())?;
+    let line = account.lines().find_map(|line| line.strip_prefix(field)).context(field.to_owned())?;
     let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse().context(field.to_owned())?;
     Ok(kibibytes * 1024.0 / 1e6)
 }
