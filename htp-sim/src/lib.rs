@@ -52,14 +52,11 @@ pub use rope::{rotary_table, rotate};
 pub use scratch::Aligned;
 pub use workers::{MAX_WORKERS, Workers};
 
-/// Asks for the memory of `values`, to the second cache, where this is known to help. A hint.
+/// Asks for the memory of `values`, to the second cache, where this is known to help: a hint, and no operation.
 pub fn prefetch<T>(values: &[T]) {
-    let (start, len) = (values.as_ptr().addr(), size_of_val(values));
-    // They may start and end anywhere in a line.
-    (0..len).step_by(scratch::LINE_BYTES).for_each(|at| arch::ask_for(start + at));
-    if len > 0 {
-        arch::ask_for(start + len - 1);
-    }
+    let (start, end) = (values.as_ptr().addr(), values.as_ptr().addr() + size_of_val(values));
+    let lines = start / scratch::LINE_BYTES..end.div_ceil(scratch::LINE_BYTES);
+    lines.for_each(|line| arch::ask_for(line * scratch::LINE_BYTES));
 }
 
 /// What every operation needs from its caller: which kernels, and who runs them.

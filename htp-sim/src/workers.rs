@@ -119,12 +119,6 @@ impl Workers {
         }
     }
 
-    /// The first item that `worker` takes of `n_items`, if its share has any.
-    pub(crate) fn first_item(&self, n_items: usize, worker: usize) -> Option<usize> {
-        let (first, len) = self.shared.share(n_items, worker);
-        (len > 0).then_some(first)
-    }
-
     /// Tells `worker` what it asks for while it waits, instead of what it was told before: `ranges`, then the start of its share.
     pub(crate) fn set_ahead(&self, worker: usize, ranges: [&[u8]; RANGES], start: &Start) {
         self.shared.ahead[worker].set(ranges, start);
@@ -292,19 +286,12 @@ impl Shared {
     /// Runs `f` for the items of `worker`'s share, then for what is left of the others'. The caller has the region open.
     fn take_items(&self, n_items: usize, worker: usize, f: impl Fn(usize)) {
         let epoch = self.epoch();
-        for share in (worker..self.shares.len()).chain(0..worker) {
-            let (first, len) = self.share(n_items, share);
-            while let Some(item) = self.shares[share].take(epoch, len) {
+        for owner in (worker..self.shares.len()).chain(0..worker) {
+            let (first, len) = share(n_items, self.shares.len(), owner);
+            while let Some(item) = self.shares[owner].take(epoch, len) {
                 f(first + item);
             }
         }
-    }
-
-    /// The first of `worker`'s items, and their number.
-    fn share(&self, n_items: usize, worker: usize) -> (usize, usize) {
-        let n = self.shares.len();
-        let (len, n_longer) = (n_items / n, n_items % n);
-        (worker * len + worker.min(n_longer), len + usize::from(worker < n_longer))
     }
 
     /// Runs `run(worker)`; keeps the first panic and drops the remaining items.
@@ -378,6 +365,12 @@ impl Shared {
         }
         self.asleep[worker].store(false, Ordering::SeqCst);
     }
+}
+
+/// The first of the items that are `worker`'s in a team of `n`, and their number.
+pub(crate) fn share(n_items: usize, n: usize, worker: usize) -> (usize, usize) {
+    let (len, n_longer) = (n_items / n, n_items % n);
+    (worker * len + worker.min(n_longer), len + usize::from(worker < n_longer))
 }
 
 /// Calls its function in the end.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 
 use htp_sim::Grid;
@@ -135,6 +136,11 @@ impl Adapter {
     /// The value of tensor number `index` of [`Adapter::names`], or `None` if it is all zeros.
     pub fn tensor(&self, index: usize) -> Option<&Panels> {
         self.tensors.get(index)?.as_ref()
+    }
+
+    /// Asks for what [`Adapter::tensor`] reads, without a look at it.
+    pub(crate) fn prefetch(&self, index: usize) {
+        self.tensors.get(index).into_iter().for_each(|tensor| htp_sim::prefetch(slice::from_ref(tensor)));
     }
 
     /// The value of the tensor called `name`, or `None` if it is all zeros.

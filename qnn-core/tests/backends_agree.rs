@@ -308,8 +308,20 @@ fn states_take_turns() {
     step(&mut one, 1, 0).unwrap();
     step(&mut other, 3, 0).unwrap();
     for mut wrong in [backend.new_state(&[], 8).unwrap(), ReferenceBackend.new_state(&[&graph], 8).unwrap()] {
-        assert!(matches!(step(&mut wrong, 2, 1), Err(ExecuteError::State { .. })));
+        assert!(matches!(step(&mut wrong, 2, 1), Err(ExecuteError::State { tensor, .. }) if tensor == "past_key"));
     }
+    // A state whose first cache is another graph's, of another size.
+    let larger = Case { head_dim: 2 * case.head_dim, ..case.clone() };
+    let (larger, _) = Builder::new(&larger).decoder(&larger);
+    let mut other_name = Graph::new("other");
+    for tensor in larger.tensors() {
+        let name = tensor.name.replace("past_key", "other_key");
+        other_name.add_tensor(Tensor { name, ..tensor.clone() }).unwrap();
+    }
+    larger.nodes().iter().for_each(|node| other_name.add_node(node.clone()).unwrap());
+    let mut mixed = backend.new_state(&[&other_name, &graph], 8).unwrap();
+    step(&mut mixed, 1, 0).unwrap();
+    assert_eq!(step(&mut mixed, 2, 1).unwrap(), expected);
     assert_eq!(step(&mut one, 2, 1).unwrap(), expected);
     assert_ne!(step(&mut other, 2, 1).unwrap(), expected, "another history has to give something else");
 }

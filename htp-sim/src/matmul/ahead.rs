@@ -3,7 +3,7 @@
 use super::Grid;
 use crate::Cx;
 use crate::packed::PackedWeights;
-use crate::workers::{RANGES, Start, Workers};
+use crate::workers::{RANGES, Start, Workers, share};
 
 /// A product of one row, as one that is to come.
 #[derive(Debug, Clone, Copy)]
@@ -14,57 +14,65 @@ pub enum Next<'a> {
     Gated(&'a [PackedWeights<'a>; 2]),
 }
 
-/// Where each worker of a team starts to read in each of several products: worked out once, and in one piece, since in a step that
-/// goes through all weights nothing else stays in a cache.
+/// Where each worker of a team starts to read in each of several products: worked out once, and in one piece, so that those of a
+/// product can be asked for. In a step that goes through all weights nothing stays in a cache.
 ///
 /// Addresses alone: it may outlive the weights, and is of no use then.
 #[derive(Debug)]
 pub struct Starts {
     workers: usize,
-    /// `[product][worker]`.
+    /// `[number][worker]`.
     starts: Vec<Start>,
 }
 
 impl Starts {
-    /// Of no product yet, for a team of so many workers.
+    /// Of no product yet, for a team like `workers`.
     pub fn new(workers: &Workers) -> Self {
         Self { workers: workers.count(), starts: Vec::new() }
     }
 
-    /// Adds the product `next`.
-    pub fn push(&mut self, workers: &Workers, next: Next<'_>) {
+    /// Takes over the product `next`, or nothing, under the next number from 0 on.
+    pub fn push(&mut self, next: Option<Next<'_>>) {
         let (weights, grid) = match next {
-            Next::Linear(weights) => {
+            None => (&[][..], Grid::of_linear(1, [].into_iter(), self.workers)),
+            Some(Next::Linear(weights)) => {
                 (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), self.workers))
             }
             // It starts with the gate's half of its tiles.
-            Next::Gated(halves) => {
+            Some(Next::Gated(halves)) => {
                 (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), self.workers))
             }
         };
         let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
-        let first = |worker| workers.first_item(n_items, worker).and_then(|item| place(&grid, weights, item));
-        self.starts.extend((0..self.workers).map(|worker| first(worker).unwrap_or_default()));
+        self.starts.extend((0..self.workers).map(|worker| {
+            let (first, len) = share(n_items, self.workers, worker);
+            let place = if len > 0 { place(&grid, weights, first) } else { None };
+            place.unwrap_or_default()
+        }));
     }
 
-    fn of(&self, product: usize) -> &[Start] {
-        self.starts.chunks_exact(self.workers).nth(product).unwrap_or_default()
+    /// Asks for what [`expect`] reads of product `number`.
+    pub fn prefetch(&self, number: usize) {
+        crate::prefetch(self.of(number));
+    }
+
+    fn of(&self, number: usize) -> &[Start] {
+        self.starts.chunks_exact(self.workers).nth(number).unwrap_or_default()
     }
 }
 
-/// Tells each worker what it will read first in product number `product` of `starts`, which comes after the one that is run next.
-/// While it waits in between, it asks for that. A hint: no result depends on it.
+/// Tells each worker what it will read first in product `number` of `starts`, which comes after the one that is run next. While it
+/// waits in between, it asks for that. A hint: no result depends on it. Nothing is told where there is no such product, or
+/// `starts` are those of another size of team.
 ///
 /// `firsts` are the first halves of adapters' branches of that product. They are read before its weights, by all but the calling
 /// thread.
-pub fn expect(cx: &Cx<'_>, (starts, product): (&Starts, usize), firsts: &[Option<PackedWeights<'_>>]) {
+pub fn expect(cx: &Cx<'_>, starts: &Starts, number: usize, firsts: &[Option<PackedWeights<'_>>]) {
     let n_helpers = cx.workers.count() - 1;
-    if n_helpers == 0 {
+    if n_helpers == 0 || starts.workers != cx.workers.count() {
         return;
     }
-    // Read in the next call.
-    crate::prefetch(starts.of(product + 1));
-    for (worker, start) in starts.of(product).iter().enumerate() {
+    for (worker, start) in starts.of(number).iter().enumerate() {
         let mut mine = [&[][..]; RANGES];
         let of_worker = firsts.iter().flatten().enumerate().filter(|(i, _)| worker > 0 && i % n_helpers == worker - 1);
         mine.iter_mut().zip(of_worker).for_each(|(mine, (_, first))| *mine = first.codes_from(0));
@@ -111,15 +119,22 @@ mod tests {
         let views = [&blobs[0], &blobs[1]].map(|blob| layout.view(blob).expect("length matches"));
         let [one, other] = views.map(|weights| weights.codes_from(0).as_ptr().addr());
         let mut starts = Starts::new(&workers);
-        starts.push(&workers, Next::Linear(&views));
-        starts.push(&workers, Next::Gated(&[views[1], views[0]]));
+        starts.push(Some(Next::Linear(&views)));
+        starts.push(None);
+        starts.push(Some(Next::Gated(&[views[1], views[0]])));
         // The thread may use up what it is told at any time; the caller does so in regions only.
-        expect(&cx, (&starts, 0), &[Some(views[1])]);
+        expect(&cx, &starts, 0, &[Some(views[1])]);
         assert_eq!(cx.workers.next_ahead(0), Some(one));
-        expect(&cx, (&starts, 1), &[]);
+        expect(&cx, &starts, 2, &[]);
         assert_eq!(cx.workers.next_ahead(0), Some(other));
-        // There is no such product: nothing is told.
-        expect(&cx, (&starts, 2), &[]);
+        expect(&cx, &starts, 1, &[]);
+        assert_eq!(cx.workers.next_ahead(0), None);
+
+        // No such product, and another team's: what was told before stays.
+        expect(&cx, &starts, 0, &[]);
+        expect(&cx, &starts, 3, &[]);
+        expect(&cx, &Starts::new(&Workers::new(1).expect("threads can be started")), 0, &[]);
+        assert_eq!(cx.workers.next_ahead(0), Some(one));
 
         let grid = Grid::plan(1, 8, 2 * layout.size_bytes(), 2);
         let start = place(&grid, &views, grid.groups(views[0])).expect("the second weight has a tile");

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::arch;
+use crate::scratch::LINE_BYTES;
 
 /// Some ranges of memory, then some panels of a weight, each section as one panel's bytes after the other. The waiting worker alone
 /// moves through them; it may see half of a change, and asks for memory that nobody needs then, which harms nothing: no address is
@@ -104,8 +105,6 @@ pub(crate) const SECTIONS: usize = 3;
 
 /// First halves of a product's branches.
 pub(crate) const RANGES: usize = 4;
-
-const LINE_BYTES: usize = 64;
 
 #[cfg(test)]
 mod tests {

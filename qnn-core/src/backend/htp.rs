@@ -5,7 +5,6 @@
 //!          fuse: norm + quantize · q,k,v in one call · gate·up · residual add · rope in place
 //! ```
 
-use std::slice;
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
@@ -34,7 +33,7 @@ pub use pack::{pack_constant, pack_update};
 use floats::Floats;
 use meter::{Cost, Meter};
 use place::Plan;
-use run::Applied;
+use run::Resolved;
 
 /// The backend over the kernels of `htp-sim`. Clones share one worker team.
 #[derive(Clone)]
@@ -115,7 +114,7 @@ struct Htp {
     /// Index in the state of each of the plan's caches, and the names of the state last run with.
     caches: Vec<usize>,
     cache_names: Option<Arc<[String]>>,
-    /// Where workers start to read in the product after each product.
+    /// Where workers start to read, by the number of the step.
     starts: Starts,
     /// The account, while one is kept.
     meter: Option<Meter>,
@@ -134,9 +133,7 @@ impl Htp {
         let (slots, names, grids) = (Vec::new(), None, vec![None; plan.grid_slots.len()]);
         let memory = Memory { floats, quantized };
         let mut starts = Starts::new(&backend.workers);
-        for next in plan.steps.iter().filter_map(|step| step.next_product) {
-            run::push_start(&mut starts, &backend.workers, &plan.steps[next]);
-        }
+        plan.steps.iter().for_each(|step| run::push_start(&mut starts, step));
         let (adapter, caches, cache_names, meter) = (None, Vec::new(), None, None);
         Ok(Htp { backend, plan, memory, slots, names, adapter, grids, caches, cache_names, starts, meter })
     }
@@ -161,19 +158,18 @@ impl Htp {
     }
 
     /// Looks the caches up in a state, when it is another than before.
-    fn find_caches(&mut self, names: &Arc<[String]>) -> Result<(), ExecuteError> {
-        if self.cache_names.as_ref().is_some_and(|known| Arc::ptr_eq(known, names)) {
+    fn find_caches(&mut self, state: &State) -> Result<(), ExecuteError> {
+        if self.cache_names.as_ref().is_some_and(|known| Arc::ptr_eq(known, state.names())) {
             return Ok(());
         }
-        let find = |own: &String| {
-            names.iter().position(|name| name == own).ok_or_else(|| {
-                let why = "no cache of this state has this name".to_owned();
-                ExecuteError::State { tensor: own.clone(), why }
+        let find = |name: &String| {
+            state.kernel_cache_number(name).ok_or_else(|| ExecuteError::State {
+                tensor: name.clone(),
+                why: "no cache of this backend has this name".to_owned(),
             })
         };
-        self.cache_names = None;
         self.caches = self.plan.cache_names.iter().map(find).collect::<Result<_, _>>()?;
-        self.cache_names = Some(Arc::clone(names));
+        self.cache_names = Some(Arc::clone(state.names()));
         Ok(())
     }
 
@@ -212,34 +208,26 @@ impl Htp {
             self.resolve(adapter.names())?;
             self.adopt(adapter)?;
         }
-        self.find_caches(state.names())?;
+        self.find_caches(state)?;
         let adapter = bindings.adapter().map(|adapter| &**adapter);
-        let applied = Applied { adapter, slots: &self.slots, grids: &self.grids, caches: &self.caches };
+        let resolved = Resolved { adapter, slots: &self.slots, grids: &self.grids, caches: &self.caches };
         let cx = Cx { kernels: self.backend.kernels, workers: &self.backend.workers };
         let begun = self.meter.as_ref().map(|_| (Instant::now(), self.backend.workers.n_regions()));
-        let (steps, mut product) = (&self.plan.steps[..], 0);
+        let steps = &self.plan.steps[..];
         for (i, step) in steps.iter().enumerate() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(ExecuteError::Cancelled);
             }
-            // In two goes: a step says where its operands are.
-            if let Some(step) = steps.get(i + 2 * STEPS_AHEAD) {
-                htp_sim::prefetch(slice::from_ref(step));
-            }
-            if let Some(step) = steps.get(i + STEPS_AHEAD) {
-                run::prefetch_operands(step, &applied);
-            }
             if let Some(attention) = step.prefetch {
-                run::prefetch(&cx, &steps[attention], (bindings, &applied), state);
+                run::prefetch(&cx, &steps[attention], (bindings, &resolved), state);
             }
             if let Some(next) = step.next_product {
-                run::expect(&cx, &steps[next], (&self.starts, product), &applied);
-                product += 1;
+                run::expect(&cx, steps, next, &self.starts, &resolved);
             }
             let step_begun = self.meter.as_ref().map(|_| Instant::now());
-            run::run(&cx, step, (bindings, &applied), state, &mut self.memory)?;
+            run::run(&cx, step, (bindings, &resolved), state, &mut self.memory)?;
             if let (Some(meter), Some(begun)) = (&mut self.meter, step_begun) {
-                meter.add_step(i, begun.elapsed(), Cost::of(step, bindings, &applied, state));
+                meter.add_step(i, begun.elapsed(), Cost::of(step, bindings, &resolved, state));
             }
             if let Some(watch) = watch.as_deref_mut() {
                 for tensor in self.plan.shown.iter().filter(|tensor| tensor.after == i) {
@@ -280,6 +268,3 @@ impl Executable for Htp {
         Some(self.meter.take()?.account(&self.plan.steps, &self.backend.workers))
     }
 }
-
-/// Steps from one that runs to one whose operands are asked for: at least one of them is a product, in which the answers arrive.
-const STEPS_AHEAD: usize = 4;

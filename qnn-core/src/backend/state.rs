@@ -122,7 +122,13 @@ impl State {
         self.caches.get_mut(number)
     }
 
-    /// Cache number `number` of [`State::names`] in the kernels' form, with the scratch memory of its attention.
+    /// Number of the cache whose key tensor is called `key_tensor`, if it is in the kernels' form.
+    pub(crate) fn kernel_cache_number(&self, key_tensor: &str) -> Option<usize> {
+        let mut caches = self.names.iter().zip(&self.caches);
+        caches.position(|(name, cache)| name == key_tensor && matches!(cache, Cache::Kernels { .. }))
+    }
+
+    /// Cache number `number` in the kernels' form, with the scratch memory of its attention.
     pub(crate) fn kernel_cache_mut(&mut self, number: usize) -> Option<(CacheMut<'_>, &mut AttentionScratch)> {
         match self.caches.get(number)? {
             &Cache::Kernels { layout, at, scratch } => {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use htp_sim::{AttentionScratch, CacheMut, Workers};
+use htp_sim::{CacheLayout, Workers};
 
 use crate::backend::{
     Bindings, State, Value,
@@ -10,7 +10,7 @@ use crate::backend::{
 };
 
 use super::{
-    run::Applied,
+    run::Resolved,
     step::{CacheRef, LinearPart, Step, Work},
 };
 
@@ -78,34 +78,31 @@ impl Meter {
 
 impl Cost {
     /// Of `step` in an execute with these `bindings`.
-    pub(super) fn of(step: &Step, bindings: &Bindings, adapter: &Applied<'_>, state: &mut State) -> Cost {
+    pub(super) fn of(step: &Step, bindings: &Bindings, resolved: &Resolved<'_>, state: &mut State) -> Cost {
         let rows = bindings.rows_of(step.rows) as u64;
         match &step.work {
-            Work::Linear { parts, .. } => parts.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
-            Work::Gated { halves, .. } => halves.iter().map(|part| Cost::linear(part, rows, adapter)).sum(),
-            Work::Attention { cache, .. } => Cost::attention(cache, rows, bindings, adapter.cache_mut(cache, state)),
+            Work::Linear { parts, .. } => parts.iter().map(|part| Cost::linear(part, rows, resolved)).sum(),
+            Work::Gated { halves, .. } => halves.iter().map(|part| Cost::linear(part, rows, resolved)).sum(),
+            Work::Attention { cache, .. } => {
+                Cost::attention(cache, rows, bindings, resolved.cache_mut(cache, state).0.layout)
+            }
             _ => Cost::default(),
         }
     }
 
-    fn linear(part: &LinearPart, rows: u64, adapter: &Applied<'_>) -> Cost {
-        let branch = part.branch.as_ref().map(|branch| [branch.down, branch.up].map(|slot| adapter.panels(slot)));
+    fn linear(part: &LinearPart, rows: u64, resolved: &Resolved<'_>) -> Cost {
+        let branch = part.branch.as_ref().map(|branch| [branch.down, branch.up].map(|slot| resolved.panels(slot)));
         let halves = branch.into_iter().flatten().flatten();
         std::iter::once(&part.weights).chain(halves).map(|weights| panels(weights, rows)).sum()
     }
 
     /// Every row meets the positions before it and its own; the window of a sliding attention is not taken off.
-    fn attention(
-        cache: &CacheRef,
-        rows: u64,
-        bindings: &Bindings,
-        target: Option<(CacheMut<'_>, &mut AttentionScratch)>,
-    ) -> Cost {
+    fn attention(cache: &CacheRef, rows: u64, bindings: &Bindings, layout: CacheLayout) -> Cost {
         let past = match &bindings.inputs()[cache.index_input].value {
             Value::I32(values) => values.first().map_or(0, |at| (*at).max(0) as u64),
             Value::F32(_) => 0,
         };
-        let per_position = target.map_or(0, |(cache, _)| cache.layout.position_bytes() as u64);
+        let per_position = layout.position_bytes() as u64;
         let meetings = rows * past + rows * (rows + 1) / 2;
         let multiply_adds = 2 * meetings * (cache.attrs.heads * cache.attrs.head_dim) as u64;
         Cost { bytes: (past + rows) * per_position, multiply_adds }

@@ -4,7 +4,7 @@ use std::slice;
 
 use htp_sim::{
     AttentionScratch, Branch, CacheMut, Cx, Gate, GateUp, Grid, Next, PackedWeights, Part, Rows, ShapeError, Starts,
-    Workers, Write, elementwise,
+    Write, elementwise,
 };
 
 use crate::{
@@ -23,12 +23,12 @@ use super::{
 pub(super) fn run(
     cx: &Cx<'_>,
     step: &Step,
-    (bindings, adapter): (&Bindings, &Applied<'_>),
+    (bindings, resolved): (&Bindings, &Resolved<'_>),
     state: &mut State,
     memory: &mut Memory,
 ) -> Result<(), ExecuteError> {
     let rows = bindings.rows_of(step.rows);
-    let run = Run { cx, step, bindings, adapter, rows };
+    let run = Run { cx, step, bindings, resolved, rows };
     match &step.work {
         Work::Load { input, out } => run.load(memory, *input, *out),
         Work::Lookup { table, indices, out } => run.lookup(memory, table, *indices, *out),
@@ -68,48 +68,48 @@ pub(super) fn show(
 }
 
 /// Asks for the cache rows that attention step `step` will write and read first.
-pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, adapter): (&Bindings, &Applied<'_>), state: &mut State) {
+pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, resolved): (&Bindings, &Resolved<'_>), state: &mut State) {
     let Work::Attention { cache, .. } = &step.work else { return };
     let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
     let at = at.first().and_then(|at| usize::try_from(*at).ok());
-    if let (Some(at), Some((target, _))) = (at, adapter.cache_mut(cache, state)) {
-        htp_sim::attention::prefetch(cx, &target.as_ref(), at);
+    if let Some(at) = at {
+        htp_sim::attention::prefetch(cx, &resolved.cache_mut(cache, state).0.as_ref(), at);
     }
 }
 
-/// Asks for what it takes to run `step`, but for its weights and buffers: between two visits of it a step of one row goes through
-/// more memory than caches hold, and everything that has to be fetched then is waited for.
-pub(super) fn prefetch_operands(step: &Step, adapter: &Applied<'_>) {
+/// Adds `step` to what workers can be told to expect, if it is a product.
+pub(super) fn push_start(starts: &mut Starts, step: &Step) {
     let parts = step.work.parts();
-    htp_sim::prefetch(parts);
-    if adapter.adapter.is_some() {
-        let slots = parts.iter().filter_map(|part| part.branch.as_ref()).flat_map(|branch| [branch.down, branch.up]);
-        slots.filter_map(|slot| adapter.panels(slot)).for_each(|panels| htp_sim::prefetch(slice::from_ref(panels)));
-    }
-}
-
-/// Adds the product `step` to what workers can be told to expect.
-pub(super) fn push_start(starts: &mut Starts, workers: &Workers, step: &Step) {
-    let parts = step.work.parts();
-    let [first, ..] = parts else { return };
+    let [first, ..] = parts else { return starts.push(None) };
     let mut weights = [first.weights.view(); MAX_PARTS];
     parts.iter().zip(&mut weights).for_each(|(part, weights)| *weights = part.weights.view());
     let next = match step.work {
         Work::Gated { .. } => Next::Gated(&[weights[0], weights[1]]),
         _ => Next::Linear(&weights[..parts.len()]),
     };
-    starts.push(workers, next);
+    starts.push(Some(next));
 }
 
-/// Tells the workers that the product `next` comes after the one that is run now, number `product` in `starts`.
-pub(super) fn expect(cx: &Cx<'_>, next: &Step, starts: (&Starts, usize), adapter: &Applied<'_>) {
+/// Tells the workers that the product `next` of `steps` comes after the one that is run now.
+///
+/// Asks for its operands' descriptions, too, and for the step after it, which says where those of that are: between two visits a
+/// step of one row goes through more memory than caches hold, and whatever it looks at first it waits for.
+pub(super) fn expect(cx: &Cx<'_>, steps: &[Step], next: usize, starts: &Starts, resolved: &Resolved<'_>) {
+    let parts = steps[next].work.parts();
+    htp_sim::prefetch(parts);
+    if let Some(after) = steps[next].next_product {
+        htp_sim::prefetch(slice::from_ref(&steps[after]));
+        starts.prefetch(after);
+    }
     let mut firsts = [None; MAX_PARTS];
-    if adapter.adapter.is_some() {
-        for (part, first) in next.work.parts().iter().zip(&mut firsts) {
-            *first = part.branch.as_ref().and_then(|branch| adapter.panels(branch.down)).map(Panels::view);
+    if let Some(adapter) = resolved.adapter {
+        for (part, first) in parts.iter().zip(&mut firsts) {
+            let Some(branch) = &part.branch else { continue };
+            *first = resolved.panels(branch.down).map(Panels::view);
+            adapter.prefetch(resolved.slots[branch.up]);
         }
     }
-    htp_sim::expect(cx, starts, &firsts);
+    htp_sim::expect(cx, starts, next, &firsts);
 }
 
 /// One step being run.
@@ -117,12 +117,12 @@ struct Run<'a> {
     cx: &'a Cx<'a>,
     step: &'a Step,
     bindings: &'a Bindings,
-    adapter: &'a Applied<'a>,
+    resolved: &'a Resolved<'a>,
     rows: usize,
 }
 
 /// The adapter and the caches of an execute, seen through the slots of a plan.
-pub(super) struct Applied<'a> {
+pub(super) struct Resolved<'a> {
     pub(super) adapter: Option<&'a Adapter>,
     /// Index in the adapter of each slot.
     pub(super) slots: &'a [usize],
@@ -132,7 +132,7 @@ pub(super) struct Applied<'a> {
     pub(super) caches: &'a [usize],
 }
 
-impl Applied<'_> {
+impl Resolved<'_> {
     pub(super) fn panels(&self, slot: usize) -> Option<&Panels> {
         self.adapter?.tensor(self.slots[slot])
     }
@@ -141,8 +141,8 @@ impl Applied<'_> {
         &self,
         cache: &CacheRef,
         state: &'a mut State,
-    ) -> Option<(CacheMut<'a>, &'a mut AttentionScratch)> {
-        state.kernel_cache_mut(self.caches[cache.slot])
+    ) -> (CacheMut<'a>, &'a mut AttentionScratch) {
+        state.kernel_cache_mut(self.caches[cache.slot]).expect("it was looked up in this state")
     }
 
     /// The grid that holds now.
@@ -159,7 +159,7 @@ impl Run<'_> {
         match &self.step.work {
             Work::RmsNorm { x, weight, epsilon, out: NormOut::Quantized(out, grid), .. } => {
                 let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
-                self.check(out.set_grid(self.adapter.grid(*grid)))?;
+                self.check(out.set_grid(self.resolved.grid(*grid)))?;
                 self.check(htp_sim::rms_norm_quantize(cx, &x[..rows * weight.len()], weight, *epsilon, out))
             }
             Work::RmsNorm { x, width, weight, epsilon, out: NormOut::Float(out) } => {
@@ -169,11 +169,11 @@ impl Run<'_> {
             }
             Work::Quantize { x, out, grid } => {
                 let (x, out) = (&memory.floats[*x], &mut memory.quantized[*out]);
-                self.check(out.set_grid(self.adapter.grid(*grid)))?;
+                self.check(out.set_grid(self.resolved.grid(*grid)))?;
                 self.check(htp_sim::quantize_rows(cx, &x[..rows * out.k()], out))
             }
             Work::Snap { x, grid } => {
-                let grid = self.adapter.grid(Some(*grid)).unwrap_or(grid.base);
+                let grid = self.resolved.grid(Some(*grid)).unwrap_or(grid.base);
                 htp_sim::snap(cx, &mut memory.floats[*x], grid);
                 Ok(())
             }
@@ -334,7 +334,7 @@ impl Run<'_> {
 
     /// A and B of a branch, if the adapter has both and a strength that is not 0.
     fn active(&self, branch: &BranchPart) -> Option<(&Panels, &Panels)> {
-        let (down, up) = (self.adapter.panels(branch.down)?, self.adapter.panels(branch.up)?);
+        let (down, up) = (self.resolved.panels(branch.down)?, self.resolved.panels(branch.up)?);
         let columns = self.alpha(branch.alpha).iter().take(down.layout().n());
         columns.into_iter().any(|alpha| *alpha != 0.0).then_some((down, up))
     }
@@ -362,10 +362,7 @@ impl Run<'_> {
             capacity,
         };
         let past = usize::try_from(at).ok().filter(|at| at + self.rows <= capacity).ok_or_else(full)?;
-        let Some((mut target, scratch)) = self.adapter.cache_mut(cache, state) else {
-            let (tensor, why) = (self.step.node.clone(), "its cache was made by another backend".to_owned());
-            return Err(ExecuteError::State { tensor, why });
-        };
+        let (mut target, scratch) = self.resolved.cache_mut(cache, state);
         self.check(htp_sim::append(self.cx, &mut target, past, &memory.floats[k], &memory.floats[v]))?;
         let params = attention_params(&cache.attrs);
         self.with_out(memory, out, cache.attrs.heads * cache.attrs.head_dim, |memory, out| {
