@@ -287,13 +287,8 @@ pub fn append(cx: &Cx<'_>, cache: &mut CacheMut<'_>, at: usize, k: &[f32], v: &[
             let rows = (m - row).min(RANGE - position % RANGE);
             // SAFETY: each head is one item, and its blocks are its own.
             let block = unsafe { bytes.range(layout.block_at(head, position), layout.block_bytes()) };
-            BlockMut::new(cx.kernels, layout, block, codes).write(
-                position % RANGE,
-                rows,
-                width,
-                &k[from..],
-                &v[from..],
-            );
+            let mut block = BlockMut::new(cx.kernels, layout, block, codes);
+            block.write(position % RANGE, rows, width, &k[from..], &v[from..]);
             row += rows;
         }
     };

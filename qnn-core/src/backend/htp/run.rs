@@ -71,8 +71,7 @@ pub(super) fn show(
 pub(super) fn prefetch(cx: &Cx<'_>, step: &Step, (bindings, resolved): (&Bindings, &Resolved<'_>), state: &mut State) {
     let Work::Attention { cache, .. } = &step.work else { return };
     let Value::I32(at) = &bindings.inputs()[cache.index_input].value else { return };
-    let at = at.first().and_then(|at| usize::try_from(*at).ok());
-    if let Some(at) = at {
+    if let Some(at) = at.first().and_then(|at| usize::try_from(*at).ok()) {
         htp_sim::attention::prefetch(cx, &resolved.cache_mut(cache, state).0.as_ref(), at);
     }
 }
