@@ -10,6 +10,7 @@ use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
 use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 
+mod few_rows;
 mod float;
 mod one_row;
 mod pairs;
@@ -122,6 +123,9 @@ impl Dot for Maddubs {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn per_channel<D: Dot, const BITS: usize>(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if BITS == 8 && few_rows::product::<D>(tile, out) {
+        return;
+    }
     if tile.width == PANEL {
         integer::<D, BITS, CHANNELS>(tile, out);
     } else {

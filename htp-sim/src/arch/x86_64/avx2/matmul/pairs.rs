@@ -413,7 +413,7 @@ fn load_f16s(from: &[u8]) -> [__m256; 2] {
 }
 
 /// Magnitudes of an output's codes, added up, at most: none of x is above `128 · 257`.
-const MAX_CODE_SUM: usize = (i32::MAX / (128 * 257)) as usize;
+pub(super) const MAX_CODE_SUM: usize = (i32::MAX / (128 * 257)) as usize;
 
 // So the sums of either byte of x are exact as floats, of 24 bits.
 const _: () = assert!(MAX_CODE_SUM * 128 <= 1 << 24);
