@@ -212,7 +212,7 @@ fn tight_layouts_give_the_same_bits() {
 #[test]
 fn extreme_codes_do_not_saturate() {
     let workers = team(1);
-    for (m, k) in [(1, 512), (1, 1536), (13, 512), (13, 1536)] {
+    for (m, k) in [(1, 512), (1, 1536), (3, 480), (13, 512), (13, 1536)] {
         for (format, code) in
             integer_formats(k).into_iter().flat_map(|f| [(f, *f.codes().start()), (f, *f.codes().end())])
         {
