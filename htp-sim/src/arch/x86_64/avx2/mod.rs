@@ -2,6 +2,7 @@
 
 mod attention;
 pub(super) mod matmul;
+mod quantize;
 mod vector;
 
 use crate::kernels::Kernels;
@@ -24,11 +25,11 @@ pub(crate) const KERNELS: Kernels = Kernels {
     softmax: vector::softmax,
     max: vector::max,
     weigh: vector::weigh,
-    quantize_weights: vector::quantize_weights,
+    quantize_weights: quantize::quantize_weights,
     soft_cap: vector::soft_cap,
     sum_squares: vector::sum_squares,
     normalize: vector::normalize,
-    quantize: vector::quantize,
+    quantize: quantize::quantize,
     unary: vector::unary,
     gate: vector::gate,
     rotate: vector::rotate,

@@ -2,7 +2,7 @@
 
 use crate::arch::portable::vector;
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
+use crate::kernels::{RowsMut, SoftmaxTotals, Weighed};
 
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -20,11 +20,6 @@ pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
-    vector::quantize_weights(weights, top, out);
-}
-
-#[target_feature(enable = "avx2,fma")]
 pub(crate) fn soft_cap(x: &mut [f32], cap: f32) {
     vector::soft_cap(x, cap);
 }
@@ -37,11 +32,6 @@ pub(crate) fn sum_squares(x: &[f32]) -> f32 {
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn normalize(x: &[f32], inv: f32, weight: &[f32], out: &mut [f32]) {
     vector::normalize(x, inv, weight, out);
-}
-
-#[target_feature(enable = "avx2,fma")]
-pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
-    vector::quantize(row, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
