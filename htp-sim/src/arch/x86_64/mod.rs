@@ -4,6 +4,7 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 pub(crate) mod avx512_vnni;
 pub(crate) mod avx_vnni;
+mod quantize;
 
 /// [`BlockOffset`](crate::packed::BlockOffset) as a constant of kernels.
 const SYMMETRIC: u8 = 0;

@@ -4,26 +4,21 @@
 use std::arch::x86_64::*;
 
 use crate::arch::portable::vector::{self, ROUND};
+use crate::arch::x86_64::quantize::usual_steps;
 use crate::kernels::{QuantizedRowMut, RowValues, WeightsMut};
 
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
     let whole = row.x.len().is_multiple_of(STEP) && out.sum_block.is_multiple_of(STEP);
     let found = if whole { absmax(&row) } else { f32::NAN };
-    let (scale, low, high, center) = match out.steps {
-        Some(steps) => (steps.scale, steps.low as f32, steps.high as f32, steps.center),
-        None => {
-            let limit = if out.lo.is_empty() { 127.0 } else { 127.0 * 256.0 };
-            (found / limit, -limit, limit, 0)
-        }
+    let Some(steps) = usual_steps(found, &out) else { return vector::quantize(row, out) };
+    *out.scale = steps.scale;
+    let codes = Codes {
+        divisor: Divisor::new(steps.scale),
+        low: steps.low as f32,
+        high: steps.high as f32,
+        center: steps.center,
     };
-    // Outside of these the quotients below may not be exact. NaN is outside.
-    let usual = SMALLEST..LARGEST;
-    if !usual.contains(&scale) || !usual.contains(&(found / scale)) {
-        return vector::quantize(row, out);
-    }
-    *out.scale = scale;
-    let codes = Codes { divisor: Divisor::new(scale), low, high, center };
     match (row.norm, out.lo.is_empty()) {
         (None, true) => codes.write::<false, true>(&row, out),
         (None, false) => codes.write::<false, false>(&row, out),
@@ -251,8 +246,3 @@ const STEP: usize = 32;
 
 /// Codes of two planes reach from -32896 to 32639: with this added they fit 16 bits, the high byte of which is `hi`.
 const PLANES_SHIFT: i32 = 128;
-
-/// 2^-100 and 2^100: with a scale and a largest quotient between them nothing above overflows, and what underflows is far below
-/// half a code.
-const SMALLEST: f32 = 7.888_609e-31;
-const LARGEST: f32 = 1.267_650_6e30;
