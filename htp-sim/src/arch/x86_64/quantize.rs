@@ -12,6 +12,9 @@ pub(super) fn usual_steps(found: f32, out: &QuantizedRowMut<'_>) -> Option<Steps
     (usual.contains(&steps.scale) && usual.contains(&(found / steps.scale))).then_some(steps)
 }
 
+/// Codes of two planes reach from -32896 to 32639: with this added they fit 16 bits, the high byte of which is `hi`.
+pub(super) const PLANES_SHIFT: i32 = 128;
+
 /// 2^-100 and 2^100: with a scale and a largest quotient between them nothing overflows, and what underflows is far below half a
 /// code.
 const SMALLEST: f32 = 7.888_609e-31;

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use crate::arch::portable::vector::{self, ROUND};
-use crate::arch::x86_64::quantize::usual_steps;
+use crate::arch::x86_64::quantize::{PLANES_SHIFT, usual_steps};
 use crate::kernels::{QuantizedRowMut, RowValues, WeightsMut};
 
 #[target_feature(enable = "avx2,fma")]
@@ -209,9 +209,10 @@ fn four_sums(bytes: __m256i) -> __m256i {
     _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1))
 }
 
+/// The sum of all lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_lanes(sums: __m256i) -> i32 {
+pub(super) fn add_lanes(sums: __m256i) -> i32 {
     let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
     let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
     _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_srli_epi64::<32>(sums)))
@@ -243,6 +244,3 @@ const LANES: usize = 8;
 
 /// Codes that fill a register as bytes.
 const STEP: usize = 32;
-
-/// Codes of two planes reach from -32896 to 32639: with this added they fit 16 bits, the high byte of which is `hi`.
-const PLANES_SHIFT: i32 = 128;

@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::{PLANES_SHIFT, bytes, high_plane, planes};
+use super::vector::{bytes, high_plane, planes};
 use crate::arch::portable::vector::{self, ROUND};
-use crate::arch::x86_64::quantize::usual_steps;
+use crate::arch::x86_64::quantize::{PLANES_SHIFT, usual_steps};
 use crate::kernels::{QuantizedRowMut, RowValues};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
 use crate::arch::portable::vector::{self, EXP, INVERSE, LANES, LN2_HIGH, LN2_LOW, ROUND};
+use crate::arch::x86_64::quantize::PLANES_SHIFT;
 use crate::elementwise::{Activation, Unary};
 use crate::kernels::{RowsMut, SoftmaxTotals, Weighed, WeightsMut};
 use crate::matmul::Write;
@@ -191,9 +192,6 @@ pub(super) fn planes(shifted: [__m512i; 4]) -> [__m512i; 2] {
     let lo = _mm512_packus_epi16(low(words[0]), low(words[1]));
     [in_order(hi), in_order(_mm512_xor_si512(lo, _mm512_set1_epi8(i8::MIN)))]
 }
-
-/// Codes of two planes reach from -32896 to 32639: with this added they fit 16 bits, the high byte of which is `hi`.
-pub(super) const PLANES_SHIFT: i32 = 128;
 
 /// 64 codes of 8 bits.
 #[inline]

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::pairs::MAX_CODE_SUM;
-use super::{Dot, LANES, PANEL, Place, load_f32, load_half, store};
+use super::{Dot, LANES, PANEL, load_f32, load_half, store};
 use crate::arch::x86_64::ask_ahead;
 use crate::kernels::IntegerTile;
 
@@ -42,11 +42,11 @@ fn panels<D: Dot, const ROWS: usize>(tile: &IntegerTile<'_>, x: &Values, row: us
         let sums = sums::<D, ROWS>(x, codes);
         let scales = &tile.scales[panel * PANEL * 4..][..PANEL * 4];
         for (r, sums) in sums.into_iter().enumerate() {
-            let at = Place { panel, row: row + r };
-            let x_scale = _mm256_set1_ps(tile.x_scales[at.row]);
+            let row = row + r;
+            let x_scale = _mm256_set1_ps(tile.x_scales[row]);
             for (half, sum) in sums.into_iter().enumerate() {
                 let scale = _mm256_mul_ps(load_f32(&scales[half * LANES * 4..]), x_scale);
-                let out = &mut out[(at.row * tile.panels + at.panel) * PANEL + half * LANES..];
+                let out = &mut out[(row * tile.panels + panel) * PANEL + half * LANES..];
                 store(out, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale));
             }
         }

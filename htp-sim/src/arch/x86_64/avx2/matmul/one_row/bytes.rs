@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 
 use super::super::{LANES, PANEL, load_f16, load_f32, store};
 use crate::arch::x86_64::ask_ahead;
+use crate::arch::x86_64::avx2::quantize::add_lanes;
 use crate::kernels::IntegerTile;
 
 /// Computes the tile, if it is one for this kernel; with `BLOCKS`, one with a scale for each block. Says whether it did.
@@ -126,13 +127,6 @@ fn widen(plane: &[i8], i: usize) -> __m256i {
     });
     // SAFETY: 16 bytes, unaligned.
     _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(values.as_ptr().cast()) })
-}
-
-#[target_feature(enable = "avx2")]
-fn add_lanes(sums: __m256i) -> i32 {
-    let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-    let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
-    _mm_cvtsi128_si32(sums) + _mm_extract_epi32::<1>(sums)
 }
 
 /// Inputs of x, at most: 32 KiB of values. None of its sums here is above `256 · 128 · 16384`, so they are 32-bit numbers.
