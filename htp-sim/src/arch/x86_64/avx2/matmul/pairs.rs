@@ -16,7 +16,7 @@ use super::{
     BLOCKS, CHANNELS, Dot, LANES, NARROW_CHANNELS, STEPS, code_bytes, load_f16, load_f32, load_half, load_i8,
     load_steps, nibbles, store,
 };
-use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC};
+use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, prefetch};
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS};
 use crate::packed::{BlockOffset, MAX_BLOCK, PANEL};
 
@@ -46,9 +46,12 @@ fn sums_fit<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>) -> bool
     tile.k * largest <= MAX_CODE_SUM || (0..tile.panels).all(|panel| panel_sums_fit::<BITS, SCALES>(tile, panel))
 }
 
-/// As [`sums_fit`], one panel, and the codes looked at.
+/// As [`sums_fit`], one panel: with its steps, if it has some, and the largest codes, else with its codes.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn panel_sums_fit<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, panel: usize) -> bool {
+    if SCALES == STEPS && steps_fit(tile, panel) {
+        return true;
+    }
     let (one, ones) = (_mm256_set1_epi16(1), _mm256_set1_epi8(1));
     let block = if SCALES == STEPS { tile.block } else { tile.k };
     let codes = &tile.codes[panel * tile.panel_bytes..][..code_bytes::<BITS>(tile.k)];
@@ -78,6 +81,17 @@ fn panel_sums_fit<const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, p
     _mm256_testz_si256(too_large, too_large) == 1
 }
 
+/// Whether the sums of a panel with steps fit whatever its codes are: there are many codes to a step.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn steps_fit(tile: &IntegerTile<'_>, panel: usize) -> bool {
+    let blocks = tile.k / tile.block;
+    let mut sums = [0_u32; PANEL];
+    for steps in tile.offsets[panel * blocks * PANEL..].as_chunks::<PANEL>().0.iter().take(blocks) {
+        sums.iter_mut().zip(steps).for_each(|(sum, step)| *sum += u32::from(*step));
+    }
+    sums.iter().all(|sum| *sum as usize * tile.block * 8 <= MAX_CODE_SUM)
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pieces<D: Dot, const BITS: usize, const SCALES: u8, const OFFSET: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) {
     let (mut x, mut codes) = (Values::uninit(), Widened::uninit());
@@ -89,6 +103,8 @@ fn pieces<D: Dot, const BITS: usize, const SCALES: u8, const OFFSET: u8>(tile: &
         let (blocks, first_block) = (tile.k / tile.block, from / tile.block);
         for panel in 0..tile.panels {
             codes.load::<BITS, SCALES, OFFSET>(tile, panel, &inputs);
+            // Memory is read while this panel is multiplied.
+            codes_of::<BITS>(tile, panel + 1, &inputs).into_iter().for_each(prefetch);
             let piece = Piece { tile, panel, inputs: inputs.clone(), block, blocks, first_block, x: &x, codes: &codes };
             let mut row = 0;
             while row < tile.rows {
@@ -101,6 +117,11 @@ fn pieces<D: Dot, const BITS: usize, const SCALES: u8, const OFFSET: u8>(tile: &
             }
         }
     }
+}
+
+/// The codes of a panel for some inputs; `None` behind the last panel of the weights.
+fn codes_of<'a, const BITS: usize>(tile: &IntegerTile<'a>, panel: usize, inputs: &Range<usize>) -> Option<&'a [u8]> {
+    tile.codes.get(panel * tile.panel_bytes..)?.get(code_bytes::<BITS>(inputs.start)..code_bytes::<BITS>(inputs.end))
 }
 
 /// Some inputs of one panel, and of all rows.
@@ -259,8 +280,7 @@ impl Widened {
         panel: usize,
         inputs: &Range<usize>,
     ) {
-        let codes = &tile.codes[panel * tile.panel_bytes + code_bytes::<BITS>(inputs.start)..]
-            [..code_bytes::<BITS>(inputs.len())];
+        let codes = codes_of::<BITS>(tile, panel, inputs).expect("the tile has the codes of its panels");
         let block = if SCALES == CHANNELS { inputs.len() } else { tile.block };
         let (blocks, first) = (tile.k / block, inputs.start / block);
         let mut total = [_mm256_setzero_si256(); 2];
