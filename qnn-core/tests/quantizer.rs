@@ -275,6 +275,42 @@ fn files_without_ids_are_refused_by_name() {
     assert!(error("list", b"# nothing\n\n").contains("need at least one"));
 }
 
+// Guards: the tokenizer's files are copied beside the new DLC, and are left alone where that is their own folder, however it
+// is spelled.
+#[test]
+fn tokenizer_files_survive_and_travel() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+    write_dlc(&path("model.dlc"), &model(false)).expect("it can be written");
+    for name in names {
+        std::fs::write(path(name), name).expect("it can be written");
+    }
+    std::fs::create_dir(path("other")).expect("it can be made");
+    let mut cases = vec![("./model.dlc", None), ("model.dlc", Some("other/../made.dlc"))];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(folder.path(), path("link")).expect("it can be made");
+        cases.push(("link/model.dlc", Some("made.dlc")));
+    }
+    cases.push(("model.dlc", Some("other/made.dlc")));
+    for (input, output) in cases {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+        command.current_dir(folder.path()).args(["-i", input, "--float_fallback"]);
+        if let Some(output) = output {
+            command.args(["-o", output]);
+        }
+        let done = command.output().expect("the tool starts");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        for name in names {
+            assert_eq!(std::fs::read_to_string(path(name)).expect("it is there"), name, "{input} to {output:?}");
+        }
+    }
+    for name in names {
+        assert_eq!(std::fs::read_to_string(path("other").join(name)).expect("it was copied"), name);
+    }
+}
+
 // Broken if the tool with its default flags refuses a model whose weights are integers already, or changes them.
 #[test]
 fn the_tool_calibrates_integer_weights() {

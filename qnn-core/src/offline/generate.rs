@@ -184,8 +184,8 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     Ok(Report { files, sections, sidecars })
 }
 
-/// Copies the files that a dialog needs beside the context binaries, those that lie beside the DLC, to `output_dir`.
-/// Gives the paths of the copies.
+/// Copies the files that a dialog needs beside the context binaries, those that lie beside the DLC, to `output_dir`, unless
+/// they lie there already. Gives the paths of the copies.
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be copied.
@@ -201,8 +201,8 @@ pub fn copy_sidecars(dlc_path: &Path, output_dir: &Path) -> Result<Vec<PathBuf>,
         if !same {
             let mut from_file = File::open(&from).map_err(Error::io(&from))?;
             atomic_file::write(&to, |file| std::io::copy(&mut from_file, file).map(|_| ())).map_err(Error::io(&to))?;
+            copies.push(to);
         }
-        copies.push(to);
     }
     Ok(copies)
 }

@@ -1,6 +1,6 @@
 //! `qairt-quantizer`: a DLC and some text in, a DLC with integer weights and static encodings out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -15,6 +15,7 @@ use qnn_core::{
         dlc::{read_dlc, write_dlc},
         encodings::{EncodingsFile, FileVersion, dump},
         equalize::{SmoothOptions, SmoothReport, smooth},
+        generate::copy_sidecars,
         lora::place_adapters,
         quantize::{
             Activations, Calibration, Progress, QuantizeOptions, QuantizeReport, Schema, Tools,
@@ -428,12 +429,9 @@ fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
     }
     write_dlc(output, graph)?;
     println!("wrote {}", output.display());
-    for name in SIDECARS {
-        let (from, to) = (cli.input_dlc.with_file_name(name), output.with_file_name(name));
-        if from.is_file() && from != to {
-            std::fs::copy(&from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
-            println!("wrote {}", to.display());
-        }
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for path in copy_sidecars(&cli.input_dlc, folder)? {
+        println!("wrote {}", path.display());
     }
     if cli.dump_encoding_json {
         let stem = output.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
@@ -447,9 +445,6 @@ fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
     }
     Ok(())
 }
-
-/// Files that belong beside a DLC.
-const SIDECARS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
 
 const EXAMPLES: &str = "Examples:
   qairt-quantizer -i float/model.dlc -o w8a16/model.dlc --calibration_text some.txt
