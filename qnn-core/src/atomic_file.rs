@@ -78,7 +78,10 @@ impl Seek for PieceWriter<'_> {
 }
 
 /// Writes `path` as a whole or not at all, with what `fill` writes.
-pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
+///
+/// # Errors
+/// What `fill` or the system says. `path` is then unchanged.
+pub fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
     let new = AtomicFile::create(path)?;
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, new.file());
     fill(&mut out)?;

@@ -1,5 +1,6 @@
 //! `qairt-quantizer`: a DLC and some text in, a DLC with integer weights and static encodings out.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ use qnn_core::{
         quantize_weights::Bits,
         rounding::{RoundingReport, can_scale_channels},
     },
+    write_atomic,
 };
 
 mod display;
@@ -437,7 +439,7 @@ fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
         let stem = output.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
         let path = output.with_file_name(format!("{stem}_encodings.json"));
         let (file, left_out) = dump(graph, version);
-        std::fs::write(&path, format!("{}\n", file.to_json())).with_context(|| path.display().to_string())?;
+        write_atomic(&path, |out| writeln!(out, "{}", file.to_json())).with_context(|| path.display().to_string())?;
         println!("wrote {} ({} tensors)", path.display(), file.tensors.len());
         if let Some(first) = left_out.first() {
             println!("  without {} weights whose blocks have float minima, {first} the first", left_out.len());

@@ -9,6 +9,7 @@ use clap::Parser;
 use qnn_core::{
     Bytes, Error,
     binary::{FileInfo, Verify},
+    write_atomic,
 };
 
 /// Prints what a context binary or an adapter section contains as JSON. Of a context binary: versions, identity, graphs
@@ -48,7 +49,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let mut json = serde_json::to_vec_pretty(&contents).context("write JSON")?;
     json.push(b'\n');
     match &cli.json_file {
-        Some(path) => std::fs::write(path, &json).with_context(|| path.display().to_string()),
+        Some(path) => write_atomic(path, |file| file.write_all(&json)).with_context(|| path.display().to_string()),
         None => std::io::stdout().write_all(&json).context("standard output"),
     }
 }
