@@ -17,6 +17,7 @@ use qnn_core::{
     offline::{
         arch::{CacheType, Grouping, WeightType},
         dlc::write_dlc,
+        encodings::{EncodingsFile, Numbers},
         generate::{GenerateOptions, Report, generate},
         quantize::{Activations, Calibration, QuantizeOptions, Schema, Tools, adapters::calibrate_adapters, quantize},
         quantize_weights::Bits,
@@ -462,6 +463,31 @@ fn a_group_is_calibrated_together_and_stored_once() {
     }
     let again = context.load_section(project.section("tiny_three.bin")).unwrap();
     assert_eq!(context.section(&again).unwrap(), context.section(&three).unwrap());
+}
+
+// Guards: calibration keeps what an encodings file says of weights, also in 2.0.0, which does not tell them from computed
+// tensors, and replaces what it says of these.
+#[test]
+fn weights_keep_their_encodings() {
+    let project = Project::new("all");
+    let weight = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+    let scales = [0.5, 0.25, 0.125, 0.0625];
+    let json = serde_json::json!({"version": "2.0.0", "encodings": [
+        {"name": weight, "output_dtype": "int8", "axis": 0, "y_scale": scales},
+        {"name": "model.layers.0.input_layernorm", "output_dtype": "uint16", "y_scale": 0.5, "y_zero_point": 7},
+    ]});
+    // A member of a group, whose computed tensors are in the group's file, and an adapter of its own.
+    for (name, n_computed) in [("one", 0), ("three", 9)] {
+        let path = project.path(&format!("{name}.encodings"));
+        std::fs::write(&path, json.to_string()).unwrap();
+        project.calibrate(LIST);
+        let file = EncodingsFile::open(&path).unwrap();
+        let kept = file.find(weight).unwrap();
+        let Numbers::Integer(integers) = &kept.numbers else { panic!("{kept:?}") };
+        assert_eq!((kept.is_param, integers.bits, &integers.scales[..]), (Some(true), 8, &scales[..]));
+        let computed = file.tensors.iter().filter(|tensor| tensor.is_param == Some(false)).count();
+        assert_eq!((computed, file.tensors.len()), (n_computed, n_computed + 1), "{name}");
+    }
 }
 
 // Broken if a group that cannot be right becomes a file, or the message does not say which and why.

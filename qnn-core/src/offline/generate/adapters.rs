@@ -448,7 +448,8 @@ fn computed_encodings(text: &[u8], model: &Graph) -> Result<Vec<(String, TensorE
     Ok(found)
 }
 
-fn is_computed(model: &Graph, name: &str) -> bool {
+/// Whether `name` is a tensor that `model` computes, not one of its constants.
+pub(in crate::offline) fn is_computed(model: &Graph, name: &str) -> bool {
     model.find(name).is_some_and(|id| !model.tensor(id).tensor_type.is_static())
 }
 

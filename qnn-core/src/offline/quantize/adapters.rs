@@ -15,7 +15,7 @@ use crate::{
     offline::{
         encodings::{EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers},
         equalize::{SCALES_KEY, fingerprint},
-        generate::listed_adapters,
+        generate::{is_computed, listed_adapters},
         lora::{
             LoraError, MODE_KEY,
             values::{self, Matrix},
@@ -83,14 +83,14 @@ pub fn calibrate_adapters(
         let observers = observe(graph, &taps, windows, Some(&values), tools).map_err(refused)?;
         match shared.iter_mut().find(|(_, group)| adapter.group.as_ref() == Some(&group.name)) {
             Some((seen, group)) => {
-                add_to_file(&adapter.encodings, Vec::new())?;
+                add_to_file(&adapter.encodings, quantized, Vec::new())?;
                 group.members.push(adapter.name);
                 merge(seen, observers);
             }
             None => {
                 let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
                 let (tensors, wide, path) = (entries.len(), n_wide(&entries), adapter.encodings);
-                add_to_file(&path, entries)?;
+                add_to_file(&path, quantized, entries)?;
                 reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, wide, path });
             }
         }
@@ -98,7 +98,7 @@ pub fn calibrate_adapters(
     for (observers, group) in shared {
         let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
         let (tensors, wide) = (entries.len(), n_wide(&entries));
-        add_to_file(&group.path, entries)?;
+        add_to_file(&group.path, quantized, entries)?;
         reports.push(AdapterReport { tensors, wide, ..group });
     }
     Ok(reports)
@@ -188,9 +188,11 @@ fn entry(name: &str, (data_type, encoding): &(DataType, Encoding)) -> FileEncodi
 }
 
 /// Writes `entries` as the computed tensors of the file, beside the weights that it has; makes the file if it is not there.
-fn add_to_file(path: &Path, entries: Vec<FileEncoding>) -> Result<(), Error> {
+fn add_to_file(path: &Path, quantized: &Graph, entries: Vec<FileEncoding>) -> Result<(), Error> {
     let mut tensors = if path.is_file() { EncodingsFile::open(path)?.tensors } else { Vec::new() };
-    tensors.retain(|tensor| tensor.is_param == Some(true));
+    tensors.retain(|tensor| tensor.is_param != Some(false) && !is_computed(quantized, &tensor.name));
+    // Version 2.0.0 does not tell weights from computed tensors, the one that is written does.
+    tensors.iter_mut().for_each(|tensor| tensor.is_param = Some(true));
     tensors.extend(entries);
     let json = EncodingsFile { version: FileVersion::V1_0_0, tensors }.to_json();
     atomic_file::write(path, |file| std::io::Write::write_all(file, format!("{json}\n").as_bytes()))
