@@ -90,7 +90,8 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result
     new.commit()
 }
 
-fn folder_of(path: &Path) -> &Path {
+/// The folder that `path` is in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 

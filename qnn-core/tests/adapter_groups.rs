@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use htp_sim::Workers;
 use qnn_core::{
-    Adapter, AdapterGroup, Backend, Bytes, Context, ContextBuilder, DataType, Encoding, Graph, Panels, SectionError,
-    Tensor,
+    Adapter, AdapterGroup, Backend, Bytes, Context, ContextBuilder, DataType, Encoding, Error, Graph, Panels,
+    SectionError, Tensor,
     adapter::TensorEncoding,
     backend::{HtpBackend, ReferenceBackend},
     binary::{FileInfo, SectionType, Verify},
@@ -19,7 +19,12 @@ use qnn_core::{
         dlc::write_dlc,
         encodings::{EncodingsFile, Numbers},
         generate::{GenerateOptions, Report, generate},
-        quantize::{Activations, Calibration, QuantizeOptions, Schema, Tools, adapters::calibrate_adapters, quantize},
+        lora::PlacedAdapters,
+        quantize::{
+            Activations, Calibration, QuantizeOptions, Schema, Tools,
+            adapters::{AdapterReport, calibrate_adapters},
+            quantize,
+        },
         quantize_weights::Bits,
     },
 };
@@ -373,11 +378,17 @@ impl Project {
 
     fn calibrate(&self, list: &str) -> Vec<(String, Vec<String>, usize)> {
         std::fs::write(self.path("list.yaml"), list).unwrap();
-        let reports = with_tools(|tools, windows| {
-            let list = self.path("list.yaml");
-            calibrate_adapters(&self.float, &self.quantized, &list, windows, OPTIONS.activations, tools)
-        });
-        reports.unwrap().into_iter().map(|report| (report.name, report.members, report.tensors)).collect()
+        let mut placed = PlacedAdapters::as_imported(&self.path("list.yaml"));
+        let reports = self.observe(&mut placed).unwrap();
+        placed.write().unwrap();
+        reports.into_iter().map(|report| (report.name, report.members, report.tensors)).collect()
+    }
+
+    /// All of calibration but the writing.
+    fn observe(&self, placed: &mut PlacedAdapters) -> Result<Vec<AdapterReport>, Error> {
+        with_tools(|tools, windows| {
+            calibrate_adapters(&self.float, &self.quantized, placed, windows, OPTIONS.activations, tools)
+        })
     }
 
     fn generate(&self) -> Result<Report, String> {
@@ -488,6 +499,27 @@ fn weights_keep_their_encodings() {
         let computed = file.tensors.iter().filter(|tensor| tensor.is_param == Some(false)).count();
         assert_eq!((computed, file.tensors.len()), (n_computed, n_computed + 1), "{name}");
     }
+}
+
+// Guards: an adapter that cannot be calibrated leaves the files of those before it as they are.
+#[test]
+fn nothing_is_written_before_all_are_calibrated() {
+    let project = Project::new("all");
+    let files =
+        || ["one", "two", "three", "chat"].map(|name| std::fs::read(project.path(&format!("{name}.encodings"))).ok());
+    let before = files();
+    let weights = std::fs::read(project.path("three.safetensors")).unwrap();
+    std::fs::write(project.path("three.safetensors"), "nothing").unwrap();
+    let mut placed = PlacedAdapters::as_imported(&project.path("list.yaml"));
+    let error = chain(&project.observe(&mut placed).unwrap_err());
+    assert!(error.contains("three.safetensors"), "{error}");
+    assert!(files() == before);
+
+    std::fs::write(project.path("three.safetensors"), weights).unwrap();
+    project.observe(&mut placed).unwrap();
+    assert!(files() == before);
+    placed.write().unwrap();
+    assert!(files().iter().zip(&before).all(|(now, before)| now.is_some() && now != before));
 }
 
 // Broken if a group that cannot be right becomes a file, or the message does not say which and why.

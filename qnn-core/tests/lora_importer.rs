@@ -168,6 +168,8 @@ fn imported_adapters_follow_a_base_that_is_scaled_later() {
 
     let placed = place_adapters(&graph, &plain.list, &workplace.path("placed")).unwrap();
     assert!(placed.are_scaled && placed.list == workplace.path("placed/lora_output_files.yaml"));
+    assert!(!workplace.path("placed").exists());
+    placed.write().unwrap();
     for name in ["first.safetensors", "first.encodings", "lora_output_files.yaml"] {
         let read = |folder: &str| std::fs::read(workplace.path(folder).join(name)).unwrap();
         assert!(read("placed") == read("want"), "{name} differs from what the importer writes");

@@ -311,6 +311,16 @@ fn tokenizer_files_survive_and_travel() {
     }
 }
 
+// Guards: an output that cannot be written is refused before any work, which would be lost.
+#[test]
+fn a_folder_as_output_is_refused_first() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+    let done = command.args(["-i", "nowhere.dlc", "-o"]).arg(folder.path()).output().expect("the tool starts");
+    let error = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && error.contains("is a folder; name the file"), "{error}");
+}
+
 // Broken if the tool with its default flags refuses a model whose weights are integers already, or changes them.
 #[test]
 fn the_tool_calibrates_integer_weights() {

@@ -14,7 +14,7 @@ use qnn_core::{
         dlc::{read_dlc, write_dlc},
         generate::{GenerateOptions, generate},
         lora::{
-            LoraBits, LoraOptions, UpdatableMode,
+            LoraBits, LoraOptions, PlacedAdapters, UpdatableMode,
             import::{ImportOptions, import},
         },
         quantize::{Activations, Calibration, QuantizeOptions, Schema, Tools, adapters::calibrate_adapters, quantize},
@@ -167,7 +167,9 @@ impl Converted {
         let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut |_| {} };
         let (quantized, _) = quantize(&graph, &windows, &options, None, &mut tools)?;
         if let Some(list) = list {
-            calibrate_adapters(&graph, &quantized, list, &windows, activations, &mut tools)?;
+            let mut placed = PlacedAdapters::as_imported(list);
+            calibrate_adapters(&graph, &quantized, &mut placed, &windows, activations, &mut tools)?;
+            placed.write()?;
         }
         Ok(write_dlc(dlc, &quantized)?)
     }

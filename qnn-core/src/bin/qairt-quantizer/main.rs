@@ -17,7 +17,7 @@ use qnn_core::{
         encodings::{EncodingsFile, FileVersion, dump},
         equalize::{SmoothOptions, SmoothReport, smooth},
         generate::copy_sidecars,
-        lora::place_adapters,
+        lora::{PlacedAdapters, place_adapters},
         quantize::{
             Activations, Calibration, Progress, QuantizeOptions, QuantizeReport, Schema, Tools,
             adapters::{AdapterReport, calibrate_adapters},
@@ -220,6 +220,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let Some(version) = FileVersion::from_name(&cli.encoding_version) else {
         bail!("--encoding_version {}, need 0.6.1, 1.0.0 or 2.0.0", cli.encoding_version);
     };
+    if cli.output_dlc.is_dir() {
+        bail!("{} is a folder; name the file, as in {0}/model.dlc", cli.output_dlc.display());
+    }
     let graph = read_dlc(&cli.input_dlc)?;
     let overrides = match &cli.quantization_overrides {
         Some(path) if !cli.ignore_quantization_overrides => Some(EncodingsFile::open(path)?),
@@ -242,6 +245,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     display.end();
     let done = done?;
     write(cli, &done.quantized, version)?;
+    if let Some(placed) = &done.placed {
+        placed.write()?;
+    }
     if let Some(smoothing) = &done.smoothing {
         report::print_smoothing(smoothing);
     }
@@ -257,8 +263,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         let (all, wide, path) = (adapter.tensors, adapter.wide, adapter.path.display());
         println!("{what}: encodings of {all} tensors, {wide} of them 16 bits, in {path}");
     }
-    if let Some(list) = &done.adapter_list {
-        println!("adapters scaled as the model is; their list: {}", list.display());
+    if let Some(placed) = done.placed.as_ref().filter(|placed| placed.are_scaled) {
+        println!("adapters scaled as the model is; their list: {}", placed.list.display());
     }
     Ok(())
 }
@@ -280,8 +286,8 @@ struct Done {
     rounding: Option<RoundingReport>,
     report: QuantizeReport,
     adapters: Vec<AdapterReport>,
-    /// The list of adapters that were scaled.
-    adapter_list: Option<PathBuf>,
+    /// What is to be written of the adapters.
+    placed: Option<PlacedAdapters>,
 }
 
 impl Work<'_> {
@@ -310,8 +316,8 @@ impl Work<'_> {
             graph = rounded;
             report
         });
-        let adapters = cli.lora_output_files.as_ref().map(|list| place_adapters(&graph, list, &cli.lora_folder()));
-        let adapters = adapters.transpose()?;
+        let placed = cli.lora_output_files.as_ref().map(|list| place_adapters(&graph, list, &cli.lora_folder()));
+        let mut placed = placed.transpose()?;
         let mut show = |progress: Progress<'_>| display.show(progress);
         let mut tools = Tools { backend: self.backend, workers: self.workers, progress: &mut show };
         let (quantized, report) =
@@ -322,13 +328,12 @@ impl Work<'_> {
                 }
             })?;
         let mut reports = Vec::new();
-        if let Some(placed) = &adapters {
+        if let Some(placed) = &mut placed {
             let least = cli.adapter_act_min_sqnr;
             let wanted = Activations { least_sqnr_db: (least > 0.0).then_some(least), ..options.activations };
-            reports = calibrate_adapters(&graph, &quantized, &placed.list, self.windows, wanted, &mut tools)?;
+            reports = calibrate_adapters(&graph, &quantized, placed, self.windows, wanted, &mut tools)?;
         }
-        let adapter_list = adapters.filter(|placed| placed.are_scaled).map(|placed| placed.list);
-        Ok(Done { quantized, smoothing, rounding, report, adapters: reports, adapter_list })
+        Ok(Done { quantized, smoothing, rounding, report, adapters: reports, placed })
     }
 
     /// Whether channels are scaled for the inputs of matrices.
@@ -423,9 +428,6 @@ impl Cli {
 
 fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
     let output = &cli.output_dlc;
-    if output.is_dir() {
-        bail!("{} is a folder; name the file, as in {0}/model.dlc", output.display());
-    }
     if let Some(folder) = output.parent() {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }

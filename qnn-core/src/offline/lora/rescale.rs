@@ -1,5 +1,6 @@
 //! Imported adapters for a base whose channels were scaled after the import: the same adapters, scaled with it.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
@@ -9,7 +10,7 @@ use super::{
     on_base,
 };
 use crate::{
-    atomic_file,
+    atomic_file::{AtomicFile, folder_of},
     error::Error,
     graph::Graph,
     map::Bytes,
@@ -22,17 +23,64 @@ use crate::{
     types::DataType,
 };
 
-/// Adapters that fit a graph.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Adapters that fit a graph, and what is still to be written of them.
+#[derive(Debug, Clone)]
 pub struct PlacedAdapters {
     /// Their `lora_output_files.yaml`.
     pub list: PathBuf,
     /// Whether they were scaled; then the list is a new one.
     pub are_scaled: bool,
+    /// Contents of the files to write.
+    pending: BTreeMap<PathBuf, Bytes>,
+}
+
+impl PlacedAdapters {
+    /// The adapters of `list` (`lora_output_files.yaml`) as they are.
+    pub fn as_imported(list: &Path) -> PlacedAdapters {
+        PlacedAdapters { list: list.to_owned(), are_scaled: false, pending: BTreeMap::new() }
+    }
+
+    /// What [`PlacedAdapters::write`] will write to `path`.
+    pub(in crate::offline) fn pending(&self, path: &Path) -> Option<&Bytes> {
+        self.pending.get(path)
+    }
+
+    /// Has `bytes` written to `path`, instead of what was to be written there.
+    pub(in crate::offline) fn add(&mut self, path: &Path, bytes: Vec<u8>) {
+        self.pending.insert(path.to_owned(), bytes.into());
+    }
+
+    /// Has a scaled adapter written, in the form in which the importer writes it.
+    fn add_adapter(&mut self, graph: &Graph, folded: &Folded, weights: &Path, encoded: &Path) -> Result<(), Error> {
+        let scales = fingerprint(graph.metadata());
+        self.add(weights, safetensors_of(folded, scales.as_deref()).map_err(Error::lora(weights))?);
+        let data_type = attach_points(graph).iter().find_map(|point| Some(point.branch?.data_type));
+        let json = encodings(folded, data_type.unwrap_or(DataType::Float32)).to_json();
+        self.add(encoded, format!("{json}\n").into_bytes());
+        Ok(())
+    }
+
+    /// Writes the files that changed or are new, and makes their folders.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the file.
+    pub fn write(&self) -> Result<(), Error> {
+        let mut files = Vec::new();
+        for (path, bytes) in &self.pending {
+            let folder = folder_of(path);
+            std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            let file = AtomicFile::create(path).map_err(Error::io(path))?;
+            file.file().write_all(bytes).map_err(Error::io(path))?;
+            files.push((path, file));
+        }
+        // All have found room on the disk before the first one takes its name.
+        files.into_iter().try_for_each(|(path, file)| file.commit().map_err(Error::io(path)))
+    }
 }
 
 /// The adapters of `list` (`lora_output_files.yaml`) for `graph`: as they are where they were imported with its channel
-/// scales, else scaled and written, with a list, to `folder`. What was imported is left as it is.
+/// scales, else scaled, to be written, with a list, to `folder`. What was imported is left as it is; nothing is written before
+/// [`PlacedAdapters::write`].
 ///
 /// # Errors
 /// [`Error::Lora`] naming the file: an adapter that does not fit the graph or was imported for other scales, or one that
@@ -64,26 +112,26 @@ pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<Place
         scaled.push((folded, weights.map_err(refused)?, encodings.map_err(refused)?));
     }
     if scaled.is_empty() {
-        return Ok(PlacedAdapters { list: list.to_owned(), are_scaled: false });
+        return Ok(PlacedAdapters::as_imported(list));
     }
     if scaled.len() < adapters.len() {
         return Err(Error::lora(list)(LoraError::OtherScales));
     }
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    if home.canonicalize().ok() == folder.canonicalize().ok() {
+    let is_home = |folder: PathBuf| folder_of(list).canonicalize().is_ok_and(|home| home == folder);
+    if folder.canonicalize().is_ok_and(is_home) {
         return Err(Error::lora(list)(LoraError::NotSupported {
             what: format!("writing scaled adapters over the imported ones in {}", folder.display()),
             instead: "name another folder",
         }));
     }
+    let mut placed = PlacedAdapters { are_scaled: true, ..PlacedAdapters::as_imported(&folder.join(LIST_FILE)) };
     for (folded, weights, encodings) in &scaled {
-        write(graph, folded, weights, encodings)?;
+        placed.add_adapter(graph, folded, weights, encodings)?;
     }
     // Its paths are relative, so it is true of the new files as well.
     let text = read_text(list, MAX_LIST_BYTES)?;
-    let list = folder.join(LIST_FILE);
-    atomic_file::write(&list, |file| file.write_all(&text)).map_err(Error::io(&list))?;
-    Ok(PlacedAdapters { list, are_scaled: true })
+    placed.pending.insert(placed.list.clone(), text.into());
+    Ok(placed)
 }
 
 /// The place below `folder` that `path` has below `home`.
@@ -138,18 +186,6 @@ fn floats(file: &SafetensorsFile, name: &str) -> Result<(usize, usize, Vec<f32>)
     let tensor = SourceTensor::new(name, stored.shape, ElementFormat::F32, stored.bytes)
         .map_err(|why| LoraError::Import(Box::new(why)))?;
     Ok((tensor.n(), tensor.k(), tensor.to_f32()))
-}
-
-fn write(graph: &Graph, folded: &Folded, weights: &Path, encodings_path: &Path) -> Result<(), Error> {
-    for folder in [weights, encodings_path].into_iter().filter_map(Path::parent) {
-        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    }
-    let scales = fingerprint(graph.metadata());
-    let bytes = safetensors_of(folded, scales.as_deref()).map_err(Error::lora(weights))?;
-    atomic_file::write(weights, |file| file.write_all(&bytes)).map_err(Error::io(weights))?;
-    let data_type = attach_points(graph).iter().find_map(|point| Some(point.branch?.data_type));
-    let json = format!("{}\n", encodings(folded, data_type.unwrap_or(DataType::Float32)).to_json());
-    atomic_file::write(encodings_path, |file| file.write_all(json.as_bytes())).map_err(Error::io(encodings_path))
 }
 
 /// Longest list that is read.

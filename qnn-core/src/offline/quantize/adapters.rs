@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::{Activations, Observer, Progress, QuantizeError, Schema, Tools, encode, observe};
 use crate::{
     adapter::Adapter,
-    atomic_file,
     encoding::Encoding,
     error::Error,
     graph::Graph,
@@ -15,9 +14,9 @@ use crate::{
     offline::{
         encodings::{EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers},
         equalize::{SCALES_KEY, fingerprint},
-        generate::{is_computed, listed_adapters},
+        generate::{is_computed, listed_adapters, listed_in},
         lora::{
-            LoraError, MODE_KEY,
+            LoraError, MODE_KEY, PlacedAdapters,
             values::{self, Matrix},
         },
         safetensors::SafetensorsFile,
@@ -42,10 +41,10 @@ pub struct AdapterReport {
     pub path: PathBuf,
 }
 
-/// Runs `graph` over `windows` with each adapter of `list` (`lora_output_files.yaml`) at strength 1, and adds encodings for
-/// the computed tensors that `quantized`, its quantized version, declares as updatable to the adapter's encodings file. What
-/// else the file says stays. The adapters of a group get one set of encodings, for all that they hold together, in the file of
-/// the group.
+/// Runs `graph` over `windows` with each adapter of `placed` at strength 1, and adds encodings for the computed tensors that
+/// `quantized`, its quantized version, declares as updatable to the adapter's encodings file. What the file says of weights
+/// stays. The adapters of a group get one set of encodings, for all that they hold together, in the file of the group.
+/// [`PlacedAdapters::write`] writes the files: until then what may still fail leaves them as they are.
 ///
 /// A tensor of 8 bits gets 16 with an adapter where `wanted.least_sqnr_db` asks for them: such an adapter makes the products
 /// with it slower, and no other one.
@@ -55,12 +54,13 @@ pub struct AdapterReport {
 pub fn calibrate_adapters(
     graph: &Graph,
     quantized: &Graph,
-    list: &Path,
+    placed: &mut PlacedAdapters,
     windows: &[&[u32]],
     wanted: Activations,
     tools: &mut Tools<'_>,
 ) -> Result<Vec<AdapterReport>, Error> {
-    let refused = |why| Error::quantize(list)(why);
+    let list = placed.list.clone();
+    let refused = |why| Error::quantize(&list)(why);
     let taps: Vec<TensorId> =
         quantized.ids_where(|t| !t.tensor_type.is_static() && t.tensor_type.is_updateable() && t.encoding.is_some());
     if taps.is_empty() {
@@ -71,7 +71,11 @@ pub fn calibrate_adapters(
         let missing = taps.iter().map(|id| quantized.tensor(*id).name.clone()).collect();
         return Err(refused(QuantizeError::NoText { missing }));
     }
-    let listed = listed_adapters(list).map_err(|why| Error::Generate { path: list.to_owned(), why: Box::new(why) })?;
+    let listed = match placed.pending(&list) {
+        Some(text) => listed_in(&list, text),
+        None => listed_adapters(&list),
+    };
+    let listed = listed.map_err(|why| Error::Generate { path: list.clone(), why: Box::new(why) })?;
     let mut shared: Vec<(Vec<Observer>, AdapterReport)> = Vec::new();
     for (name, path) in listed.groups {
         shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, wide: 0, path }));
@@ -79,18 +83,18 @@ pub fn calibrate_adapters(
     let mut reports = Vec::new();
     for adapter in listed.adapters {
         (tools.progress)(Progress::Adapter(&adapter.name));
-        let values = Arc::new(read_adapter(graph, &adapter.name, &adapter.weights)?);
+        let values = Arc::new(read_adapter(graph, &adapter.name, &adapter.weights, placed)?);
         let observers = observe(graph, &taps, windows, Some(&values), tools).map_err(refused)?;
         match shared.iter_mut().find(|(_, group)| adapter.group.as_ref() == Some(&group.name)) {
             Some((seen, group)) => {
-                add_to_file(&adapter.encodings, quantized, Vec::new())?;
+                add_to_file(placed, &adapter.encodings, quantized, Vec::new())?;
                 group.members.push(adapter.name);
                 merge(seen, observers);
             }
             None => {
                 let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
                 let (tensors, wide, path) = (entries.len(), n_wide(&entries), adapter.encodings);
-                add_to_file(&path, quantized, entries)?;
+                add_to_file(placed, &path, quantized, entries)?;
                 reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, wide, path });
             }
         }
@@ -98,7 +102,7 @@ pub fn calibrate_adapters(
     for (observers, group) in shared {
         let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
         let (tensors, wide) = (entries.len(), n_wide(&entries));
-        add_to_file(&group.path, quantized, entries)?;
+        add_to_file(placed, &group.path, quantized, entries)?;
         reports.push(AdapterReport { tensors, wide, ..group });
     }
     Ok(reports)
@@ -138,10 +142,13 @@ fn entries(
 }
 
 /// The adapter in a file of `qairt-lora-importer`, in floats.
-fn read_adapter(graph: &Graph, name: &str, path: &Path) -> Result<Adapter, Error> {
+fn read_adapter(graph: &Graph, name: &str, path: &Path, placed: &PlacedAdapters) -> Result<Adapter, Error> {
     let refused = |why: LoraError| Error::lora(path)(why);
-    let file = SafetensorsFile::parse(Bytes::map_file(path).map_err(Error::io(path))?)
-        .map_err(|why| refused(LoraError::Safetensors(why)))?;
+    let bytes = match placed.pending(path) {
+        Some(bytes) => bytes.clone(),
+        None => Bytes::map_file(path).map_err(Error::io(path))?,
+    };
+    let file = SafetensorsFile::parse(bytes).map_err(|why| refused(LoraError::Safetensors(why)))?;
     if file.metadata(SCALES_KEY).map(str::to_owned) != fingerprint(graph.metadata()) {
         return Err(refused(LoraError::OtherScales));
     }
@@ -187,14 +194,23 @@ fn entry(name: &str, (data_type, encoding): &(DataType, Encoding)) -> FileEncodi
     FileEncoding { name: name.to_owned(), is_param: Some(false), numbers: Numbers::Integer(integers) }
 }
 
-/// Writes `entries` as the computed tensors of the file, beside the weights that it has; makes the file if it is not there.
-fn add_to_file(path: &Path, quantized: &Graph, entries: Vec<FileEncoding>) -> Result<(), Error> {
-    let mut tensors = if path.is_file() { EncodingsFile::open(path)?.tensors } else { Vec::new() };
+/// Has `entries` written as the computed tensors of the file, beside the weights that it has. It need not be there.
+fn add_to_file(
+    placed: &mut PlacedAdapters,
+    path: &Path,
+    quantized: &Graph,
+    entries: Vec<FileEncoding>,
+) -> Result<(), Error> {
+    let mut tensors = match placed.pending(path) {
+        Some(json) => EncodingsFile::parse(json).map_err(Error::encodings(path))?.tensors,
+        None if path.is_file() => EncodingsFile::open(path)?.tensors,
+        None => Vec::new(),
+    };
     tensors.retain(|tensor| tensor.is_param != Some(false) && !is_computed(quantized, &tensor.name));
     // Version 2.0.0 does not tell weights from computed tensors, the one that is written does.
     tensors.iter_mut().for_each(|tensor| tensor.is_param = Some(true));
     tensors.extend(entries);
     let json = EncodingsFile { version: FileVersion::V1_0_0, tensors }.to_json();
-    atomic_file::write(path, |file| std::io::Write::write_all(file, format!("{json}\n").as_bytes()))
-        .map_err(Error::io(path))
+    placed.add(path, format!("{json}\n").into_bytes());
+    Ok(())
 }

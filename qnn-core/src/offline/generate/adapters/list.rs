@@ -41,7 +41,11 @@ pub(super) struct UseCase {
 
 impl OutputFiles {
     pub(super) fn read(yaml: &Path) -> Result<OutputFiles, AdapterError> {
-        serde_saphyr::from_slice(&read_text(yaml)?).map_err(|why| AdapterError::Yaml(why.to_string()))
+        OutputFiles::parse(&read_text(yaml)?)
+    }
+
+    fn parse(text: &[u8]) -> Result<OutputFiles, AdapterError> {
+        serde_saphyr::from_slice(text).map_err(|why| AdapterError::Yaml(why.to_string()))
     }
 
     /// The group of each use case that is in one.
@@ -80,8 +84,16 @@ impl OutputFiles {
 /// # Errors
 /// The file and what is wrong with it.
 pub(in crate::offline) fn listed_adapters(yaml: &Path) -> Result<Listed, GenerateError> {
+    listed_in(yaml, &read_text(yaml).map_err(refused(yaml))?)
+}
+
+/// The same of a list that has the content `text`, or will have it.
+///
+/// # Errors
+/// The file and what is wrong with it.
+pub(in crate::offline) fn listed_in(yaml: &Path, text: &[u8]) -> Result<Listed, GenerateError> {
     let in_yaml = refused(yaml);
-    let files = OutputFiles::read(yaml).map_err(&in_yaml)?;
+    let files = OutputFiles::parse(text).map_err(&in_yaml)?;
     let group_of = files.group_of().map_err(&in_yaml)?;
     let folder = yaml.parent().unwrap_or(Path::new(""));
     let listed = |case: &UseCase| {
