@@ -67,6 +67,8 @@ fn wrong_input_is_refused() {
     check(&["-i", &broken, "--quantization_overrides", &missing], 1, &["no.encodings"]);
     check(&["-i", &broken, "--dry_run"], 1, &["broken.gguf", "at byte 8", "number of tensors"]);
     check(&["--dry_run"], 2, &["--input_network"]);
+    let both = ["-i", &broken, "--dry_run", "--quantization_overrides", &missing];
+    check(&both, 2, &["--dry_run", "cannot be used with", "--quantization_overrides"]);
 }
 
 /// Guards: a dry run says on standard output what there is to know, and writes nothing; families are listed by name.

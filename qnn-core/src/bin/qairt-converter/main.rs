@@ -84,7 +84,8 @@ struct Cli {
     quant_updatable_mode: Mode,
 
     /// Print what the conversion would give (formats, sizes, memory, where adapters attach, warnings) and write nothing.
-    #[arg(long)]
+    /// Not with --quantization_overrides, which needs the values of the weights.
+    #[arg(long, conflicts_with = "quantization_overrides")]
     dry_run: bool,
 
     /// Print the families of models that can be converted.
