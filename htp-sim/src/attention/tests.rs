@@ -283,6 +283,19 @@ fn wrong_shapes_are_refused() {
     refused(0, &q, AttentionParams { heads: 6, ..good }, 96);
     refused(0, &q, AttentionParams { window: Some(0), ..good }, 96);
     refused(0, &q, AttentionParams { softcap: Some(0.0), ..good }, 96);
+    for (kv_heads, head_dim, capacity, format) in [
+        (1, 8, 20, CacheFormat::Int8),
+        (2, 4, 20, CacheFormat::Int8),
+        (2, 8, 300, CacheFormat::Int8),
+        (2, 8, 20, CacheFormat::F32),
+    ] {
+        let other = CacheLayout::new(kv_heads, head_dim, capacity, format).expect("sizes are fine");
+        let mut scratch = AttentionScratch::new(2, other, 4).expect("fits");
+        let mut out = vec![7.0; 96];
+        let error = attention(&cx, &cache.as_ref(), 0, &q, &good, &mut scratch, &mut out).expect_err("another layout");
+        assert_eq!(error.what(), "capacity of scratch", "{other:?}");
+        assert!(out.iter().all(|&y| y == 7.0), "{other:?}");
+    }
     let range = layout.range_bytes();
     for stride in [0, range - 64, range + 4, usize::MAX / 64 * 64] {
         let refused = CacheLayout::new(2, 8, 600, CacheFormat::Int8).expect("sizes are fine").with_range_stride(stride);

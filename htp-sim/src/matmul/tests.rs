@@ -296,21 +296,30 @@ fn sums_of_low_bytes_round_alike() {
     }
 }
 
-/// The longest rows that are allowed, with the smallest blocks, give the bits of `portable`.
+/// The longest rows that are allowed give the bits of `portable`: several with the smallest blocks, and one, which has more
+/// inputs and blocks than some kernels for one row have room for.
 #[test]
 fn the_longest_rows_agree() {
     let workers = team(1);
-    let (m, n, k) = (5, 16, crate::packed::MAX_INTEGER_K);
-    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 8 }).expect("sizes are fine");
-    let blob = weights(&layout, 17);
-    let w = layout.view(&blob).expect("length matches");
-    let x = Noise(18).floats(m * k);
-    for act in BITS {
-        let rows = quantized(&portable(&workers), &x, &layout, act);
-        let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
-        each_tier(&workers, |cx| {
-            assert_eq!(bits(&product(cx, Rows::Quantized(&rows), w)), expected, "{} {act:?}", cx.kernels.name);
-        });
+    let (n, k) = (16, crate::packed::MAX_INTEGER_K);
+    let x = Noise(18).floats(5 * k);
+    for (m, format) in [
+        (5, WeightFormat::Int4Expansion { block: 8 }),
+        (1, WeightFormat::Int4Expansion { block: 32 }),
+        (1, WeightFormat::Int8Block { block: 32 }),
+        (1, WeightFormat::Int8PerChannel),
+    ] {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 17);
+        let w = layout.view(&blob).expect("length matches");
+        for act in BITS {
+            let rows = quantized(&portable(&workers), &x[..m * k], &layout, act);
+            let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
+            each_tier(&workers, |cx| {
+                let found = bits(&product(cx, Rows::Quantized(&rows), w));
+                assert_eq!(found, expected, "{} {m} {format:?} {act:?}", cx.kernels.name);
+            });
+        }
     }
 }
 
@@ -541,6 +550,8 @@ fn wrong_shapes_are_refused() {
     let x = vec![1.0; 64];
     let rows = quantized(&cx, &x, &layout, ActBits::Eight);
     let other_sums = quantized(&cx, &x, &float, ActBits::Eight);
+    let up = PackedLayout::new(16, 16, WeightFormat::F32).expect("sizes are fine");
+    let shorter = quantized(&cx, &x[..32], &up, ActBits::Eight);
     let check = |x: Rows<'_>, w: PackedWeights<'_>, out_len: usize, bias: Option<&[f32]>, message: &str| {
         let mut out = vec![7.0; out_len];
         let error = linear(&cx, x, &mut [Part { bias, ..part(w, &mut out) }]).expect_err(message);
@@ -551,6 +562,7 @@ fn wrong_shapes_are_refused() {
     check(Rows::Quantized(&rows), w, 32, Some(&[0.0; 3]), "length of bias: found 3, need 16");
     check(Rows::F32 { x: &x[1..], m: 2 }, w, 32, None, "length of x: found 63, need 64");
     check(Rows::Quantized(&other_sums), w, 32, None, "block of sums in x: found 32, need 16");
+    check(Rows::Quantized(&shorter), w, 32, None, "values in a row of x: found 16, need 32");
     let float = float.view(&float_blob).expect("length matches");
     check(Rows::Quantized(&rows), float, 32, None, "outputs of a float weight: found 16, need rows of floats");
     let mut outs = vec![vec![0.0; 32]; MAX_PARTS + 1];
@@ -564,12 +576,37 @@ fn wrong_shapes_are_refused() {
         assert_eq!(error.to_string(), message);
         assert!(out.iter().chain(&t).all(|&y| y == 7.0));
     };
-    let up = PackedLayout::new(16, 16, WeightFormat::F32).expect("sizes are fine");
-    let up_blob = weights(&up, 53);
+    let narrow = PackedLayout::new(8, 16, WeightFormat::F32).expect("sizes are fine");
+    let (up_blob, narrow_blob) = (weights(&up, 53), weights(&narrow, 53));
     let up = up.view(&up_blob).expect("length matches");
+    let narrow = narrow.view(&narrow_blob).expect("length matches");
     let x = Rows::Quantized(&rows);
     check(x, w, &[1.0], 32, "inputs of a branch's second half: found 32, need 16");
+    check(x, narrow, &[1.0], 32, "outputs of a branch: found 8, need 16");
     check(x, up, &[1.0], 31, "length of out: found 31, need 32");
     check(x, up, &[], 32, "strengths of a branch: found 0, need at least 1");
     check(Rows::F32 { x: &[0.0; 32], m: 1 }, up, &[1.0], 32, "rows of x of a branch: found 1, need 2");
+}
+
+/// Halves of a gated layer with different outputs are refused, and the output stays as it was: with rows its length fits one of
+/// them only, without any it fits both.
+#[test]
+fn halves_with_other_outputs_are_refused() {
+    let workers = team(1);
+    let cx = portable(&workers);
+    let layouts = [16, 32].map(|n| PackedLayout::new(n, 32, WeightFormat::Int8PerChannel).expect("sizes are fine"));
+    let blobs = layouts.map(|layout| weights(&layout, 53));
+    let [gate, up] = [0, 1].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
+    let x = vec![1.0; 64];
+    for (m, message) in [(2, "length of out: found 32, need 64"), (0, "outputs of up: found 32, need 16")] {
+        let halves = GateUp {
+            gate: Gate { weights: gate, bias: None, branch: None },
+            up: Gate { weights: up, bias: None, branch: None },
+        };
+        let mut out = vec![7.0; m * 16];
+        let error =
+            gated_linear(&cx, Rows::F32 { x: &x[..m * 32], m }, halves, Activation::Silu, &mut out).expect_err(message);
+        assert_eq!(error.to_string(), message);
+        assert!(out.iter().all(|&y| y == 7.0));
+    }
 }
