@@ -78,7 +78,7 @@ pub(crate) struct Straight {
     pub(crate) q_w8c: StraightFn,
     pub(crate) q_w4c: StraightFn,
     pub(crate) q_w4e: StraightFn,
-    /// `silu(gate) · up` of two products with the same x, rows and panels.
+    /// `silu(gate) · up` of two products with the same x, rows, panels and `k`.
     pub(crate) silu_w8c: GatedFn,
     pub(crate) silu_w4c: GatedFn,
     pub(crate) silu_w4e: GatedFn,

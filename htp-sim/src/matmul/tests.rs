@@ -472,16 +472,21 @@ fn rows_of_few_and_many_blocks_agree() {
     }
 }
 
-/// The fused gate gives the bits of its three steps, in every format, also with biases and on a shifted grid.
+/// The fused gate gives the bits of its three steps, in every format, also with biases and on a shifted grid, and where only one
+/// of the halves lies tight.
 #[test]
 fn gated_linear_is_gate_times_up() {
     let workers = team(2);
-    let (m, n, k) = (21, 70, 64);
-    let (bias, x) = (Noise(8).floats(n), Noise(9).floats(m * k));
-    for format in integer_formats(k) {
-        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
-        let blobs = [weights(&layout, 41), weights(&layout, 43)];
-        let halves = [0, 1].map(|i| layout.view(&blobs[i]).expect("length matches"));
+    let (m, n) = (21, 70);
+    let bias = Noise(8).floats(n);
+    let layouts = [(64, [NEW, NEW]), (20, [NEW, TIGHT]), (20, [TIGHT, NEW])];
+    for (k, layout_of, format) in
+        layouts.into_iter().flat_map(|(k, layout_of)| integer_formats(k).into_iter().map(move |f| (k, layout_of, f)))
+    {
+        let x = Noise(9).floats(m * k);
+        let layouts = layout_of.map(|layout_of| layout_of(n, k, format).expect("sizes are fine"));
+        let blobs = [weights(&layouts[0], 41), weights(&layouts[1], 43)];
+        let halves = [0, 1].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
         let sums = halves.map(|half| sum_rows(&portable(&workers), half).expect("integer weights"));
         let [gate, up] = [0, 1].map(|i| halves[i].with_row_sums(&sums[i]).expect("one for each row"));
         let grids = [
@@ -512,7 +517,7 @@ fn gated_linear_is_gate_times_up() {
                         up: Gate { weights: up, bias: None, branch: None },
                     };
                     gated_linear(cx, rows, halves, activation, &mut found).expect("lengths match");
-                    assert_eq!(bits(&found), bits(&expected), "{} {format:?} {activation:?}", cx.kernels.name);
+                    assert_eq!(bits(&found), bits(&expected), "{} {format:?} {k} {activation:?}", cx.kernels.name);
                 }
             });
         }

@@ -78,13 +78,17 @@ pub(super) fn compute_gated_straight(
     else {
         return false;
     };
+    // Of two layouts, one tight, the inputs as stored may differ.
+    if gate.k != up.k {
+        return false;
+    }
     let kernel = match format {
         WeightFormat::Int8PerChannel => kernels.silu_w8c,
         WeightFormat::Int4PerChannel => kernels.silu_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.silu_w4e,
         _ => return false,
     };
-    // SAFETY: as above; `gated_linear` checked that the two have one shape.
+    // SAFETY: as above; `gated_linear` checked that the two have one shape, and `k` is that of both (checked here).
     unsafe { kernel([&gate, &up], to) }
     true
 }
