@@ -104,9 +104,10 @@ pub struct GateUp<'a> {
 
 /// Computes `out = x · Wᵀ + bias + branch` for every part, in one parallel region.
 ///
-/// Between quantized rows and integer weights every tier gives the same bits. Float products differ between tiers by
-/// rounding only: each is within `(k + 2) · 2^-23 · Σ |x · w|` of the exact sum. No result depends on the number of
-/// workers, or on how many rows or parts are computed together.
+/// Between quantized rows and integer weights every tier gives the same bits, as long as the steps of an expansion format are
+/// 1 to [`MAX_STEP`](crate::packed::MAX_STEP). Float products differ between tiers by rounding only: each is within
+/// `(k + 2) · 2^-23 · Σ |x · w|` of the exact sum. No result depends on the number of workers, or on how many rows or parts
+/// are computed together.
 ///
 /// # Errors
 /// [`ShapeError`] if a length does not match, there are more than [`MAX_PARTS`] parts, quantized rows meet float weights,

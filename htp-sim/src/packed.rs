@@ -311,8 +311,10 @@ impl PackedLayout {
     /// A view of `blob`, which must have exactly [`size_bytes`](Self::size_bytes) bytes.
     ///
     /// # Errors
-    /// [`ShapeError`] if the length differs. Any bytes of the right length are accepted: they are numbers, right or wrong.
+    /// [`ShapeError`] if the length differs. Any bytes of the right length are accepted: they are numbers, right or wrong. But
+    /// only with steps of 1 to [`MAX_STEP`] do all tiers agree on products with an expansion format.
     pub fn view<'a>(&self, blob: &'a [u8]) -> Result<PackedWeights<'a>, ShapeError> {
+        // Steps are not looked at: that would read pages of a mapped file that nobody needs yet.
         let Sections { code_bytes, scales_at, scale_bytes, offsets_at, size } = self.sections;
         expect_len("bytes of packed weights", blob.len(), size)?;
         Ok(PackedWeights {
