@@ -330,7 +330,9 @@ pub(crate) fn quantize_each<'a>(
     }
     for (block, coarser) in &mut out.coarser {
         let fine = out.sums.chunks_exact(*block / sum_block).take(rows * (k / *block));
-        coarser.iter_mut().zip(fine).for_each(|(sum, fine)| *sum = fine.iter().sum());
+        // As in the kernels: sums over blocks of weights, up to `MAX_BLOCK`, fit; longer ones may wrap, and nobody reads them.
+        let add = |fine: &[i32]| fine.iter().fold(0_i32, |sum, fine| sum.wrapping_add(*fine));
+        coarser.iter_mut().zip(fine).for_each(|(sum, fine)| *sum = add(fine));
     }
 }
 

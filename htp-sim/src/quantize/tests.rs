@@ -163,3 +163,26 @@ fn rows_on_a_grid_hold_its_floats() {
         assert!(Grid::new(scale, low, high).is_none(), "{scale} {low} {high}");
     }
 }
+
+/// The longest rows of the lowest code, whose sum is no 32-bit number, get the right codes and sums of planes on every tier.
+#[test]
+fn the_longest_rows_of_the_lowest_code_do_not_overflow() {
+    let workers = team(1);
+    let k = MAX_INTEGER_K;
+    let grid = Grid::new(1.0, 0, 65535).expect("zero is on it");
+    for (block, first) in [(k, 0), (k, 1), (32, 0), (32, 1)] {
+        let mut x = vec![0.0; k];
+        x[0] = first as f32;
+        each_tier(&workers, |cx| {
+            let rows = QuantizedRows::new(1, k, ActBits::Sixteen, block).and_then(|rows| rows.with_sums_over(k));
+            let mut rows = rows.expect("sizes are fine");
+            rows.set_grid(Some(grid)).expect("the grid fits");
+            quantize_rows(cx, &x, &mut rows).expect("lengths match");
+            let what = format!("{} {block} {first}", cx.kernels.name);
+            assert_eq!([rows.code(0, 0), rows.code(0, k - 1)], [first - 32896, -32896], "{what}");
+            assert_eq!([rows.value(0, 0), rows.value(0, k - 1)], [first as f32, 0.0], "{what}");
+            let plane_sum = -128 * k as i32;
+            assert_eq!(rows.plane_sums[0], [plane_sum, plane_sum + first], "{what}");
+        });
+    }
+}

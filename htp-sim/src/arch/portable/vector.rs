@@ -251,7 +251,9 @@ fn quantize_values(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32, out: Quant
         let block = i * out.sum_block..(i + 1) * out.sum_block;
         let hi: i32 = out.hi[block.clone()].iter().map(|&code| i32::from(code)).sum();
         let lo: i32 = if out.lo.is_empty() { 0 } else { out.lo[block].iter().map(|&code| i32::from(code)).sum() };
-        *sum = if out.lo.is_empty() { hi } else { 256 * hi + lo };
+        // Sums over blocks of weights fit. That of the longest rows may not, and is read by nobody: weights without blocks need
+        // those of the planes.
+        *sum = if out.lo.is_empty() { hi } else { hi.wrapping_mul(256).wrapping_add(lo) };
         totals = [totals[0] + hi, totals[1] + lo];
     }
     *out.plane_sums = totals;
