@@ -13,6 +13,7 @@
 //! computed together. When there are few tiles the ranges are shared out as well, and merged afterwards.
 
 use crate::Cx;
+use crate::elementwise::expect_cap;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::scratch::Disjoint;
 
@@ -71,8 +72,8 @@ impl AttentionScratch {
 /// tiers differ by rounding. Results do not depend on the number of workers or on `m`.
 ///
 /// # Errors
-/// [`ShapeError`] if a length does not match, `past + m` is beyond the capacity, the window is 0, the cap is not positive,
-/// or `scratch` was made for another shape or a smaller team. `out` is then unchanged.
+/// [`ShapeError`] if a length does not match, `past + m` is beyond the capacity, the window is 0, the cap is not a
+/// finite number above 0, or `scratch` was made for another shape or a smaller team. `out` is then unchanged.
 ///
 /// Source: Dao et al. 2022, algorithm 1 (online softmax); Ainslie et al. 2023 (grouped queries).
 pub fn attention(
@@ -180,9 +181,7 @@ fn check(
     if params.window == Some(0) {
         return Err(ShapeError::new("attention window", 0, Needed::AtLeast(1)));
     }
-    if params.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
-        return Err(ShapeError::new("soft caps at or below zero", 1, Needed::Exactly(0)));
-    }
+    params.softcap.map_or(Ok(()), expect_cap)?;
     if scratch.layout != layout {
         return Err(ShapeError::new(
             "capacity of scratch",

@@ -105,12 +105,10 @@ pub fn gelu_erf(cx: &Cx<'_>, x: &[f32], out: &mut [f32]) -> Result<(), ShapeErro
 /// `out = cap · tanh(x / cap)`.
 ///
 /// # Errors
-/// [`ShapeError`] if the lengths differ, or `cap` is not above 0.
+/// [`ShapeError`] if the lengths differ, or `cap` is not a finite number above 0.
 pub fn soft_cap(cx: &Cx<'_>, x: &[f32], cap: f32, out: &mut [f32]) -> Result<(), ShapeError> {
     expect_len("length of out", out.len(), x.len())?;
-    if cap.is_nan() || cap <= 0.0 {
-        return Err(ShapeError::new("soft caps at or below zero", 1, Needed::Exactly(0)));
-    }
+    expect_cap(cap)?;
     in_parts(cx, out, |part, out| {
         out.copy_from_slice(&x[part]);
         // SAFETY: the table exists only on a CPU that has its instruction set.
@@ -137,6 +135,14 @@ pub fn softmax_rows(cx: &Cx<'_>, x: &mut [f32], k: usize) -> Result<(), ShapeErr
         row.iter_mut().for_each(|value| *value /= sum);
     });
     Ok(())
+}
+
+/// `Ok` if `cap` is a finite number above 0. Others bound nothing: what is capped by 0 or infinity may be NaN.
+pub(crate) fn expect_cap(cap: f32) -> Result<(), ShapeError> {
+    if cap.is_finite() && cap > 0.0 {
+        return Ok(());
+    }
+    Err(ShapeError::new("soft caps that are not finite and above 0", 1, Needed::Exactly(0)))
 }
 
 fn binary(

@@ -32,7 +32,7 @@ pub enum OpKind {
     Gelu,
     /// `x` -> `cap · tanh(x / cap)`.
     SoftCap {
-        /// Bound of the result; above 0.
+        /// Bound of the result; finite and above 0.
         cap: f32,
     },
     /// `positions [rows]` (i32), `inv_freq [half]` -> `cos [rows, half]`, `sin [rows, half]` of
@@ -69,7 +69,7 @@ pub struct AttentionAttrs {
     pub scale: f32,
     /// Sliding window: a row sees at most this many positions, itself included.
     pub window: Option<usize>,
-    /// Soft cap: scores become `cap · tanh(score / cap)`.
+    /// Soft cap, finite and above 0: scores become `cap · tanh(score / cap)`.
     pub softcap: Option<f32>,
 }
 
@@ -169,8 +169,12 @@ impl Rule<'_> {
 
     fn soft_cap(&self, cap: f32) -> Result<Vec<Shape>, GraphError> {
         self.count(1..=1)?;
-        self.expect(0, cap > 0.0, || format!("a cap above 0, not {cap}"))?;
+        self.cap(cap)?;
         Ok(vec![self.inputs[0].shape.clone()])
+    }
+
+    fn cap(&self, cap: f32) -> Result<(), GraphError> {
+        self.expect(0, cap > 0.0 && cap.is_finite(), || format!("a finite cap above 0, not {cap}"))
     }
 
     fn rotary_table(&self) -> Result<Vec<Shape>, GraphError> {
@@ -203,6 +207,7 @@ impl Rule<'_> {
         self.count(6..=6)?;
         let ratio = a.kv_heads > 0 && a.heads.is_multiple_of(a.kv_heads) && a.heads > 0 && a.head_dim > 0;
         self.expect(0, ratio, || format!("heads ({}) that are a multiple of kv heads ({})", a.heads, a.kv_heads))?;
+        a.softcap.map_or(Ok(()), |cap| self.cap(cap))?;
         let rows = self.inputs[0].shape.0.first().copied().unwrap_or(Dim::Fixed(1));
         let (q, kv) = (a.heads.checked_mul(a.head_dim), a.kv_heads.checked_mul(a.head_dim));
         for (i, width) in [(0, q), (1, kv), (2, kv)] {
@@ -249,5 +254,32 @@ impl Rule<'_> {
             have: format!("{} {} {}", tensor.tensor_type, tensor.data_type, tensor.shape),
             want: want(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(tensor_type: TensorType, data_type: DataType, dims: &[usize]) -> Tensor {
+        let shape = Shape::fixed(dims);
+        Tensor { name: "x".to_owned(), tensor_type, data_type, shape, encoding: None, data: None }
+    }
+
+    /// Guards: a soft cap that would make NaN of numbers is refused when the graph is made, of logits and of scores.
+    #[test]
+    fn caps_are_finite_and_above_zero() {
+        let x = tensor(TensorType::Native, DataType::Float32, &[3, 8]);
+        let past = tensor(TensorType::AppReadWrite, DataType::Float32, &[2, 16, 4]);
+        let at = tensor(TensorType::AppWrite, DataType::Int32, &[1]);
+        let attrs = AttentionAttrs { heads: 2, kv_heads: 2, head_dim: 4, scale: 0.5, window: None, softcap: None };
+        for (cap, is_fine) in [(30.0, true), (0.0, false), (-1.0, false), (f32::NAN, false), (f32::INFINITY, false)] {
+            let attention = OpKind::Attention(AttentionAttrs { softcap: Some(cap), ..attrs });
+            let of_scores = attention.output_shapes("attention", &[&x, &x, &x, &past, &past, &at]);
+            let of_logits = OpKind::SoftCap { cap }.output_shapes("cap", &[&x]);
+            for shapes in [of_scores, of_logits] {
+                assert_eq!(shapes.is_ok(), is_fine, "{cap}: {shapes:?}");
+            }
+        }
     }
 }

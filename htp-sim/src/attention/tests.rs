@@ -282,7 +282,9 @@ fn wrong_shapes_are_refused() {
     refused(0, &q, AttentionParams { heads: 3, ..good }, 96);
     refused(0, &q, AttentionParams { heads: 6, ..good }, 96);
     refused(0, &q, AttentionParams { window: Some(0), ..good }, 96);
-    refused(0, &q, AttentionParams { softcap: Some(0.0), ..good }, 96);
+    for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        refused(0, &q, AttentionParams { softcap: Some(cap), ..good }, 96);
+    }
     for (kv_heads, head_dim, capacity, format) in [
         (1, 8, 20, CacheFormat::Int8),
         (2, 4, 20, CacheFormat::Int8),

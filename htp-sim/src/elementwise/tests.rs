@@ -174,7 +174,7 @@ fn rotation_is_the_formula() {
     }
 }
 
-/// Lengths that differ are refused.
+/// Lengths that differ are refused, and so are soft caps that are not finite and above 0.
 #[test]
 fn wrong_lengths_are_refused() {
     let workers = team(1);
@@ -185,5 +185,9 @@ fn wrong_lengths_are_refused() {
     assert!(silu(&cx, &three, &mut two).is_err());
     assert!(softmax_rows(&cx, &mut two, 0).is_err());
     assert!(softmax_rows(&cx, &mut two, 3).is_err());
+    assert!(soft_cap(&cx, &three, 1.0, &mut two).is_err());
+    for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        assert!(soft_cap(&cx, &three[..2], cap, &mut two).is_err(), "{cap}");
+    }
     assert_eq!(two, [7.0; 2]);
 }
