@@ -77,7 +77,8 @@ impl Workers {
     /// Calls `f(item, worker)` once for each item in `0..n_items`, on any worker in any order; returns when all are done.
     ///
     /// Allocates nothing. Calls from several threads run one after the other; a call from inside `f` runs inline on the
-    /// worker that makes it.
+    /// worker that makes it. `f` may call another team, as long as nothing that runs on that one calls this: the two would
+    /// wait for each other for ever.
     ///
     /// # Panics
     /// If there are more than 2^27 items. If `f` panics, the remaining items are dropped and the first panic is resumed here.
