@@ -91,7 +91,9 @@ impl Grid {
 ///
 /// A 16-bit code is kept as two signed bytes, `256 · hi + lo`, in two planes: 8-bit multipliers take one at a time. Where
 /// there is room for 16 bits, rows on a grid of at most 256 steps have 8, and cost no more than that.
-/// A row of zeros has scale 0. A row with a NaN or an infinity has scale NaN and codes 0, so that all it makes is NaN.
+///
+/// A row with a NaN has scale NaN and codes 0, so that all it makes is NaN. Without a grid so has one with an infinity, and a
+/// row of zeros has scale 0. On a grid both have its scale: zeros are on it, and infinities go to its ends.
 #[derive(Debug, Clone)]
 pub struct QuantizedRows {
     rows: usize,
