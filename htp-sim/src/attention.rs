@@ -69,7 +69,9 @@ impl AttentionScratch {
 ///
 /// With an int8 cache `q` is quantized to 16 bits per row, and so are the probabilities, times the scales of the values, per
 /// row and range of 256 positions; both products are exact integers, and all tiers give the same bits. With a float cache
-/// tiers differ by rounding. Results do not depend on the number of workers or on `m`.
+/// tiers differ by rounding. Results do not depend on the number of workers or on `m`, as long as the values of a float cache are
+/// finite: one that is not makes NaN, there, in every row that is computed together with one that sees it, and `m` decides
+/// which are. In an int8 cache it reaches the rows that see it, and no other.
 ///
 /// # Errors
 /// [`ShapeError`] if a length does not match, `past + m` is beyond the capacity, the window is 0, the cap is not a

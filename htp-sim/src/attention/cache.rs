@@ -23,6 +23,9 @@ use crate::packed::PANEL;
 use crate::scratch::{Disjoint, LINE_BYTES};
 
 /// How the cache's elements are stored.
+///
+/// In the float formats a value that is not finite reaches more rows than those that see it; see
+/// [`attention`](super::attention).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CacheFormat {
     /// 32-bit floats.
