@@ -168,6 +168,39 @@ fn split_gguf_is_joined() {
     refused(&name(1), &["m-00002-of-00003.gguf"]);
 }
 
+/// Guards: a GGUF's linear rope scaling is applied, also where only its factor, under the newer or the older key, asks for it,
+/// and is not where the type is "none".
+#[test]
+fn gguf_linear_scaling_needs_no_type() {
+    let folder = tempfile::tempdir().unwrap();
+    let frequencies = |kind: Option<&str>, factors: &[(&str, f32)]| {
+        let mut file = TinyModel::llama(3).gguf(true);
+        if let Some(kind) = kind {
+            file.string("llama.rope.scaling.type", kind);
+        }
+        for (key, factor) in factors {
+            file.f32(&format!("llama.rope.{key}"), *factor);
+        }
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, file.finish()).unwrap();
+        Source::open(&path).unwrap().config.ropes[0].inv_freq.clone()
+    };
+    let plain = frequencies(None, &[]);
+    let check = |kind: Option<&str>, factors: &[(&str, f32)], divisor: f32| {
+        // Powers of two, so that the division is exact.
+        let want: Vec<f32> = plain.iter().map(|frequency| frequency / divisor).collect();
+        assert_eq!(frequencies(kind, factors), want, "{kind:?} {factors:?}");
+    };
+    let (new, old) = ("scaling.factor", "scale_linear");
+    check(None, &[(new, 4.0)], 4.0);
+    check(None, &[(old, 4.0)], 4.0);
+    check(None, &[(old, 4.0), (new, 2.0)], 2.0);
+    check(None, &[(old, 4.0), (new, 0.0)], 1.0);
+    check(Some("linear"), &[], 1.0);
+    check(Some("linear"), &[(old, 4.0)], 4.0);
+    check(Some("none"), &[(new, 4.0)], 1.0);
+}
+
 /// Guards: integer weights, block sizes that odd shapes force, and integer caches stay near the float graph, and the two
 /// backends agree on them.
 #[test]

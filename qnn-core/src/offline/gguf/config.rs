@@ -118,12 +118,13 @@ impl GgufModel {
             let scale = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0) as f32;
             return Ok(base.with_both(&short, &long, original, scale));
         }
-        let (scaling, factor) = (self.key("rope.scaling"), self.float("rope.scaling.factor")?);
-        match self.file.string(&format!("{scaling}.type"))?.unwrap_or("none") {
+        let (scaling, factor) = (self.key("rope.scaling"), self.scaling_factor()?);
+        // As llama.cpp has it: a factor without a type is linear.
+        match self.file.string(&format!("{scaling}.type"))?.unwrap_or("linear") {
             "none" => Ok(base.plain()),
             "linear" => base.scaled(&scaling, &json!({ "rope_type": "linear", "factor": factor })),
             "yarn" => {
-                let by_length = factor.filter(|factor| *factor > 1.0).map_or(1.0, |factor| 0.1 * factor.ln() + 1.0);
+                let by_length = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
                 let attention = self.float("rope.scaling.attn_factor")?.map(|by| by * by_length);
                 let original = self.optional_size("rope.scaling.original_context_length")?;
                 let scaling_object = json!({
@@ -137,6 +138,15 @@ impl GgufModel {
                 supported: "\"none\", \"linear\", \"yarn\", factors in a tensor".to_owned(),
             }),
         }
+    }
+
+    /// What positions are divided by: under its key or the older one, which llama.cpp reads too. 0 stands for none.
+    fn scaling_factor(&self) -> Result<f64, ImportError> {
+        let factor = match self.float("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.float("rope.scale_linear")?,
+        };
+        Ok(factor.filter(|factor| *factor != 0.0).unwrap_or(1.0))
     }
 
     /// The tensor called `name`, a divisor for the frequency of each of `pairs`.
