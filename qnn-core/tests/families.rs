@@ -296,6 +296,12 @@ fn rope_parameters_are_read_in_both_forms() {
             },
         }),
     );
+    let partial = json!({ "rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5 });
+    check(
+        "phi3",
+        json!({ "rope_theta": 300.0, "partial_rotary_factor": 0.5 }),
+        json!({ "rope_theta": null, "partial_rotary_factor": null, "rope_parameters": partial }),
+    );
 }
 
 /// Guards: an adapter of a fused projection whose rows are not those of the parts together is refused by name.
@@ -339,6 +345,11 @@ fn strange_configurations_are_refused() {
     check("granite", json!({ "logits_scaling": 0 }), &["logits_scaling is 0"]);
     check("granite", json!({ "residual_multiplier": 0 }), &["residual_multiplier"]);
     check("phi3", json!({ "partial_rotary_factor": 0.25 }), &["partial_rotary_factor is 0.25"]);
+    let partial = |factor: Value| json!({ "rope_parameters": { "partial_rotary_factor": factor } });
+    check("llama", partial(0.5.into()), &["partial_rotary_factor 0.5"]);
+    check("phi3", partial("half".into()), &["rope_parameters/partial_rotary_factor is \"half\"", "a number"]);
+    let sliding = json!({ "sliding_attention": { "partial_rotary_factor": 0.5 } });
+    check("gemma3", json!({ "rope_parameters": sliding }), &["partial_rotary_factor 0.5"]);
     let longrope = json!({ "type": "longrope", "short_factor": [1.0], "long_factor": [1.0] });
     check(
         "phi3",

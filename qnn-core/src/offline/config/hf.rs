@@ -155,7 +155,8 @@ impl HfConfig {
     fn rope(&self, defaults: &HfDefaults) -> Result<Rope, ImportError> {
         // Newer files have a set of parameters for each type of layer, or one set with the base inside.
         let (key, parameters) = self.rope_parameters("full_attention");
-        let base = RopeBase { theta: self.theta(&key, parameters, defaults.rope_theta)?, ..self.rope_base()? };
+        let base =
+            RopeBase { theta: self.theta(&key, parameters, defaults.rope_theta)?, ..self.rope_base("full_attention")? };
         match (parameters, &self.rope_scaling) {
             (_, Some(scaling)) => base.scaled("rope_scaling", scaling),
             (Some(parameters), None) => base.scaled(&key, parameters),
@@ -171,7 +172,7 @@ impl HfConfig {
             Some(_) => self.theta(&key, nested, DEFAULT_ROPE_THETA)?,
             None => check_theta(self.rope_local_base_freq.unwrap_or(DEFAULT_ROPE_THETA))?,
         };
-        let base = RopeBase { theta, ..self.rope_base()? };
+        let base = RopeBase { theta, ..self.rope_base("sliding_attention")? };
         nested.map_or_else(|| Ok(base.plain()), |parameters| base.scaled(&key, parameters))
     }
 
@@ -194,12 +195,23 @@ impl HfConfig {
         check_theta(theta)
     }
 
-    fn rope_base(&self) -> Result<RopeBase, ImportError> {
+    /// The part of each head that is rotated in layers of `layer_type`.
+    fn rotated_part(&self, layer_type: &str) -> Result<f64, ImportError> {
+        let (key, parameters) = self.rope_parameters(layer_type);
+        match parameters.and_then(|p| p.get("partial_rotary_factor")) {
+            None | Some(Value::Null) => Ok(self.partial_rotary_factor.unwrap_or(1.0)),
+            Some(factor) => factor
+                .as_f64()
+                .ok_or_else(|| config_error(&format!("{key}/partial_rotary_factor"), factor, "a number".to_owned())),
+        }
+    }
+
+    fn rope_base(&self, layer_type: &str) -> Result<RopeBase, ImportError> {
         let head_dim = self.head_dim()?;
         if head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(2) {
             return Err(config_error("head_dim", head_dim, format!("an even number, 2 to {MAX_HEAD_DIM}")));
         }
-        let factor = self.partial_rotary_factor.unwrap_or(1.0);
+        let factor = self.rotated_part(layer_type)?;
         let rotary_dim = (head_dim as f64 * factor) as usize;
         if !(factor > 0.0 && factor <= 1.0) || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             let want = format!("a part of a head of {head_dim} that is an even number of elements");
@@ -242,8 +254,11 @@ impl HfConfig {
     /// Refuses what would change the result of any family and is not built here.
     fn refuse_unsupported(&self) -> Result<(), ImportError> {
         let partial = arch::find(&self.model_type)?.partial_rotary;
-        if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor != 1.0 && !partial) {
-            return Err(unsupported(format!("partial_rotary_factor {factor}"), "1"));
+        for layer_type in ["full_attention", "sliding_attention"] {
+            let factor = self.rotated_part(layer_type)?;
+            if factor != 1.0 && !partial {
+                return Err(unsupported(format!("partial_rotary_factor {factor}"), "1"));
+            }
         }
         if self.rope_interleaved == Some(true) {
             return Err(unsupported("rope_interleaved true".to_owned(), "false"));
