@@ -142,6 +142,12 @@ fn strange_checkpoints_are_refused() {
     check("gptq", &|s| s.header[part("scales")]["dtype"] = "I16".into(), &["q_proj.scales", "I16", "F16"]);
     check("gptq", &|s| s.header[part("qweight")]["shape"] = serde_json::json!([4, 128]), &["q_proj", "groups of 32"]);
     check("gptq", &|s| s.header[part("qzeros")]["shape"] = serde_json::json!([4, 4]), &["q_proj.qzeros", "[2, 8]"]);
+    let twelve_outputs = |s: &mut Stored| {
+        for (name, shape) in [("qweight", [8, 12]), ("scales", [2, 12]), ("qzeros", [2, 1])] {
+            s.cut(&part(name), shape);
+        }
+    };
+    check("gptq", &twelve_outputs, &["q_proj.qweight", "I32 [8, 12]", "a multiple of 8, not 12"]);
     check("awq", &|s| s.header[part("qweight")]["dtype"] = "F32".into(), &["q_proj.qweight", "F32", "I32"]);
     check("awq", &|s| s.header[part("scales")]["shape"] = serde_json::json!([128]), &["q_proj.scales", "two extents"]);
 }
@@ -197,6 +203,17 @@ impl Stored {
     fn remove(&mut self, name: &str) {
         let entry = self.header.as_object_mut().unwrap().remove(name).unwrap();
         self.header["removed"] = entry;
+    }
+
+    /// Leaves a tensor as many values as `shape` has; the bytes of the others get a name that means nothing.
+    fn cut(&mut self, name: &str, shape: [usize; 2]) {
+        let at = |i: usize| self.header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+        let value_bytes = if self.header[name]["dtype"] == "I32" { 4 } else { 2 };
+        let (start, end, all) = (at(0), at(0) + shape[0] * shape[1] * value_bytes, at(1));
+        self.header[name]["shape"] = serde_json::json!(shape);
+        self.header[name]["data_offsets"] = serde_json::json!([start, end]);
+        self.header[format!("{name}.rest")] =
+            serde_json::json!({ "dtype": "U8", "shape": [all - end], "data_offsets": [end, all] });
     }
 
     fn to_bytes(&self) -> Vec<u8> {

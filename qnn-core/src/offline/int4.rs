@@ -109,6 +109,10 @@ impl Int4Grids {
             Packing::Gptq { .. } => (rows.saturating_mul(8), columns),
             Packing::Awq => (rows, columns.saturating_mul(8)),
         };
+        // The zeros of eight outputs share a word; AWQ's codes do too, so there it is always so.
+        if !n.is_multiple_of(8) {
+            return Err(codes.refuse(format!("outputs in a multiple of 8, not {n}")));
+        }
         let groups = scales.shape[0];
         let group = if groups > 0 && k.is_multiple_of(groups) { k / groups } else { 0 };
         if group == 0 || group != self.group_size.unwrap_or(k) {
