@@ -144,6 +144,21 @@ fn incomplete_sentencepiece_models_are_refused() {
     check(no_byte, &["tokens", "255 tokens for bytes", "256"]);
 }
 
+/// Guards: a token so long that the search for its merges could take hours is refused by its index; the longest allowed is read.
+#[test]
+fn overlong_tokens_are_refused() {
+    let golden: Value = serde_json::from_str(include_str!("golden/gguf_sentencepiece.json")).unwrap();
+    let text = "x".repeat(4097);
+    let mut long = Metadata::of_sentencepiece(&golden[0]);
+    long.tokens[419] = &text[..4096];
+    assert!(long.open().is_ok());
+    long.tokens[419] = &text;
+    let error = long.open().expect_err("a token of 4097 bytes");
+    for words in ["model.gguf", "tokenizer.ggml.tokens", "token 419 of 4097 bytes", "at most 4096"] {
+        assert!(error.contains(words), "{error} does not say {words}");
+    }
+}
+
 /// Guards: a tokenizer that could come out wrong is refused by name.
 #[test]
 fn unknown_or_contradictory_tokenizers_are_refused() {

@@ -213,6 +213,10 @@ impl<'a> Vocabulary<'a> {
         let (mut tokens, mut ids) = (Vec::with_capacity(texts.len()), HashMap::new());
         for (id, (content, kind)) in texts.into_iter().zip(&kinds).enumerate() {
             let id = id as u32; // `texts.len()` fits
+            if content.len() > MAX_TOKEN_BYTES {
+                let have = format!("token {id} of {} bytes", content.len());
+                return Err(wrong(TOKENS, have, format!("at most {MAX_TOKEN_BYTES} bytes")));
+            }
             tokens.push((*kind != KIND_UNUSED).then_some(content));
             if *kind == KIND_UNUSED {
                 continue;
@@ -277,6 +281,9 @@ const ENDS: &[&str] = &[
     "<|end_of_text|>",
     "<｜end▁of▁sentence｜>",
 ];
+/// Longest token that is read, far longer than real ones. A SentencePiece token's merges are found by looking up every prefix,
+/// which takes time by the square of its length.
+const MAX_TOKEN_BYTES: usize = 4096;
 const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const KINDS: &str = "tokenizer.ggml.token_type";
