@@ -199,8 +199,24 @@ impl Entry<'_> {
             None if one || scales.len() == 1 => Layout::PerTensor,
             None => Layout::PerChannel,
         };
+        self.expect_axis(&layout)?;
         let offsets = zero_points.iter().map(|zero| -zero).collect();
         self.integers(Integers { bits, signed, layout, scales, offsets })
+    }
+
+    /// Checks that scales come row by row of a weight `[n, k]`, as [`Integers`] has them: those of channels lie along the first
+    /// axis, those of blocks along the second.
+    fn expect_axis(&self, layout: &Layout) -> Result<(), EncodingsError> {
+        let (axes, want) = match layout {
+            Layout::PerTensor => return Ok(()),
+            Layout::PerChannel => ([0, -2], "0, a scale for each row"),
+            Layout::PerBlock { .. } | Layout::Lpbq { .. } => ([1, -1], "1, blocks along each row"),
+        };
+        match self.entry.get("axis") {
+            None | Some(Value::Null) => Ok(()),
+            Some(axis) if axis.as_i64().is_some_and(|axis| axes.contains(&axis)) => Ok(()),
+            Some(axis) => self.refuse("axis", short(axis), want),
+        }
     }
 
     fn integers(&self, integers: Integers) -> Result<Numbers, EncodingsError> {

@@ -120,3 +120,33 @@ fn bad_files_are_refused() {
     let error = EncodingsFile::parse(twice.to_string().as_bytes()).expect_err("two of a name");
     assert!(matches!(error, EncodingsError::Twice { .. }));
 }
+
+// Guards: scales along another axis than rows' are refused with the tensor's name and the axis, not taken for those of rows.
+#[test]
+fn scales_along_another_axis_are_refused() {
+    let parse = |entry: &serde_json::Value, axis: &serde_json::Value| {
+        let mut entry = entry.clone();
+        entry["axis"] = axis.clone();
+        EncodingsFile::parse(json!({"version": "2.0.0", "encodings": [entry]}).to_string().as_bytes())
+    };
+    let tensor = json!({"name": "w", "output_dtype": "int4", "y_scale": 0.1});
+    let channels = json!({"name": "w", "output_dtype": "int4", "y_scale": [0.1, 0.2]});
+    let blocks = json!({"name": "w", "output_dtype": "int4", "block_size": 32, "y_scale": [[0.1, 0.2]]});
+    let lpbq = json!({"name": "w", "output_dtype": "int4", "block_size": 32,
+        "per_channel_float_scale": [0.1], "per_block_int_scale": [[1, 2]]});
+    let cases = [
+        (tensor, json!([null, 0, 1]), json!([])),
+        (channels, json!([null, 0, -2]), json!([1, -1, 2, "0"])),
+        (blocks, json!([null, 1, -1]), json!([0, -2, 2, "1"])),
+        (lpbq, json!([null, 1, -1]), json!([0, -2, 2, "1"])),
+    ];
+    for (entry, good, bad) in cases {
+        for axis in good.as_array().expect("a list") {
+            parse(&entry, axis).expect("the axis that is read");
+        }
+        for axis in bad.as_array().expect("a list") {
+            let error = parse(&entry, axis).expect_err("another axis").to_string();
+            assert!(error.contains(&format!("encoding of w: axis is {axis}, need ")), "{error}");
+        }
+    }
+}
