@@ -3,6 +3,7 @@
 //! Reading follows the `tokenizer.json` through the `tokenizers` crate. Writing is done here, byte by byte, because an
 //! answer arrives one token at a time and a character may be spread over several of them.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -185,10 +186,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, TokenizerError> {
         check_length(text)?;
         match specials {
-            Specials::Recognise => {
-                let fail = |why: tokenizers::Error| encode_error(text, &why);
-                Ok(self.inner.encode_fast(text, false).map_err(fail)?.get_ids().to_vec())
-            }
+            Specials::Recognise => encoded(text, || Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())),
             Specials::AsText => {
                 let mask = Mask::new(self, [text])?;
                 self.encode_masked(&mask.all(text), &mask)
@@ -202,7 +200,7 @@ impl Tokenizer {
     /// hidden characters come back.
     pub(crate) fn encode_masked(&self, text: &str, mask: &Mask) -> Result<Vec<u32>, TokenizerError> {
         check_length(text)?;
-        let encode = || -> tokenizers::Result<Vec<u32>> {
+        encoded(text, || {
             let inner = &self.inner;
             let mut pieces: PreTokenizedString =
                 inner.get_added_vocabulary().extract_and_normalize(inner.get_normalizer(), text);
@@ -215,8 +213,7 @@ impl Tokenizer {
             }
             inner.get_model().tokenize_in_pretokenized(&mut pieces, None)?;
             Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
-        };
-        encode().map_err(|why| encode_error(text, &why))
+        })
     }
 
     /// Appends the bytes that the token `id` adds to the text of `growth`. They may be part of a character only.
@@ -299,8 +296,15 @@ fn check_length(text: &str) -> Result<(), TokenizerError> {
     }
 }
 
-fn encode_error(text: &str, why: &tokenizers::Error) -> TokenizerError {
-    TokenizerError::Encode { len_bytes: text.len(), why: why.to_string() }
+/// The ids that `encode` finds for `text`.
+fn encoded(text: &str, encode: impl FnOnce() -> tokenizers::Result<Vec<u32>>) -> Result<Vec<u32>, TokenizerError> {
+    let fail = |why: String| TokenizerError::Encode { len_bytes: text.len(), why };
+    // `tokenizers` 0.23 trusts some parts of a damaged file until a text meets them. Nothing is left half done: encoding reads
+    // the tokenizer only.
+    match std::panic::catch_unwind(AssertUnwindSafe(encode)) {
+        Ok(ids) => ids.map_err(|why| fail(why.to_string())),
+        Err(_) => Err(fail("a part of the tokenizer is not what its type says".to_owned())),
+    }
 }
 
 /// Longest tokenizer file that is read.

@@ -210,6 +210,19 @@ fn openings() {
     }
 }
 
+// Guards: what is wrong with a tokenizer and shows only when a text meets it is an error then; nothing panics.
+#[test]
+fn refused_when_encoding() {
+    let mut json = bytes_json();
+    // An empty trie in the precompiled form of sentencepiece.
+    json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="});
+    let damaged = tokenizer(&json);
+    for specials in [Specials::Recognise, Specials::AsText] {
+        let error = damaged.encode("hi", specials).err().unwrap();
+        assert!(matches!(error, TokenizerError::Encode { len_bytes: 2, .. }), "{error}");
+    }
+}
+
 /// The sentencepiece-like tokenizer with other parts.
 fn with_parts(parts: &serde_json::Value) -> Tokenizer {
     let mut json = sentencepiece_json();
