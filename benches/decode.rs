@@ -48,7 +48,7 @@ fn decode(criterion: &mut Criterion) {
         ("top_p95", SamplerConfig { top_k: 0, top_p: 0.95, ..random.clone() }),
         ("all", SamplerConfig { top_k: 0, top_p: 1.0, ..random }),
     ] {
-        let mut sampler = Sampler::new(config);
+        let mut sampler = Sampler::new(config).expect("the config is one");
         group.bench_function(format!("sampler/{kind}/v{}", logits.len()), |bencher| {
             bencher.iter(|| sampler.sample(&logits, &prompt[..64]).expect("the logits are finite"));
         });

@@ -96,6 +96,10 @@ fn in_text(why: ConfigError) -> Error {
     Error::Config { origin: "text".to_owned(), why }
 }
 
+pub(crate) fn in_settings(why: ConfigError) -> Error {
+    Error::Config { origin: "settings".to_owned(), why }
+}
+
 fn read_bounded(path: &Path) -> std::io::Result<String> {
     use std::io::{Error, ErrorKind, Read};
     let mut text = String::new();
@@ -154,11 +158,24 @@ fn stop_sequences(entry: &Entry<'_>) -> Result<Vec<String>, ConfigError> {
         return Err(entry.value(format!("at most {MAX_STOP_SEQUENCES} stop sequences")));
     }
     let text = |item: &Entry<'_>| match item.text()? {
-        "" => Err(item.value("a text that is not empty")),
-        text if MAX_STOP_BYTES < text.len() => Err(item.value(format!("at most {MAX_STOP_BYTES} bytes"))),
-        text => Ok(text.to_owned()),
+        text if is_usable_stop(text) => Ok(text.to_owned()),
+        _ => Err(item.value(format!("a text of 1 to {MAX_STOP_BYTES} bytes"))),
     };
     items.iter().map(text).collect()
+}
+
+fn is_usable_stop(text: &str) -> bool {
+    (1..=MAX_STOP_BYTES).contains(&text.len())
+}
+
+/// Settings that do not come from JSON, but may hold anything.
+pub(crate) fn check_stop_sequences(texts: &[String]) -> Result<(), ConfigError> {
+    let Some(at) = texts.iter().position(|text| !is_usable_stop(text)) else { return Ok(()) };
+    Err(ConfigError::Value {
+        pointer: format!("/stop-sequence/{at}"),
+        found: format!("a text of {} bytes", texts[at].len()),
+        wanted: format!("a text of 1 to {MAX_STOP_BYTES} bytes"),
+    })
 }
 
 /// The file named here, resolved against `base_dir`. It must be there.

@@ -94,7 +94,8 @@ impl Dialog {
     /// A dialog over an engine that is open already, without adapters: see [`Dialog::add_adapter`].
     ///
     /// # Errors
-    /// [`Error::Engine`] if the engine's vocabulary is not the one that the settings state.
+    /// [`Error::Config`] if a setting is out of its range, [`Error::Engine`] if the engine's vocabulary is not the one that the
+    /// settings state.
     pub fn with_engine(
         settings: Settings,
         engine: Box<dyn Engine>,
@@ -102,13 +103,14 @@ impl Dialog {
         template: Option<Arc<ChatTemplate>>,
     ) -> Result<Self, Error> {
         let role = "primary".to_owned();
+        config::check_stop_sequences(&settings.stop_sequences).map_err(config::in_settings)?;
         if engine.n_vocab() != settings.context.n_vocab {
             let (config, model) = (settings.context.n_vocab.to_string(), engine.n_vocab().to_string());
             let why = EngineError::Mismatch { what: "context/n-vocab", config, model };
             return Err(Error::engine(&role, why));
         }
         let mut dialog = Self {
-            sampler: Sampler::new(settings.sampler.clone()),
+            sampler: Sampler::new(settings.sampler.clone()).map_err(config::in_settings)?,
             stop_tokens: Vec::new(),
             settings,
             adapters: Adapters::new(&LoraConfig::default(), &role),
@@ -215,8 +217,8 @@ impl Dialog {
     /// Renders a whole conversation with the model's chat template and streams the answer to it.
     ///
     /// `messages` is everything said so far. What the conversation in the cache has in common with it is not computed
-    /// again, so that one more turn costs that turn only. Text in a message never becomes a control token. The callback
-    /// is that of [`Dialog::query`].
+    /// again, so that one more turn costs that turn only. Text in a message never becomes a control token; what markup the
+    /// role `assistant` may use is in [`ChatTemplate::render`]. The callback is that of [`Dialog::query`].
     ///
     /// # Errors
     /// As [`Dialog::query`], and [`Error::NoTemplate`], [`Error::Prompt`].
@@ -292,8 +294,9 @@ impl Dialog {
     /// # Errors
     /// [`Error::Config`]; nothing has changed then.
     pub fn apply_sampler(&mut self, json: &str) -> Result<(), Error> {
-        self.settings.sampler = config::sampler_from_json(json, &self.settings.sampler)?;
-        self.sampler.apply(self.settings.sampler.clone());
+        let sampler = config::sampler_from_json(json, &self.settings.sampler)?;
+        self.sampler.apply(sampler.clone()).map_err(config::in_settings)?;
+        self.settings.sampler = sampler;
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 
 use thiserror::Error;
 
-use crate::config::{SamplerConfig, TokenPenalty};
+use crate::config::{ConfigError, SamplerConfig, TokenPenalty};
 
 mod random;
 
@@ -54,15 +54,19 @@ struct Candidate {
 
 impl Sampler {
     /// A sampler at the start of its random numbers.
-    pub fn new(config: SamplerConfig) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for a value that no config may have.
+    pub fn new(config: SamplerConfig) -> Result<Self, ConfigError> {
+        config.check()?;
+        Ok(Self {
             random: Random::new(config.seed),
             config,
             penalized: Vec::new(),
             window: Vec::new(),
             weights: Vec::new(),
             candidates: Vec::new(),
-        }
+        })
     }
 
     /// What the sampler does.
@@ -71,11 +75,16 @@ impl Sampler {
     }
 
     /// Takes another config. The random numbers go on unless the seed changed. (`GenieSampler_applyConfig`)
-    pub fn apply(&mut self, config: SamplerConfig) {
+    ///
+    /// # Errors
+    /// As [`Sampler::new`]; nothing has changed then.
+    pub fn apply(&mut self, config: SamplerConfig) -> Result<(), ConfigError> {
+        config.check()?;
         if config.seed != self.config.seed {
             self.random = Random::new(config.seed);
         }
         self.config = config;
+        Ok(())
     }
 
     /// Starts the random numbers again; without a fixed seed, with fresh ones.

@@ -50,6 +50,41 @@ impl Default for SamplerConfig {
     }
 }
 
+impl SamplerConfig {
+    /// Whether every value is one that a config may have. Those that were read from one are.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] with the key, the value and what would do.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        TEMP.check("temp", self.temp)?;
+        TOP_P.check("top-p", self.top_p)?;
+        MIN_P.check("min-p", self.min_p)?;
+        REPETITION.check("token-penalty/repetition-penalty", self.penalty.repetition)?;
+        PENALTY.check("token-penalty/presence-penalty", self.penalty.presence)?;
+        PENALTY.check("token-penalty/frequency-penalty", self.penalty.frequency)
+    }
+}
+
+/// Numbers that a key may have.
+struct Range {
+    wanted: &'static str,
+    holds: fn(f32) -> bool,
+}
+
+impl Range {
+    fn read(&self, entry: &Entry<'_>) -> Result<f32, ConfigError> {
+        entry.number(self.wanted, |x| (self.holds)(x as f32)).map(|x| x as f32)
+    }
+
+    fn check(&self, key: &str, value: f32) -> Result<(), ConfigError> {
+        if (self.holds)(value) {
+            return Ok(());
+        }
+        let (pointer, found) = (format!("/sampler/{key}"), value.to_string());
+        Err(ConfigError::Value { pointer, found, wanted: self.wanted.to_owned() })
+    }
+}
+
 pub(super) fn parse(entry: &Entry<'_>) -> Result<SamplerConfig, ConfigError> {
     entry.object(KEYS)?.version()?;
     merge(entry, &SamplerConfig::default())
@@ -78,16 +113,16 @@ pub(super) fn merge(entry: &Entry<'_>, base: &SamplerConfig) -> Result<SamplerCo
         sampler.greedy = greedy.bool()?;
     }
     if let Some(temp) = fields.get("temp") {
-        sampler.temp = temp.number("a temperature in 0..=100", |x| (0.0..=100.0).contains(&x))? as f32;
+        sampler.temp = TEMP.read(&temp)?;
     }
     if let Some(top_k) = fields.get("top-k") {
         sampler.top_k = top_k.int(0..=i32::MAX as usize)?;
     }
     if let Some(top_p) = fields.get("top-p") {
-        sampler.top_p = top_p.number("a probability above 0, at most 1", |x| 0.0 < x && x <= 1.0)? as f32;
+        sampler.top_p = TOP_P.read(&top_p)?;
     }
     if let Some(min_p) = fields.get("min-p") {
-        sampler.min_p = min_p.number("a fraction in 0..=1", |x| (0.0..=1.0).contains(&x))? as f32;
+        sampler.min_p = MIN_P.read(&min_p)?;
     }
     if let Some(penalty) = fields.get("token-penalty") {
         sampler.penalty = merge_penalty(&penalty, base.penalty)?;
@@ -103,15 +138,21 @@ fn merge_penalty(entry: &Entry<'_>, base: TokenPenalty) -> Result<TokenPenalty, 
         penalty.last_n = last_n.int(0..=i32::MAX as usize)?;
     }
     if let Some(repetition) = fields.get("repetition-penalty") {
-        penalty.repetition = repetition.number("a factor in 0..=100", |x| (0.0..=100.0).contains(&x))? as f32;
+        penalty.repetition = REPETITION.read(&repetition)?;
     }
     for (key, value) in [("presence-penalty", &mut penalty.presence), ("frequency-penalty", &mut penalty.frequency)] {
         if let Some(entry) = fields.get(key) {
-            *value = entry.number("a penalty in -100..=100", |x| (-100.0..=100.0).contains(&x))? as f32;
+            *value = PENALTY.read(&entry)?;
         }
     }
     Ok(penalty)
 }
+
+const TEMP: Range = Range { wanted: "a temperature in 0..=100", holds: |x| (0.0..=100.0).contains(&x) };
+const TOP_P: Range = Range { wanted: "a probability above 0, at most 1", holds: |x| 0.0 < x && x <= 1.0 };
+const MIN_P: Range = Range { wanted: "a fraction in 0..=1", holds: |x| (0.0..=1.0).contains(&x) };
+const REPETITION: Range = Range { wanted: "a factor in 0..=100", holds: |x| (0.0..=100.0).contains(&x) };
+const PENALTY: Range = Range { wanted: "a penalty in -100..=100", holds: |x| (-100.0..=100.0).contains(&x) };
 
 const KEYS: &[&str] =
     &["version", "seed", "temp", "top-k", "top-p", "min-p", "greedy", "type", "callback-name", "token-penalty"];

@@ -323,6 +323,20 @@ fn settings_change_wholly_or_not_at_all() {
     assert_eq!((&dialog.settings().sampler, dialog.sampler.config()), (&want, &want));
 }
 
+// Guards: settings that no config may have open no dialog.
+#[test]
+fn refused_settings() {
+    let open = |settings| Dialog::with_engine(settings, Box::new(Scripted::hashed(N_VOCAB, CONTEXT)), bytes(), None);
+    let bad = [
+        settings(SamplerConfig { temp: f32::NAN, ..SamplerConfig::default() }),
+        Settings { stop_sequences: vec!["a".to_owned(), String::new()], ..settings(greedy()) },
+    ];
+    for bad in bad {
+        assert_eq!(open(bad).err().unwrap().code(), Code::JsonValue);
+    }
+    assert!(open(settings(greedy())).is_ok());
+}
+
 // Guards: an id query streams ids, the end token too, and refuses ids that the model does not have.
 #[test]
 fn token_query() {
@@ -397,7 +411,7 @@ fn abort_inside_prefill() {
         assert_eq!(dialog.history(), before.0);
         let next = ask(&mut dialog, "!", SentenceCode::Complete).unwrap().0;
         let (mut fresh, _) = hashed(2);
-        fresh.sampler.apply(greedy());
+        fresh.sampler.apply(greedy()).unwrap();
         fresh.token_query(&before.0, SentenceCode::Begin, |_, _| Flow::Continue).unwrap();
         assert_eq!(next, ask(&mut fresh, "!", SentenceCode::End).unwrap().0);
     }

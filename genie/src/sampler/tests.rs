@@ -5,7 +5,7 @@ use super::*;
 fn sampler(change: impl FnOnce(&mut SamplerConfig)) -> Sampler {
     let mut config = SamplerConfig { temp: 1.0, top_k: 0, top_p: 1.0, ..SamplerConfig::default() };
     change(&mut config);
-    Sampler::new(config)
+    Sampler::new(config).unwrap()
 }
 
 /// How often each id comes out of `n` draws.
@@ -39,6 +39,29 @@ fn largest_anywhere() {
             assert_eq!(sampler(|config| config.greedy = true).sample(&logits, &[]), Ok(at as u32));
         }
     }
+}
+
+// Guards: what no config may say is refused from Rust too, with its key, and leaves a sampler as it was.
+#[test]
+fn refused_settings() {
+    let check = |key: &str, change: fn(&mut SamplerConfig)| {
+        let mut config = SamplerConfig::default();
+        change(&mut config);
+        let mut used = sampler(|_| {});
+        let before = used.config().clone();
+        for refused in [Sampler::new(config.clone()).err(), used.apply(config).err()] {
+            let refused = refused.unwrap().to_string();
+            assert!(refused.starts_with(&format!("/sampler/{key}: ")), "{refused}");
+        }
+        assert_eq!(used.config(), &before);
+    };
+    check("temp", |config| config.temp = f32::NAN);
+    check("temp", |config| config.temp = -1.0);
+    check("top-p", |config| config.top_p = 0.0);
+    check("min-p", |config| config.min_p = 1.5);
+    check("token-penalty/repetition-penalty", |config| config.penalty.repetition = -1.0);
+    check("token-penalty/presence-penalty", |config| config.penalty.presence = f32::NAN);
+    check("token-penalty/frequency-penalty", |config| config.penalty.frequency = 101.0);
 }
 
 // Guards: NaN and plus infinity are errors that say where, minus infinity rules a token out.
@@ -80,7 +103,7 @@ fn draws_follow_the_softmax() {
 #[test]
 fn tokens_of_a_seed_are_pinned() {
     let logits: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32 / 100.0).collect();
-    let mut sampler = Sampler::new(SamplerConfig::default());
+    let mut sampler = Sampler::new(SamplerConfig::default()).unwrap();
     let first: Vec<u32> = (0..8).map(|_| sampler.sample(&logits, &[]).unwrap()).collect();
     assert_eq!(first, PINNED);
     sampler.reset();
