@@ -86,14 +86,14 @@ pub enum AccuracyError {
 /// window and afterwards.
 ///
 /// # Errors
-/// [`AccuracyError`] if no window is full or the engine fails.
+/// [`AccuracyError`] if no window is full, an id is not in the vocabulary, a logit is no finite number, or the engine fails.
 pub fn perplexity(
     engine: &mut dyn Engine,
     ids: &[u32],
     cut: Windows,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Perplexity, AccuracyError> {
-    let windows = cut.of(ids)?;
+    let windows = cut.of(ids, engine.n_vocab())?;
     let mut nll = Vec::new();
     for (done, window) in windows.iter().enumerate() {
         score_window(engine, window, &mut nll)?;
@@ -119,10 +119,13 @@ pub fn shared_ids(reference: &Tokenizer, tested: &Tokenizer, text: &str) -> Resu
 }
 
 impl Windows {
-    /// The full windows of `ids`.
-    fn of(self, ids: &[u32]) -> Result<Vec<&[u32]>, AccuracyError> {
+    /// The full windows of `ids`, for a model of `n_vocab` tokens.
+    fn of(self, ids: &[u32], n_vocab: usize) -> Result<Vec<&[u32]>, AccuracyError> {
         if self.window < 2 || self.windows == 0 || ids.len() < self.window {
             return Err(AccuracyError::TooShort { have: ids.len(), window: self.window });
+        }
+        if let Some(&id) = ids.iter().find(|id| **id as usize >= n_vocab) {
+            return Err(EngineError::TokenOutOfRange { id, n_vocab }.into());
         }
         Ok(ids.chunks_exact(self.window).take(self.windows).collect())
     }
@@ -144,17 +147,21 @@ fn score_window(engine: &mut dyn Engine, window: &[u32], nll: &mut Vec<f64>) -> 
     for (i, chunk) in fed.chunks(ROWS_PER_RUN).enumerate() {
         let logits = engine.forward(chunk, Logits::All, &AtomicBool::new(false))?;
         for (row, logits) in logits.chunks_exact(n_vocab).enumerate() {
-            let next = window[i * ROWS_PER_RUN + row + 1];
-            nll.push(log_sum_exp(logits) - f64::from(logits[next as usize]));
+            let position = i * ROWS_PER_RUN + row;
+            let next = window[position + 1];
+            nll.push(log_sum_exp(logits, position)? - f64::from(logits[next as usize]));
         }
     }
     Ok(())
 }
 
-/// `ln Σ exp(logit)`, in f64.
-fn log_sum_exp(logits: &[f32]) -> f64 {
+/// `ln Σ exp(logit)`, in f64, of the logits at `position`, all of them finite: a sum over others looks like a good one.
+fn log_sum_exp(logits: &[f32], position: usize) -> Result<f64, EngineError> {
+    if let Some((index, &value)) = logits.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        return Err(EngineError::NonFinite { position, index, value });
+    }
     let top = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    top + logits.iter().map(|logit| (f64::from(*logit) - top).exp()).sum::<f64>().ln()
+    Ok(top + logits.iter().map(|logit| (f64::from(*logit) - top).exp()).sum::<f64>().ln())
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -163,3 +170,35 @@ fn mean(values: &[f64]) -> f64 {
 
 /// Rows whose logits are held at a time: 64 rows of a vocabulary of 150,000 are 38 MB.
 const ROWS_PER_RUN: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::scripted::Scripted;
+
+    // Guards: a model that computes no numbers, or a text that it has no tokens for, is an error and not a figure.
+    #[test]
+    fn refused() {
+        let cut = Windows { window: 3, windows: 2 };
+        let score = |broken_at: usize, value: f32, ids: &[u32]| {
+            let script = move |history: &[u32], logits: &mut [f32]| {
+                if history.len() == broken_at {
+                    logits[2] = value;
+                }
+            };
+            perplexity(&mut Scripted::new(4, 8, Box::new(script)), ids, cut, |_, _| {})
+        };
+        let ids = [0, 1, 3, 3, 1, 0];
+        let even = score(1, 0.0, &ids).unwrap();
+        assert!((even.perplexity - 4.0).abs() < 1e-12, "{even:?}");
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let refused = score(2, value, &ids).unwrap_err();
+            let AccuracyError::Engine(EngineError::NonFinite { position: 1, index: 2, .. }) = refused else {
+                panic!("{refused}");
+            };
+        }
+        // The last id of a window is never fed.
+        let refused = score(9, 0.0, &[0, 1, 4]).unwrap_err();
+        assert!(matches!(refused, AccuracyError::Engine(EngineError::TokenOutOfRange { id: 4, n_vocab: 4 })));
+    }
+}

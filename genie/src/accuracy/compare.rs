@@ -22,8 +22,8 @@ use qnn_core::{
 
 use super::{AccuracyError, Perplexity, ROWS_PER_RUN, Windows, log_sum_exp, mean, noise::Noise};
 use crate::adapters::{AdapterChoice, Adapters, Selection};
-use crate::engine::Engine;
 use crate::engine::qnn::{QnnEngine, Spot};
+use crate::engine::{Engine, EngineError};
 use crate::{Error, Model};
 
 /// One of the two models of a comparison.
@@ -163,7 +163,7 @@ impl Comparer {
         cut: Windows,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Comparison, AccuracyError> {
-        let windows = cut.of(ids)?;
+        let windows = cut.of(ids, self.reference.engine.n_vocab())?;
         for runner in [&mut self.reference, &mut self.free, &mut self.forced] {
             runner.select(choice)?;
         }
@@ -189,6 +189,7 @@ impl Comparer {
     fn run_chunk(&mut self, chunk: &[u32], next: &[u32], sums: &mut Sums) -> Result<(), AccuracyError> {
         let Comparer { reference, free, forced, spots } = self;
         let Sums { accumulated, made, kept, .. } = sums;
+        let from = reference.engine.position();
         kept.iter_mut().for_each(Vec::clear);
         let want = reference.engine.forward_watched(chunk, &mut |tensor: Watched<'_>| {
             if let Some(at) = spots.find(tensor.name) {
@@ -213,9 +214,12 @@ impl Comparer {
             spots.pairs[at].tested.channels.redo(tensor.values);
             Seen::Replaced
         })?;
-        sums.score(want, have, next);
-        Ok(())
+        sums.score(want, have, next, from)
     }
+}
+
+fn of_side(side: Side, why: EngineError) -> AccuracyError {
+    AccuracyError::Side { side, why: Box::new(Error::engine("primary", why)) }
 }
 
 impl Runner {
@@ -274,12 +278,13 @@ impl Sums {
         }
     }
 
-    /// Adds rows of logits, with the id that follows each.
-    fn score(&mut self, reference: &[f32], tested: &[f32], next: &[u32]) {
+    /// Adds rows of logits, the first at position `from`, with the id that follows each.
+    fn score(&mut self, reference: &[f32], tested: &[f32], next: &[u32], from: usize) -> Result<(), AccuracyError> {
         let n_vocab = reference.len() / next.len();
         let rows = reference.chunks_exact(n_vocab).zip(tested.chunks_exact(n_vocab));
-        for ((reference, tested), next) in rows.zip(next) {
-            let (total, tested_total) = (log_sum_exp(reference), log_sum_exp(tested));
+        for (position, ((reference, tested), next)) in (from..).zip(rows.zip(next)) {
+            let log_total = |side, logits| log_sum_exp(logits, position).map_err(|why| of_side(side, why));
+            let (total, tested_total) = (log_total(Side::Reference, reference)?, log_total(Side::Tested, tested)?);
             let log_p = |logits: &[f32], total: f64, id: usize| f64::from(logits[id]) - total;
             let term = |id: usize| {
                 let log_p_reference = log_p(reference, total, id);
@@ -291,6 +296,7 @@ impl Sums {
             self.tested_nll.push(-log_p(tested, tested_total, *next as usize));
             self.same_top += usize::from(top(reference) == top(tested));
         }
+        Ok(())
     }
 
     fn finish(mut self, spots: &Spots, scored: usize) -> Result<Comparison, AccuracyError> {

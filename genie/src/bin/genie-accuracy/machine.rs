@@ -21,7 +21,7 @@ pub(crate) fn read(engine: &QnnEngine) -> MachineRecord {
 
 /// This program's command line, quoted where a shell would need it.
 pub(crate) fn command_line() -> String {
-    let mut words = std::env::args().map(|word| quoted(&word));
+    let mut words = std::env::args_os().map(|word| quoted(&word.to_string_lossy()));
     let program = words.next().unwrap_or_default();
     let program = program.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
     std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ")
