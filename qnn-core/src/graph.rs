@@ -15,6 +15,11 @@ pub const MAX_TENSORS: usize = 1 << 20;
 /// Most dimensions a tensor may have.
 pub const MAX_RANK: usize = 8;
 
+/// Most rows a tensor may have, and most elements a graph input: what no data stands behind may not decide how much memory is
+/// asked for.
+pub const MAX_ROWS: usize = 1 << 20;
+const MAX_INPUT_ELEMENTS: usize = 1 << 28;
+
 /// An operation applied to tensors of its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
@@ -364,8 +369,14 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
     let Some(elements) = tensor.shape.max_elements() else {
         return refuse(format!("shape {}", tensor.shape), "a number of elements that fits the address space");
     };
+    if tensor.tensor_type.is_input() && elements > MAX_INPUT_ELEMENTS {
+        return refuse(format!("input of {elements} elements"), &format!("at most {MAX_INPUT_ELEMENTS}"));
+    }
     for (axis, dim) in tensor.shape.0.iter().enumerate() {
-        let Dim::UpTo { by, .. } = dim else { continue };
+        let Dim::UpTo { by, max } = dim else { continue };
+        if *max > MAX_ROWS {
+            return refuse(format!("up to {max} rows"), &format!("at most {MAX_ROWS}"));
+        }
         let itself = by.index() == earlier.len() && tensor.tensor_type.is_input();
         let input = earlier.get(by.index()).is_some_and(|t| t.tensor_type.is_input());
         if axis != 0 || !(itself || input) || tensor.tensor_type.is_static() {

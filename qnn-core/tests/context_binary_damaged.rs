@@ -5,7 +5,8 @@ mod support;
 use std::io::Cursor;
 
 use qnn_core::{
-    Bytes, Context, ContextBuilder, OpenOptions,
+    Bytes, Context, ContextBuilder, DataType, Dim, Graph, OpenOptions, Shape, Tensor, TensorId, TensorType,
+    backend::{Backend, HtpBackend, PrepareError},
     binary::{Binary, BinaryError, BinaryFault, BinaryWriter, SectionKind, Verify},
 };
 use support::{FORMS, Rng, Tiny, chain, mend_checksums, tiny};
@@ -220,4 +221,25 @@ fn damaged_graphs_with_true_checksums_never_panic() {
     }
     // Some changes make another well-formed graph (a name, a bound, a fact); most cannot.
     assert!(n_refused > 400, "{n_refused} of 600 refused");
+}
+
+// Broken if extents that no data stands behind end the process instead of being refused.
+#[test]
+fn huge_extents_are_refused() {
+    let input = |dim| Tensor {
+        name: "x".to_owned(),
+        tensor_type: TensorType::AppWrite,
+        data_type: DataType::Float32,
+        shape: Shape(vec![dim]),
+        encoding: None,
+        data: None,
+    };
+    for dim in [Dim::Fixed(1 << 40), Dim::UpTo { max: 1 << 40, by: TensorId(0) }] {
+        let refused = Graph::new("g").add_tensor(input(dim)).unwrap_err().to_string();
+        assert!(refused.starts_with("tensor x: ") && refused.contains("at most"), "{refused}");
+    }
+    // Each extent is possible, but not rows of so many adapter columns.
+    let graph = tiny("g", Tiny { ar: 1 << 20, branch: Some((1 << 27, DataType::Float32)), ..Tiny::default() });
+    let refused = HtpBackend::new(1).unwrap().prepare(&graph).err().unwrap();
+    assert!(matches!(&refused, PrepareError::Memory { graph, .. } if graph == "g"), "{refused}");
 }

@@ -91,6 +91,7 @@ impl Backend for HtpBackend {
             weights.sum_rows(&self.cx()).map_err(refused)?;
         }
         let plan = place::place(lowered);
+        plan.check_memory(graph.name())?;
         Ok(Box::new(Htp::new(self.clone(), plan)?))
     }
 

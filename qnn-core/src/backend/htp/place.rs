@@ -2,7 +2,7 @@
 
 use htp_sim::AttentionParams;
 
-use crate::op::AttentionAttrs;
+use crate::{backend::PrepareError, op::AttentionAttrs};
 
 use super::{
     lower::Lowered,
@@ -28,6 +28,21 @@ pub(super) struct Plan {
     pub(super) cache_names: Vec<String>,
     /// The computed tensors, in the order of the steps.
     pub(super) shown: Vec<Shown>,
+}
+
+impl Plan {
+    /// Refuses buffers that the system does not have: numbers in a file decide how large they are, and an allocation that fails
+    /// ends the process.
+    pub(super) fn check_memory(&self, graph: &str) -> Result<(), PrepareError> {
+        let floats = self.float_capacity.iter().map(|elements| *elements as u128 * 4);
+        let planes = self.quantized.iter().map(|rows| rows.max_rows as u128 * rows.k as u128 * 2);
+        let need_bytes: u128 = floats.chain(planes).sum();
+        let given = |bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok();
+        match usize::try_from(need_bytes) {
+            Ok(bytes) if given(bytes) => Ok(()),
+            _ => Err(PrepareError::Memory { graph: graph.to_owned(), need_bytes }),
+        }
+    }
 }
 
 /// The kernels' form of the attributes.
