@@ -196,6 +196,14 @@ pub enum AdapterError {
         /// Name in the config.
         want: String,
     },
+    /// The sections of the splits are not all of one adapter.
+    #[error("section of adapter {have:?}, that of the first split is of {want:?}")]
+    OtherAdapter {
+        /// Name in this section.
+        have: String,
+        /// Name in the section of the first split that has one.
+        want: String,
+    },
     /// There are not as many sections as context binaries.
     #[error("{have} sections for {want} context binaries")]
     SectionCount {

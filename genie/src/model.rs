@@ -43,11 +43,18 @@ impl Model {
     /// # Errors
     /// [`Error`] with what cannot be opened and why.
     pub fn open(config: DialogConfig) -> Result<Self, Error> {
+        let load_tokenizer = || Tokenizer::load(&config.tokenizer_path);
         let (tokenizer, engine, template) = std::thread::scope(|scope| {
-            let tokenizer = scope.spawn(|| Tokenizer::load(&config.tokenizer_path));
+            let tokenizer =
+                std::thread::Builder::new().name("tokenizer".to_owned()).spawn_scoped(scope, load_tokenizer);
             let engine = first_engine(&config.engine);
             let template = ChatTemplate::beside(&config.tokenizer_path);
-            (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine, template)
+            let tokenizer = match tokenizer {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // The system gives no thread: then one after the other.
+                Err(_) => load_tokenizer(),
+            };
+            (tokenizer, engine, template)
         });
         let (contexts, engine) = engine.map_err(|why| Error::engine(&config.engine.role, why))?;
         Ok(Self(Arc::new(Parts {

@@ -176,6 +176,11 @@ impl Converted {
 
     /// The dialog config of the model: greedy, two threads.
     pub fn config(&self) -> Result<DialogConfig> {
+        self.config_with(|_| {})
+    }
+
+    /// The same with what `change` makes of it.
+    pub fn config_with(&self, change: impl FnOnce(&mut serde_json::Value)) -> Result<DialogConfig> {
         let mut config: serde_json::Value =
             serde_json::from_str(include_str!("../../configs/smollm2-135m-instruct.json"))?;
         let dialog = &mut config["dialog"];
@@ -197,6 +202,7 @@ impl Converted {
             let groups: Vec<_> = self.groups.iter().map(group).collect();
             dialog["engine"]["model"]["binary"]["lora"] = json!({"version": 1, "adapters": adapters, "groups": groups});
         }
+        change(&mut config["dialog"]);
         Ok(DialogConfig::from_json(&config.to_string(), self.path())?)
     }
 

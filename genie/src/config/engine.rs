@@ -15,9 +15,9 @@ pub struct EngineConfig {
     pub ctx_bins: Vec<PathBuf>,
     /// Whether context binaries are mapped instead of read. (`engine/backend/QnnHtp/use-mmap`)
     pub use_mmap: bool,
-    /// Cores the workers may use, bit `i` for core `i`. (`engine/backend/QnnHtp/cpu-mask`)
+    /// Cores for the workers, bit `i` for core `i`; without effect so far. (`engine/backend/QnnHtp/cpu-mask`)
     pub cpu_mask: Option<u64>,
-    /// Whether idle workers may spin. (`engine/backend/QnnHtp/poll`)
+    /// Whether the config lets idle workers spin; without effect so far. (`engine/backend/QnnHtp/poll`)
     pub poll: bool,
     /// Name of the engine inside its dialog, `primary` unless given. (`engine/role`)
     pub role: String,
@@ -31,7 +31,8 @@ pub struct EngineConfig {
     pub lora: LoraConfig,
 }
 
-/// Rotary positions, as the config states them. The model's own values count; a stated value must agree with them.
+/// Rotary positions, as the config states them. The model's own values count; stated ones are compared with them when the model
+/// is opened. A scaling that is not stated is none, a base that is not stated beside a scaling is 10000.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct PositionalEncoding {
@@ -140,7 +141,8 @@ fn parse_htp<'a>(entry: &Entry<'a>) -> Result<Htp<'a>, ConfigError> {
             _ => return Err(batch.unsupported("a batch size above 1")),
         }
     }
-    let poll = htp.need("poll")?;
+    let (poll, cores) = (htp.need("poll")?, htp.need("cpu-mask")?);
+    [&poll, &cores].into_iter().for_each(super::no_effect);
     let rope_dim = htp.get("pos-id-dim");
     let rope_theta = htp.get("rope-theta");
     let positional_encoding = PositionalEncoding {
@@ -151,7 +153,7 @@ fn parse_htp<'a>(entry: &Entry<'a>) -> Result<Htp<'a>, ConfigError> {
     let rope_key = rope_dim.or(rope_theta);
     Ok(Htp {
         use_mmap: htp.need("use-mmap")?.bool()?,
-        cpu_mask: cpu_mask(&htp.need("cpu-mask")?)?,
+        cpu_mask: cpu_mask(&cores)?,
         poll: poll.bool()?,
         positional_encoding: rope_key.is_some().then_some(positional_encoding),
         rope_key,
@@ -281,6 +283,10 @@ fn parse_scaling(entry: &Entry<'_>) -> Result<RopeScaling, ConfigError> {
     let unused = |key: &&&str| **key != "rope-type" && !used.contains(*key);
     if let Some(extra) = SCALING_KEYS.iter().filter(unused).find_map(|key| fields.get(key)) {
         return Err(extra.value("no such key for this rope-type"));
+    }
+    if let (Some(low), Some(high)) = (fields.get("low-freq-factor"), fields.get("high-freq-factor")) {
+        let low = low.number("a number above 0", |x| 0.0 < x)?;
+        high.number("a number above low-freq-factor", |x| low < x)?;
     }
     Ok(match used.len() {
         0 => RopeScaling::Default,

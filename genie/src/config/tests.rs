@@ -298,6 +298,7 @@ fn refused_values() {
         ("/engine/model/binary/ctx-bins", vec![json!([]), json!(["p1.bin", "."]), json!(["p\u{0}"])]),
         ("/engine/model/positional-encoding/rope-theta", vec![json!(0)]),
         ("/engine/model/positional-encoding/rope-scaling", vec![json!({"rope-type": "linear", "factor": 1, "dim": 2})]),
+        ("/engine/model/positional-encoding/rope-scaling/high-freq-factor", vec![json!(1)]),
         // Known to the schema, and not supported yet.
         ("/type", vec![json!("ssd-q1"), json!("eaglet")]),
         ("/embedding", vec![json!({})]),

@@ -17,6 +17,7 @@ use crate::config::EngineConfig;
 mod graph_name;
 mod model;
 mod outline;
+mod positions;
 
 pub use model::QnnModel;
 pub use outline::Spot;

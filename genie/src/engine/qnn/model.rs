@@ -9,6 +9,7 @@ use qnn_core::{Adapter, AdapterGroup, Bytes, Context, Graph, backend::HtpBackend
 
 use super::super::{AdapterError, AdapterSource, EngineError, GroupSource};
 use super::graph_name::GraphName;
+use super::positions;
 use crate::config::EngineConfig;
 
 /// A model's context binaries, open. Immutable, but for the account of the adapters that engines have loaded.
@@ -49,7 +50,8 @@ impl QnnModel {
     /// Opens the context binaries of `config` and chooses the graphs to run.
     ///
     /// # Errors
-    /// [`EngineError`]: a file that cannot be opened or is damaged, graphs that are missing.
+    /// [`EngineError`]: a file that cannot be opened or is damaged, graphs that are missing, positions that are encoded in
+    /// another way than the config says.
     pub fn open(config: &EngineConfig) -> Result<QnnModel, EngineError> {
         let n_threads = match config.n_threads {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -63,7 +65,12 @@ impl QnnModel {
         }
         let chosen = choose_graphs(&contexts, config)?;
         let (adapters, groups) = (Loaded(Mutex::default()), Loaded(Mutex::default()));
-        Ok(QnnModel { config: config.clone(), contexts, chosen, backend, n_threads, adapters, groups })
+        let model = QnnModel { config: config.clone(), contexts, chosen, backend, n_threads, adapters, groups };
+        if let Some(stated) = &config.positional_encoding {
+            // All graphs of a split compute the same.
+            positions::check(stated, model.graphs().filter_map(|graphs| graphs.first().copied()))?;
+        }
+        Ok(model)
     }
 
     /// The context binaries, in split order.
@@ -115,7 +122,9 @@ impl QnnModel {
             let read = || Ok(Some(context.load_section(Bytes::map_file(path)?)?));
             read().map_err(fail(name, Some(path)))
         };
-        self.each_split(name, paths)?.map(load).collect()
+        let parts = self.each_split(name, paths)?.map(load).collect::<Result<_, _>>()?;
+        check_same_adapter(name, paths, &parts)?;
+        Ok(parts)
     }
 
     /// The group first, unless another member has brought it; then the weights, which have to be of a member.
@@ -138,7 +147,9 @@ impl QnnModel {
             };
             read().map_err(fail(name, path.as_deref()))
         };
-        self.each_split(name, paths)?.zip(groups).map(load).collect()
+        let parts = self.each_split(name, paths)?.zip(groups).map(load).collect::<Result<_, _>>()?;
+        check_same_adapter(name, paths, &parts)?;
+        Ok(parts)
     }
 
     /// The encodings of a group, for its member `name`.
@@ -236,6 +247,19 @@ impl Key {
             }
         };
         Some(Key { name: name.to_owned(), source: source.clone(), stamps })
+    }
+}
+
+/// Sections of several adapters would each fit their own split.
+fn check_same_adapter(name: &str, paths: &[Option<PathBuf>], parts: &Parts<Adapter>) -> Result<(), EngineError> {
+    let mut read = paths.iter().zip(parts).filter_map(|(path, part)| Some((path.as_ref()?, part.as_ref()?.name())));
+    let Some((_, want)) = read.next() else { return Ok(()) };
+    match read.find(|(_, have)| *have != want) {
+        Some((path, have)) => {
+            let (have, want) = (have.to_owned(), want.to_owned());
+            Err(fail(name, Some(path))(AdapterError::OtherAdapter { have, want }))
+        }
+        None => Ok(()),
     }
 }
 
