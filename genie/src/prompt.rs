@@ -2,7 +2,8 @@
 //!
 //! A template is a program that came with the model. It runs in a bounded interpreter: so many instructions, so much
 //! output, so deep, and no files, network or environment. What it renders is cut into control tokens, which only the
-//! template can have written, and text, in which nothing becomes a control token.
+//! template can have written, and text, in which nothing becomes a control token, but for the markup that the role
+//! `assistant` may use ([`ChatTemplate::render`]).
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ mod date;
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
     pub role: String,
-    /// What is said. It is text, whatever it looks like.
+    /// What is said. It is text, whatever it looks like; only with the role `assistant` markup like `<think>` keeps its meaning.
     pub content: String,
 }
 
@@ -125,8 +126,9 @@ impl ChatTemplate {
     /// Renders `messages`, and the beginning of the answer behind them.
     ///
     /// Token ids are those that the rendered text has, except that nothing inside a role or a content becomes a control
-    /// token. In contents of the role `assistant` markup that is not marked special keeps its meaning: a template may
-    /// look for it there, to drop an old chain of thought. In the others a character that could begin a control token is
+    /// token. In contents of the role `assistant` markup that is not marked special (`<think>`, `<tool_call>`) keeps its meaning,
+    /// its token too: a template may look for it there, to drop an old chain of thought. A history that comes from elsewhere is
+    /// to be trusted as much as that. In the others a character that could begin a control token is
     /// hidden from the template: it finds no `<think>` there, and to its filter `title` no `<` begins a word.
     ///
     /// # Errors
