@@ -127,8 +127,12 @@ impl Profile {
     /// What the system says; `AlreadyExists` for a file that is there.
     pub fn save(&self, path: &Path) -> io::Result<()> {
         let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        file.write_all(self.to_json().as_bytes())?;
-        file.sync_all()
+        let written = file.write_all(self.to_json().as_bytes()).and_then(|()| file.sync_all());
+        if written.is_err() {
+            // Half a file would be taken for a profile, and be in the way of the next.
+            std::fs::remove_file(path)?;
+        }
+        written
     }
 }
 

@@ -78,6 +78,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(threads) = arguments.threads {
         config.engine.n_threads = threads;
     }
+    check_lengths(arguments, config.engine.context_size)?;
     if let Some(prompt) = arguments.first_token {
         return measure::first_token_child(&config, prompt);
     }
@@ -106,6 +107,21 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     report.add("peak_rss", "MB", vec![measure::memory_mb("VmHWM:")?]);
     report.finish();
+    Ok(())
+}
+
+/// Refuses lengths that measure nothing or that the context does not hold.
+fn check_lengths(arguments: &Arguments, context: usize) -> anyhow::Result<()> {
+    for prompt in &arguments.prompts {
+        ensure!((1..=context).contains(prompt), "--prompts is {prompt}, need 1 to {context}, the size of the context");
+    }
+    let (n, most) = (arguments.n_tokens, context.saturating_sub(arguments.n_tokens));
+    for depth in &arguments.depths {
+        ensure!(
+            n <= context && *depth <= most,
+            "--depths is {depth}, need at most {most} before {n} tokens in {context}"
+        );
+    }
     Ok(())
 }
 
