@@ -11,7 +11,7 @@ const PRECISION: Precision = Precision { weights: WeightType::Keep, activations:
 
 /// What is wrong, with all its causes.
 fn refusal(opened: Result<Model, Error>) -> String {
-    let error = anyhow::Error::from(opened.err().expect("it is refused"));
+    let error = anyhow::Error::from(opened.expect_err("it is refused"));
     format!("{error:#}")
 }
 
@@ -75,7 +75,7 @@ fn sections_of_several_adapters_are_refused() {
         dialog.apply_lora("primary", "mine")
     };
     sections("a", "a").expect("one adapter");
-    let refused = format!("{:#}", anyhow::Error::from(sections("a", "b").err().expect("two adapters")));
+    let refused = format!("{:#}", anyhow::Error::from(sections("a", "b").expect_err("two adapters")));
     assert!(
         refused.contains("model_2_of_2_b.bin") && refused.contains("\"b\"") && refused.contains("\"a\""),
         "{refused}"

@@ -78,8 +78,8 @@ pub enum PrepareError {
     Node { node: String, op: &'static str, why: String },
     #[error("tensor {tensor}: {why}")]
     Tensor { tensor: String, why: String },
-    #[error("graph {graph}: computed tensors take {need_bytes} bytes, more than the system has")]
-    Memory { graph: String, need_bytes: u128 },
+    #[error("graph {graph}: computed tensors take {need_mib} MiB, more than the system has")]
+    Memory { graph: String, need_mib: u64 },
 }
 
 /// Why an execute failed.

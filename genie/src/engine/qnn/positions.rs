@@ -14,14 +14,15 @@ pub(super) fn check<'a>(
     graphs: impl Iterator<Item = &'a Graph>,
 ) -> Result<(), EngineError> {
     let tables: Vec<Vec<f32>> = graphs.flat_map(tables).collect();
-    let (what, agrees): (_, &dyn Fn(&[f32]) -> bool) = match stated.rope_dim {
-        Some(dim) if tables.iter().all(|table| table.len() != dim) => ("rope-dim", &|_| false),
-        _ if stated.rope_theta.is_none() && stated.rope_scaling.is_none() => return Ok(()),
-        _ => ("rope-theta and rope-scaling", &|table| are_close(table, &frequencies(stated, table.len()))),
-    };
-    if tables.iter().any(|table| agrees(table)) {
+    let what = if stated.rope_dim.is_some_and(|dim| tables.iter().all(|table| table.len() != dim)) {
+        "rope-dim"
+    } else if stated.rope_theta.is_none() && stated.rope_scaling.is_none() {
         return Ok(());
-    }
+    } else if tables.iter().all(|table| !are_close(table, &frequencies(stated, table.len()))) {
+        "rope-theta and rope-scaling"
+    } else {
+        return Ok(());
+    };
     let dim = stated.rope_dim.or(tables.first().map(Vec::len)).unwrap_or(0);
     let model: Vec<String> = tables.iter().map(|table| in_words(table)).collect();
     Err(EngineError::Mismatch {

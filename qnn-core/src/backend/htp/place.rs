@@ -40,7 +40,7 @@ impl Plan {
         let given = |bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok();
         match usize::try_from(need_bytes) {
             Ok(bytes) if given(bytes) => Ok(()),
-            _ => Err(PrepareError::Memory { graph: graph.to_owned(), need_bytes }),
+            _ => Err(PrepareError::Memory { graph: graph.to_owned(), need_mib: (need_bytes >> 20) as u64 }),
         }
     }
 }
