@@ -14,8 +14,12 @@ pub(crate) struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Creates the temporary file, with the rights that any new file gets.
+    /// Creates the temporary file, with the rights that any new file gets. What is at `path` now may only be a regular file: a
+    /// device or a pipe would lose its name.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
+        if std::fs::metadata(path).is_ok_and(|old| !old.is_file()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "what is there is no regular file"));
+        }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".genie-").suffix(".tmp");
         #[cfg(unix)]
@@ -77,11 +81,17 @@ impl Seek for PieceWriter<'_> {
     }
 }
 
-/// Writes `path` as a whole or not at all, with what `fill` writes.
+/// Writes `path` as a whole or not at all, with what `fill` writes; a device or a pipe gets it as it comes.
 ///
 /// # Errors
 /// What `fill` or the system says. `path` is then unchanged.
 pub fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
+    if std::fs::metadata(path).is_ok_and(|old| !old.is_file() && !old.is_dir()) {
+        let special = File::options().write(true).open(path)?;
+        let mut out = BufWriter::new(&special);
+        fill(&mut out)?;
+        return out.flush();
+    }
     let new = AtomicFile::create(path)?;
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, new.file());
     fill(&mut out)?;
@@ -131,5 +141,19 @@ mod tests {
         let mut found = Vec::new();
         File::open(&path).unwrap().read_to_end(&mut found).unwrap();
         assert!(found == expected, "{} bytes, need {}", found.len(), expected.len());
+    }
+
+    /// What is no regular file keeps its name.
+    #[test]
+    #[cfg(unix)]
+    fn special_files_stay() {
+        use std::os::unix::fs::FileTypeExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(AtomicFile::create(&path).is_err());
+        assert!(write(&path, |out| out.write_all(b"x")).is_err());
+        assert!(std::fs::metadata(&path).unwrap().file_type().is_socket());
+        assert!(AtomicFile::create(folder.path()).is_err());
     }
 }
