@@ -64,16 +64,20 @@ main() {
         --limits "cargo bench --locked --quiet --manifest-path $root/Cargo.toml -p genie-workspace --bench limits --" "$@"
 }
 
-# attempt WHAT COMMAND...: a peer that fails is reported, not fatal.
+# attempt WHAT FUNCTION...: a peer that fails is reported, not fatal. The function ends at its first command that fails.
 attempt() {
-    local what="$1"
+    local what="$1" failed
     shift
-    ("$@") >"$build/log" 2>&1 || echo "$what cannot be had here; the end of $build/log: $(tail -n 1 "$build/log")" >&2
+    # Not before `||`: there bash ignores `set -e`, in functions and subshells too, and a failed step would count as done.
+    set +e
+    (set -e; "$@") >"$build/log" 2>&1
+    failed=$?
+    set -e
+    [ "$failed" = 0 ] || echo "$what cannot be had here; the end of $build/log: $(tail -n 1 "$build/log")" >&2
 }
 
 # get_llama_source: unpacks it into $build/source.
 get_llama_source() {
-    set -e
     local source="$build/source"
     [ ! -f "$source/vendor/llama.cpp/CMakeLists.txt" ] || return 0
     mkdir -p "$source"
@@ -89,7 +93,6 @@ get_llama_source() {
 
 # build_llama_cpp FOLDER FLAGS...
 build_llama_cpp() {
-    set -e
     local folder="$1"
     shift
     get_llama_source
@@ -101,7 +104,6 @@ build_llama_cpp() {
 
 # The program that measures llama.cpp with adapters, over the library that was built.
 build_llama_lora() {
-    set -e
     local source="$build/source/vendor/llama.cpp"
     get_llama_source
     c++ -O2 -std=c++17 -I"$source/include" -I"$source/ggml/include" "$here/llama_lora.cpp" -L"$build/bin" -lllama \
@@ -113,7 +115,6 @@ quantize() {
 }
 
 install_openvino() {
-    set -e
     python3 -m venv "$build/openvino.part"
     "$build/openvino.part/bin/pip" --quiet --disable-pip-version-check install openvino-genai
     rm -rf "$build/openvino"
