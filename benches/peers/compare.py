@@ -88,7 +88,7 @@ def choose(args, bundles):
         all_of_them["llama.cpp"] = lambda: LlamaCpp(args, f"{args.build}/bin", ggufs, bundles.adapter if args.adapters else None)
     if args.avx2 and os.path.exists(f"{args.build}/avx2/bin/llama-bench"):
         all_of_them["llama.cpp avx2"] = lambda: LlamaCpp(args, f"{args.build}/avx2/bin", ggufs)
-    if "Q4_0" in ggufs and os.path.exists(f"{args.build}/openvino/bin/python"):
+    if "Q4_0" in ggufs and os.path.exists(f"{args.build}/openvino/complete"):
         all_of_them["openvino"] = lambda: Script(args, "openvino", "openvino_bench.py", q4_0)
     wanted = args.only.split(",") if args.only else list(all_of_them)
     if unknown := [name for name in wanted if name not in all_of_them]:

@@ -26,7 +26,6 @@ def main():
     shapes = [(tensor.name, [int(n) for n in tensor.shape]) for tensor in reader.tensors]
     for rank in RANKS:
         random, peft = np.random.default_rng(rank), {}
-        # The largest is written last: run.sh looks for it.
         writer = gguf.GGUFWriter(os.path.join(folder(out), f"r{rank}.gguf"), architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
@@ -50,6 +49,7 @@ def main():
         save_file(peft, os.path.join(directory, "adapter_model.safetensors"))
         targets = sorted(module.rsplit(".", 1)[1] for module in MODULES.values())
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+        # That of the largest rank is the last of all files: run.sh looks for it.
         with open(os.path.join(directory, "adapter_config.json"), "w") as file:
             json.dump(config, file, indent=2)
 

@@ -40,9 +40,11 @@ main() {
 }
 
 llama_forms() {
-    [ -x "$out/python/bin/python" ] || {
+    # Written last, so that an interrupted installation is not taken for a whole one.
+    [ -f "$out/python/complete" ] || {
         python3 -m venv "$out/python"
         "$out/python/bin/pip" --quiet --disable-pip-version-check install numpy safetensors gguf
+        touch "$out/python/complete"
     }
     c++ -O2 -std=c++17 -I"$llama/include" -I"$llama/ggml/include" "$here/llama_windows.cpp" -L"$build/bin" -lllama -lggml \
         -lggml-base -Wl,-rpath,"$build/bin" -o "$out/llama-windows"

@@ -42,8 +42,9 @@ main() {
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p genie -p qnn-core --bins
     cargo bench --locked --quiet --manifest-path "$root/Cargo.toml" -p genie-workspace --bench limits --no-run
     mkdir -p "$build"
-    [ -x "$build/bin/llama-bench" ] || attempt llama.cpp build_llama_cpp "$build" -DGGML_NATIVE=ON
-    [ -x "$build/openvino/bin/python" ] || attempt "OpenVINO GenAI" install_openvino
+    # Each `complete` is written last, so that what an interrupted or failed step left is not taken for whole.
+    [ -f "$build/bin/complete" ] || attempt llama.cpp build_llama_cpp "$build" -DGGML_NATIVE=ON
+    [ -f "$build/openvino/complete" ] || attempt "OpenVINO GenAI" install_openvino
     local own
     own="$build/models/$(basename "$gguf" .gguf)"
     mkdir -p "$own"
@@ -51,12 +52,12 @@ main() {
         attempt "the Q4_0 file" quantize "$own/Q4_0.gguf"
     fi
     case " $* " in *" --avx2 "*)
-        [ -x "$build/avx2/bin/llama-bench" ] || attempt "llama.cpp for AVX2" build_llama_cpp "$build/avx2" -DGGML_NATIVE=OFF \
+        [ -f "$build/avx2/bin/complete" ] || attempt "llama.cpp for AVX2" build_llama_cpp "$build/avx2" -DGGML_NATIVE=OFF \
             -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
         ;;
     esac
     case " $* " in *" --adapters "*)
-        [ -f "$own/adapters/r64.gguf" ] || make_adapters "$own/adapters"
+        [ -f "$own/adapters/r64/adapter_config.json" ] || make_adapters "$own/adapters"
         [ -x "$build/bin/llama-lora" ] || attempt "llama.cpp with adapters" build_llama_lora
         ;;
     esac
@@ -78,8 +79,9 @@ attempt() {
 
 # get_llama_source: unpacks it into $build/source.
 get_llama_source() {
-    local source="$build/source"
-    [ ! -f "$source/vendor/llama.cpp/CMakeLists.txt" ] || return 0
+    local source="$build/source.part"
+    [ ! -f "$build/source/vendor/llama.cpp/CMakeLists.txt" ] || return 0
+    rm -rf "$source" "$build/source"
     mkdir -p "$source"
     python3 -m venv "$build/tools"
     "$build/tools/bin/pip" --quiet --disable-pip-version-check install cmake ninja
@@ -89,6 +91,7 @@ get_llama_source() {
     # gcc 12 drops stores to the AMX tile configuration unless it is told that the memory is read.
     find "$source/vendor/llama.cpp/ggml" -name mmq.cpp -exec sed -i \
         's/^\( *\)_tile_loadconfig(\(&[a-z_]*\));/\1asm volatile("" :: "r"(\2) : "memory"); _tile_loadconfig(\2);/' {} +
+    mv "$source" "$build/source"
 }
 
 # build_llama_cpp FOLDER FLAGS...
@@ -100,6 +103,7 @@ build_llama_cpp() {
     cmake -S "$build/source/vendor/llama.cpp" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF "$@"
     cmake --build "$folder" --target llama-bench llama-completion llama-quantize
+    touch "$folder/bin/complete"
 }
 
 # The program that measures llama.cpp with adapters, over the library that was built.
@@ -120,15 +124,20 @@ install_openvino() {
     rm -rf "$build/openvino"
     # Not moved: a virtual environment keeps its path.
     ln -s openvino.part "$build/openvino"
+    touch "$build/openvino/complete"
 }
 
 # make_adapters FOLDER: random adapters for all contenders, as PEFT directories and as GGUF files.
 make_adapters() {
-    [ -x "$build/python/bin/python" ] || {
+    [ -f "$build/python/complete" ] || {
         python3 -m venv "$build/python"
         "$build/python/bin/pip" --quiet --disable-pip-version-check install numpy safetensors gguf
+        touch "$build/python/complete"
     }
-    "$build/python/bin/python" "$here/make_adapters.py" "$gguf" "$1"
+    rm -rf "$1.part"
+    "$build/python/bin/python" "$here/make_adapters.py" "$gguf" "$1.part"
+    rm -rf "$1"
+    mv "$1.part" "$1"
 }
 
 main "$@"
