@@ -6,7 +6,8 @@ writes one page of HTML about all of them.
 
 Needs the model's Hugging Face directory (tests/golden/make_hf_dir.sh makes SmolLM2's), cargo and Python; no packages. Every
 figure of the page comes from this run: genie-accuracy writes one JSON file a variant, and genie-accuracy --report makes the
-page of them. What is there already is not made again; --fresh starts anew.
+page of them. What is there already is not made again; --fresh starts anew. A folder holds results of one set of options,
+which are in its options.json: with others it is refused.
 
 The defaults calibrate on two documents of this repository and score a third, so that a run needs nothing else. For figures
 to quote, bring a longer calibration text and a text that was not calibrated on.
@@ -98,18 +99,36 @@ def chosen(variants, options):
     return [variant for variant in variants if options.only is None or re.fullmatch(options.only, variant[0])]
 
 
+def options_text(options):
+    """The options that results depend on, as JSON."""
+    names = ("model", "config", "adapter", "calibration_text", "text", "window", "windows")
+    chosen = {name: getattr(options, name) for name in names}
+    return json.dumps(chosen, indent=1, default=lambda path: str(path.resolve())) + "\n"
+
+
 class Run:
     """One run: folders, tools, and the commands that made each variant."""
 
     def __init__(self, options):
         self.options = options
         self.out = options.output.resolve()
-        if options.fresh:
-            shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.claim(options)
         self.bin = (options.bin or self.build()).resolve()
         self.log = []
         self.made_source = []
+
+    def claim(self, options):
+        """Makes the folder of results, or checks that the one that is there is ours and was made with the same options."""
+        made, asked = self.out / "options.json", options_text(options)
+        # Nothing of anybody else's is mixed with results, nor removed by --fresh.
+        if self.out.exists() and not made.is_file() and any(self.out.iterdir()):
+            sys.exit(f"{self.out} is not empty and has no options.json of an earlier run; name another --output, or remove it")
+        if options.fresh and self.out.exists():
+            shutil.rmtree(self.out)
+        if made.is_file() and (found := made.read_text()) != asked:
+            sys.exit(f"{self.out} was made with\n{found}asked for is\n{asked}use --fresh or another --output")
+        self.out.mkdir(parents=True, exist_ok=True)
+        made.write_text(asked)
 
     def build(self):
         self.say("building the tools")
