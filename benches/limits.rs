@@ -1,8 +1,7 @@
 //! What the machine can do at most: bytes read from memory per second, on small pages and on large ones, and 8-bit
 //! multiply-adds per second of each instruction set, for figures that are given as shares of these limits.
 //!
-//! Printed as a line of JSON for each, `{"metric": …, "median": …, …}`, which is what `benches/peers/compare.py --limits`
-//! reads.
+//! Printed as a line of JSON for each, `{"metric": …, "median": …, …}`, which is what `benches/peers/compare.py` reads.
 //!
 //! ```sh
 //! cargo bench --bench limits -- --mib 72 --threads 2

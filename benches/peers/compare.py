@@ -4,7 +4,7 @@ Started by run.sh, which builds everything."""
 import argparse, os, re, subprocess, sys, time
 
 import report
-from bundles import DEPTH, Bundles
+from bundles import DEPTH, ROOT, Bundles
 from contenders import Genie, LlamaCpp, Script, json_lines, up_to_512
 
 
@@ -42,8 +42,9 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "ours", "build", "limits"):
+    # No shortened names: run.sh looks for some of the options, and knows their whole names.
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    for name in ("model", "ours", "build"):
         parser.add_argument(f"--{name}", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -114,7 +115,9 @@ def measure_limits(args, bundles):
     """What the machine can do at most, on the same cores, with a buffer of the model's size."""
     try:
         size_bytes = os.path.getsize(os.path.join(os.path.dirname(bundles.plain()), "model.bin"))
-        command = [*args.limits.split(), "--mib", str(max(1, size_bytes >> 20)), "--threads", str(args.threads)]
+        command = ["cargo", "bench", "--locked", "--quiet", "--manifest-path", os.path.join(ROOT, "Cargo.toml"),
+                   "-p", "genie-workspace", "--bench", "limits", "--",
+                   "--mib", str(max(1, size_bytes >> 20)), "--threads", str(args.threads)]
         return {line["metric"]: line["median"] for line in json_lines(command)}
     except (subprocess.SubprocessError, OSError, ValueError) as why:
         print(f"the limits were not measured: {why}", file=sys.stderr)

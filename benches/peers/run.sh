@@ -35,6 +35,7 @@ main() {
     case " $* " in *" --help "* | *" -h "*) exec python3 "$here/compare.py" --help ;; esac
     local argument before=""
     for argument in "$@"; do
+        case "$argument" in --model=*) gguf="${argument#--model=}" ;; esac
         [ "$before" != --model ] || gguf="$argument"
         before="$argument"
     done
@@ -61,8 +62,7 @@ main() {
         [ -x "$build/bin/llama-lora" ] || attempt "llama.cpp with adapters" build_llama_lora
         ;;
     esac
-    exec python3 "$here/compare.py" --ours "$target" --build "$build" --model "$gguf" \
-        --limits "cargo bench --locked --quiet --manifest-path $root/Cargo.toml -p genie-workspace --bench limits --" "$@"
+    exec python3 "$here/compare.py" --ours "$target" --build "$build" --model "$gguf" "$@"
 }
 
 # attempt WHAT FUNCTION...: a peer that fails is reported, not fatal. The function ends at its first command that fails.
