@@ -20,7 +20,7 @@ class Genie:
     def __init__(self, args, config, isa=None, threads=None, lora=None, planes=2):
         self.args, self.config, self.lora, self.planes = args, config, lora, planes
         self.threads = threads or args.threads
-        self.environment = os.environ | ({"HTP_SIM_ISA": isa} if isa else {})
+        self.isa, self.environment = isa, os.environ | ({"HTP_SIM_ISA": isa} if isa else {})
         self.costs = {}
 
     def round(self, worth):
@@ -37,7 +37,12 @@ class Genie:
 
     def bench(self, config, prompts, depths, *extra):
         command = [f"{self.args.ours}/genie-bench", "-c", config, "-p", prompts, "-d", depths, "-n", str(self.args.tokens)]
-        for figure in json_lines([*command, "-t", str(self.threads), "-r", "1", "--json", *extra], self.environment):
+        figures = json_lines([*command, "-t", str(self.threads), "-r", "1", "--json", *extra], self.environment)
+        # Genie takes its best kernels where it does not have those of that name.
+        ran = {figure["kernels"] for figure in figures if "kernels" in figure}
+        if self.isa and ran != {self.isa}:
+            raise ValueError(f"asked for the kernels {self.isa}, genie ran {', '.join(sorted(ran)) or 'none'}")
+        for figure in figures:
             # Its own figures of start and memory are without text: `first_tokens` measures all contenders alike.
             if figure["metric"].startswith(("start_", "rss_after", "peak_")):
                 continue
