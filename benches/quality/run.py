@@ -86,12 +86,17 @@ def arguments():
     options = parser.parse_args()
     if options.adapter is None:
         default_model = options.model == parser.get_default("model")
-        options.adapter = sorted(ROOT.glob("examples/adapters/*/")) if default_model else []
+        options.adapter = adapters_of_examples() if default_model else []
     if not options.calibration_text:
         options.calibration_text = [ROOT / "ARCHITECTURE.md", ROOT / "qnn-core/FORMAT.md"]
     if not options.model.is_dir():
         parser.error(f"--model {options.model}: no such folder; tests/golden/make_hf_dir.sh makes that of SmolLM2")
     return options
+
+
+def adapters_of_examples():
+    # Not glob("*/"), which gives files too before Python 3.11.
+    return sorted(path for path in (ROOT / "examples/adapters").iterdir() if path.is_dir())
 
 
 def chosen(variants, options):
