@@ -4,7 +4,7 @@
 #   bash examples/quickstart.sh                     # asks for the capital of France
 #   bash examples/quickstart.sh "Why is the sky blue?"
 #
-# Needs Rust (cargo), a C linker (gcc) and Python 3 with pip. About 300 MB of disk besides the build.
+# Needs Rust (cargo), a C linker (gcc) and Python 3.8 or later with pip. About 300 MB of disk besides the build.
 # Files go to models/ in the clone, or to the folder that GENIE_MODELS names.
 # Safe to run again: what is there and up to date is neither fetched nor made again.
 set -euo pipefail

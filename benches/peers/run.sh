@@ -9,6 +9,8 @@
 #   --quick             a round of some two minutes, to see whether everything runs
 #   --help              lists the rest
 #
+# Needs Rust, a C++ compiler, Python 3.10 or later with pip and venv, and the Python package registry.
+#
 # Builds llama.cpp natively from the source distribution of the Python package llama-cpp-python and installs OpenVINO GenAI
 # into benches/peers/build (ignored by git; once, some minutes; $GENIE_PEERS names another folder). A peer that cannot be
 # installed or run is reported, and the others are measured without it. Then compare.py converts the model, runs everything

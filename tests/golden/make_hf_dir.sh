@@ -4,6 +4,8 @@
 #
 #   bash tests/golden/make_hf_dir.sh [MODELS]       # default: $GENIE_MODELS, else models/ in the clone
 #
+# Needs Python 3.10 or later with pip and venv, and the Python package registry.
+#
 # reads   MODELS/SmolLM2-135M-Instruct.Q4_1.gguf
 # writes  MODELS/smollm2-135m-instruct/           260 MB
 #         MODELS/venv/                            a virtual environment with the packages that read GGUF
@@ -35,10 +37,20 @@ if [ -d "$out" ]; then
 fi
 # `complete` is written last, so that an interrupted installation is not taken for a whole one.
 if [ ! -f "$models/venv/complete" ]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "make_hf_dir: python3 is $(python3 --version 2>&1); need Python 3.10 or later" >&2
+        exit 1
+    }
+    # Debian has the module venv without what it needs.
+    python3 -c 'import ensurepip, venv' 2>/dev/null || {
+        echo "make_hf_dir: python3 has no venv; install it (Debian, Ubuntu: apt install python3-venv)" >&2
+        exit 1
+    }
     rm -rf "$models/venv"
     python3 -m venv "$models/venv"
+    # A range: no numpy has wheels for all of Python 3.10 to 3.14. Weights come out the same, or `check` refuses them.
     "$models/venv/bin/pip" --disable-pip-version-check install --no-input --quiet \
-        numpy==2.2.6 gguf==0.19.0 safetensors==0.8.0 tokenizers==0.22.2
+        "numpy>=2.2.6,<2.4" gguf==0.19.0 safetensors==0.8.0 tokenizers==0.22.2
     touch "$models/venv/complete"
 fi
 rm -rf "$part"
