@@ -1,6 +1,9 @@
 //! The command line of `qairt-converter`: what it says when something is wrong.
 
+use std::path::Path;
 use std::process::{Command, Output};
+
+use qnn_core::offline::generate::copy_sidecars;
 
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } =
@@ -69,6 +72,51 @@ fn wrong_input_is_refused() {
     check(&["--dry_run"], 2, &["--input_network"]);
     let both = ["-i", &broken, "--dry_run", "--quantization_overrides", &missing];
     check(&both, 2, &["--dry_run", "cannot be used with", "--quantization_overrides"]);
+}
+
+/// Guards: a DLC in the folder of its model leaves the model's files as they are and replaces none of them, and what is made of
+/// the DLC elsewhere still has the chat template.
+#[test]
+fn a_model_survives_a_dlc_in_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/phi3");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(name), model.join(name)).unwrap();
+    }
+    std::fs::write(model.join("tokenizer.json"), "{ }").unwrap();
+    std::fs::write(model.join("tokenizer_config.json"), r#"{"z": 1, "a": 2}"#).unwrap();
+    std::fs::write(model.join("chat_template.jinja"), "{{ messages }}").unwrap();
+    let names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    let read = |name: &str| std::fs::read(model.join(name)).unwrap();
+    let before = names.map(read);
+
+    let convert = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-converter"));
+        let Output { status, stderr, .. } = command.current_dir(&model).args(arguments).output().unwrap();
+        assert!(names.map(read) == before, "{arguments:?} changed the model");
+        (status.code(), String::from_utf8(stderr).unwrap())
+    };
+    for arguments in [&["-i", "."][..], &["-i", "../model", "-o", "./model.dlc"]] {
+        let (code, error) = convert(arguments);
+        assert_eq!(code, Some(0), "{error}");
+        assert!(model.join("model.dlc").is_file());
+    }
+    for name in names {
+        let (code, error) = convert(&["-i", ".", "-o", &format!("../model/{name}")]);
+        assert_eq!(code, Some(1), "{error}");
+        assert!(error.contains(name) && error.contains("the output is a file that the model is read from"), "{error}");
+    }
+
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    copy_sidecars(&model.join("model.dlc"), &out).unwrap();
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("tokenizer_config.json")).unwrap()).unwrap();
+    assert_eq!(config, serde_json::json!({ "z": 1, "a": 2, "chat_template": "{{ messages }}" }));
+    copy_sidecars(&model.join("model.dlc"), &model).unwrap();
+    assert!(names.map(read) == before);
 }
 
 /// Guards: a dry run says on standard output what there is to know, and writes nothing; families are listed by name.

@@ -13,6 +13,7 @@ use crate::{
         arch::{self, ActivationBits, Precision, WeightUse},
         dlc,
         encodings::{EncodingsFile, OverrideReport},
+        error::ImportError,
         lora::{self, LoraOptions, LoraPlan, PeftAdapter},
         quantize,
         source::Source,
@@ -25,7 +26,7 @@ use crate::{
 pub struct ConvertOptions {
     /// A Hugging Face directory or a GGUF file.
     pub input: PathBuf,
-    /// The DLC to write; tokenizer files go beside it.
+    /// The DLC to write, no file of the input; tokenizer files go beside it, unless that is the input's own folder.
     pub output: PathBuf,
     /// Numbers of the graph.
     pub precision: Precision,
@@ -79,7 +80,8 @@ pub enum Progress<'a> {
 /// Converts a model. The folder of the DLC is made if it is not there. Nothing is written unless the whole graph could be built.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported; [`Error::Dlc`].
+/// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported, or an output that is one of its
+/// files; [`Error::Dlc`].
 pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<ConvertReport, Error> {
     convert_with_lora(options, None, progress)
 }
@@ -112,6 +114,7 @@ pub fn convert_with_overrides(
     let import_error = |why| Error::import(&options.input)(why);
     let plan = lora.map(lora::plan).transpose()?;
     let source = Source::open(&options.input)?;
+    check_output(&options.output, &source, overrides.as_ref().map(|(path, _)| *path))?;
     let workers = Workers::new(options.threads.max(1)).map_err(Error::io("worker threads"))?;
     progress(Progress::Weights(source.names().map_err(import_error)?.len()));
     let (graph, weights) =
@@ -130,7 +133,7 @@ pub fn convert_with_overrides(
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     }
     dlc::write_dlc(&options.output, &graph)?;
-    let sidecars = write_sidecars(&source, &options.output)?;
+    let sidecars = write_sidecars(&source, options)?;
     Ok(ConvertReport {
         architecture: source.config.model_type.clone(),
         parameters: weights.iter().map(|w| w.elements).sum(),
@@ -166,7 +169,24 @@ pub(super) fn with_branches(
     Ok((graph, report))
 }
 
-fn write_sidecars(source: &Source, dlc: &Path) -> Result<Vec<PathBuf>, Error> {
+/// A DLC in place of a file of its own source would leave the user without the model.
+pub(super) fn check_output(output: &Path, source: &Source, overrides: Option<&Path>) -> Result<(), Error> {
+    // What is not there yet is no input.
+    let Ok(output_file) = output.canonicalize() else { return Ok(()) };
+    let mut inputs = source.files.iter().map(PathBuf::as_path).chain(overrides);
+    if inputs.any(|input| input.canonicalize().is_ok_and(|input| input == output_file)) {
+        return Err(Error::import(output)(ImportError::OutputIsInput));
+    }
+    Ok(())
+}
+
+fn write_sidecars(source: &Source, options: &ConvertOptions) -> Result<Vec<PathBuf>, Error> {
+    let dlc = &options.output;
+    // The model's own folder has all that the sidecars are made of, and a dialog finds the template in its own file there.
+    let folder = atomic_file::folder_of(dlc).canonicalize().ok();
+    if folder.is_some() && folder == options.input.canonicalize().ok() {
+        return Ok(Vec::new());
+    }
     let write = |(name, bytes): &(&str, Vec<u8>)| {
         let path = dlc.with_file_name(name);
         atomic_file::write(&path, |file| file.write_all(bytes)).map_err(Error::io(&path))?;

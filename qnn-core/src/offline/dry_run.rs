@@ -11,7 +11,7 @@ use crate::{
     graph::Graph,
     offline::{
         arch::{self, WeightUse},
-        convert::{ConvertOptions, LoraReport, with_branches},
+        convert::{ConvertOptions, LoraReport, check_output, with_branches},
         dlc,
         lora::{self, AttachPoint, LoraOptions},
         source::Source,
@@ -67,6 +67,7 @@ pub fn dry_run(options: &ConvertOptions, lora: Option<&LoraOptions>) -> Result<D
     let import_error = |why| Error::import(&options.input)(why);
     let plan = lora.map(lora::plan).transpose()?;
     let source = Source::open(&options.input)?;
+    check_output(&options.output, &source, None)?;
     let workers = Workers::new(options.threads.max(1)).map_err(Error::io("worker threads"))?;
     let (graph, weights) = arch::outline(&source, options.precision, &workers).map_err(import_error)?;
     let mut warnings = source.config.warnings.clone();

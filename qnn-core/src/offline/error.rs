@@ -22,6 +22,8 @@ pub enum ImportError {
     Safetensors(#[from] LayoutError),
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    #[error("the output is a file that the model is read from, need another one")]
+    OutputIsInput,
     #[error("shard {shard:?} is not a plain file name")]
     ShardPath { shard: String },
     #[error("tensor {tensor} is not in {shard}, where the index says it is")]

@@ -19,7 +19,7 @@ use crate::{
     context::{WEIGHT_SHARING, kind_of, write_records},
     error::Error,
     graph::{Graph, GraphError},
-    offline::{dlc::read_dlc, specialize},
+    offline::{dlc::read_dlc, source, specialize},
     op::OpKind,
     record::{self, GraphRecord},
     tensor::{Tensor, TensorId, format_name},
@@ -185,15 +185,26 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
 }
 
 /// Copies the files that a dialog needs beside the context binaries, those that lie beside the DLC, to `output_dir`, unless
-/// they lie there already. Gives the paths of the copies.
+/// they lie there already. A `chat_template.jinja` there goes into the copy of `tokenizer_config.json`. Gives the paths of the
+/// copies.
 ///
 /// # Errors
-/// [`Error::Io`] if a file cannot be copied.
+/// [`Error::Io`] if a file cannot be copied; [`Error::Import`] if a template has to go into a file that is no JSON.
 pub fn copy_sidecars(dlc_path: &Path, output_dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let from_dir = dlc_path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let to_dir = if output_dir.as_os_str().is_empty() { Path::new(".") } else { output_dir };
+    let same_dir = from_dir.canonicalize().is_ok_and(|from| to_dir.canonicalize().is_ok_and(|to| from == to));
+    // As a file of its own it would outlive a later model's copies in that folder, and come before their template.
+    let puts_template = !same_dir && from_dir.join(source::CHAT_TEMPLATE).is_file();
     let mut copies = Vec::new();
     for name in SIDECARS {
         let (from, to) = (from_dir.join(name), output_dir.join(name));
+        if puts_template && name == source::TOKENIZER_CONFIG {
+            let config = source::tokenizer_config(from_dir)?.unwrap_or_default();
+            atomic_file::write(&to, |file| file.write_all(&config)).map_err(Error::io(&to))?;
+            copies.push(to);
+            continue;
+        }
         if !from.is_file() {
             continue;
         }

@@ -161,6 +161,11 @@ impl HfWeights {
         Ok(HfWeights { files, index, grids: None })
     }
 
+    /// Names of the files with tensors, in the folder that was opened.
+    pub fn file_names(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Names of all tensors; of a packed matrix `<module>.weight`, in place of its parts, and its bias unless that is zero.
     pub fn names(&self) -> impl Iterator<Item = String> {
         let name = |name: &String| match self.packed_module(name) {
@@ -252,5 +257,5 @@ fn dtype_name(dtype: Dtype) -> &'static str {
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Longest `model.safetensors.index.json` that is read.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";

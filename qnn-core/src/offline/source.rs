@@ -1,7 +1,7 @@
 //! A model's files, whatever their format: configuration, weights under Hugging Face names, tokenizer files.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 
@@ -14,7 +14,7 @@ use crate::{
         fused,
         gguf::{self, GgmlType, GgufFile, GgufModel},
         int4::{self, Int4Grids},
-        safetensors::{HfWeights, read_text},
+        safetensors::{HfWeights, INDEX_FILE, SINGLE_FILE, read_text},
     },
 };
 
@@ -28,6 +28,8 @@ pub struct Source {
     pub sidecars: Vec<(&'static str, Vec<u8>)>,
     /// What the source is, for the graph's metadata: `hf` or `gguf`.
     pub kind: &'static str,
+    /// The files that a source like this is read from, whether or not it has them all.
+    pub files: Vec<PathBuf>,
     weights: Weights,
 }
 
@@ -77,19 +79,22 @@ impl Source {
             sidecars.push((TOKENIZER_CONFIG, bytes));
         }
         sidecars.extend(generation.map(|bytes| (GENERATION_CONFIG, bytes)));
-        Ok(Source { config, sidecars, kind: "hf", weights: Weights::Hf(HfWeights::open(folder, grids)?) })
+        let weights = HfWeights::open(folder, grids)?;
+        let files = HF_FILES.into_iter().chain(weights.file_names()).map(|name| folder.join(name)).collect();
+        Ok(Source { config, sidecars, kind: "hf", files, weights: Weights::Hf(weights) })
     }
 
     fn open_gguf(path: &Path) -> Result<Source, Error> {
-        let part = |path: std::path::PathBuf| {
-            let bytes = Bytes::map_file(&path).map_err(Error::io(&path))?;
-            GgufFile::parse(bytes).map_err(|why| Error::import(&path)(why.into()))
+        let part = |path: &PathBuf| {
+            let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
+            GgufFile::parse(bytes).map_err(|why| Error::import(path)(why.into()))
         };
-        let files = gguf::part_paths(path).into_iter().map(part).collect::<Result<Vec<GgufFile>, Error>>()?;
-        let model = GgufModel::new(files).map_err(Error::import(path))?;
+        let files = gguf::part_paths(path);
+        let parts = files.iter().map(part).collect::<Result<Vec<GgufFile>, Error>>()?;
+        let model = GgufModel::new(parts).map_err(Error::import(path))?;
         let config = model.config().map_err(Error::import(path))?;
         let sidecars = model.sidecars(&config).map_err(Error::import(path))?;
-        Ok(Source { config, sidecars, kind: "gguf", weights: Weights::Gguf(model) })
+        Ok(Source { config, sidecars, kind: "gguf", files, weights: Weights::Gguf(model) })
     }
 
     /// Hugging Face names of all tensors, those of the parts in place of a fused projection's.
@@ -168,8 +173,8 @@ fn int4_grids(folder: &Path, config: &[u8]) -> Result<Option<Int4Grids>, Error> 
 }
 
 /// `tokenizer_config.json`, with the chat template that newer models keep in a file of its own.
-fn tokenizer_config(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let (path, template_path) = (folder.join(TOKENIZER_CONFIG), folder.join("chat_template.jinja"));
+pub(super) fn tokenizer_config(folder: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let (path, template_path) = (folder.join(TOKENIZER_CONFIG), folder.join(CHAT_TEMPLATE));
     let bytes = if path.is_file() { Some(read_text(&path, MAX_TOKENIZER_BYTES)?) } else { None };
     if !template_path.is_file() {
         return Ok(bytes);
@@ -376,8 +381,21 @@ impl SourceTensor {
 }
 
 const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// Files of a Hugging Face directory that are read, but for shards.
+const HF_FILES: [&str; 9] = [
+    "config.json",
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
+    "quantize_config.json",
+    "quant_config.json",
+    SINGLE_FILE,
+    INDEX_FILE,
+];
 /// Longest configuration file that is read.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Longest tokenizer file that is read.

@@ -20,7 +20,8 @@ mod print;
 /// Converts a model to a DLC: one file with the graph and its weights.
 ///
 /// The tokenizer's files (tokenizer.json, tokenizer_config.json, generation_config.json) are written beside it, from the
-/// model's own files or from the metadata of a GGUF. Next step: qnn-context-binary-generator.
+/// model's own files or from the metadata of a GGUF, unless it goes to the model's own folder. Next step:
+/// qnn-context-binary-generator.
 #[derive(Parser)]
 #[command(name = "qairt-converter", version, rename_all = "snake_case", after_help = EXAMPLES)]
 struct Cli {
