@@ -11,6 +11,7 @@ use genie::adapters::{Adapters, Selection};
 use genie::engine::Engine;
 use genie::tokenizer::Specials;
 use genie::{AdapterChoice, DialogConfig, Model};
+use qnn_core::write_atomic;
 
 mod adapters;
 mod machine;
@@ -94,6 +95,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.report.is_some() && arguments.reference.is_none() && arguments.results.is_empty() {
         bail!("--report has nothing to report: it needs --reference or --results");
     }
+    check_place("--output", arguments.output.as_deref())?;
+    check_place("--report", arguments.report.as_deref())?;
     let mut records = arguments.results.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
     if let (Some(config), Some(text)) = (&arguments.config, &arguments.text) {
         let model = Model::open(DialogConfig::from_file(config)?)?;
@@ -216,13 +219,45 @@ fn folder_name(config: &Path) -> String {
     folder.map_or_else(|| config.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Writes all of a file or nothing.
+/// Refuses a file that cannot be written, before the work whose result it is for.
+fn check_place(flag: &str, path: Option<&Path>) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    if path.is_dir() {
+        bail!("{flag} {}: it is a folder, need the name of a file", path.display());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        bail!("{flag} {}: {} is no folder, need one that is there", path.display(), folder.display());
+    }
+    Ok(())
+}
+
 fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
-    let place = || path.display().to_string();
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let mut file = std::fs::File::create(&temporary).with_context(place)?;
-    file.write_all(content.as_bytes()).and_then(|()| file.sync_all()).with_context(place)?;
-    std::fs::rename(&temporary, path).with_context(place)
+    write_atomic(path, |file| file.write_all(content.as_bytes())).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: a result that cannot be written is refused before the model is looked for, and leaves nothing behind.
+    #[test]
+    fn places_are_checked_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name).display().to_string();
+        let refused = |flag: &str, path: &str| {
+            let words = ["genie-accuracy", "-c", "nowhere.json", "--text", "nowhere", "--reference", "nowhere.json"];
+            let arguments = Arguments::try_parse_from(words.into_iter().chain([flag, path])).unwrap();
+            format!("{:#}", run(&arguments).unwrap_err())
+        };
+        for flag in ["--output", "--report"] {
+            let error = refused(flag, &place(""));
+            assert!(error.starts_with(flag) && error.ends_with("it is a folder, need the name of a file"), "{error}");
+            let error = refused(flag, &place("none/result"));
+            assert!(error.starts_with(flag) && error.ends_with("none is no folder, need one that is there"), "{error}");
+            let error = refused(flag, &place("result"));
+            assert!(error.contains("nowhere.json"), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
 }
