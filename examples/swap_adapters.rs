@@ -16,6 +16,7 @@ fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let usage = "usage: swap_adapters CONFIG.json QUESTION [ADAPTER STRENGTH...]";
     let [config, question, sweep @ ..] = &arguments[..] else { anyhow::bail!(usage) };
+    ensure!(sweep.len() != 1, "an adapter without a strength; {usage}");
     let config = DialogConfig::from_file(config)?;
     let (role, alpha) = (config.engine.role.clone(), config.engine.lora.alpha_tensor_name.clone());
     let mut dialog = Dialog::new(config)?;

@@ -44,7 +44,7 @@ pub struct Settings {
     pub sampler: SamplerConfig,
     /// Texts that end an answer. (`dialog/stop-sequence`)
     pub stop_sequences: Vec<String>,
-    /// Most tokens an answer may have; `u32::MAX` means no limit. (`dialog/max-num-tokens`)
+    /// Most tokens an answer may have; `u32::MAX` means no limit, 0 counts as 1. (`dialog/max-num-tokens`)
     pub max_num_tokens: u32,
 }
 

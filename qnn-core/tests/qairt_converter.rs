@@ -58,6 +58,7 @@ fn wrong_input_is_refused() {
     check(&["-i", &place("nowhere")], 1, &["nowhere"]);
     check(&["-i", &broken, "--block_size", "32"], 1, &["--block_size", "--weights_bitwidth"]);
     check(&["-i", &broken, "--lora_max_rank", "8"], 1, &["--lora_max_rank", "--lora_adapter"]);
+    check(&["-i", &broken, "--quant_updatable_mode", "all"], 1, &["--quant_updatable_mode", "--lora_adapter"]);
     check(&["-i", &broken, "--lora_adapter", &place("adapter")], 1, &["adapter"]);
     check(
         &["-i", &broken, "--lora_weight_list", &broken, "--lora_max_rank", "8"],

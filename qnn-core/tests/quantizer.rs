@@ -321,6 +321,18 @@ fn a_folder_as_output_is_refused_first() {
     assert!(!done.status.success() && error.contains("is a folder; name the file"), "{error}");
 }
 
+// Guards: flags that would have no effect are refused, and by their names.
+#[test]
+fn flags_without_effect_are_refused() {
+    for flag in [&["--block_size", "32"][..], &["--use_per_channel_quantization"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+        command.args(["-i", "nowhere.dlc", "--float_fallback", "--weights_bitwidth", "16"]).args(flag);
+        let done = command.output().expect("the tool starts");
+        let error = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && error.contains(flag[0]) && error.contains("4 or 8"), "{error}");
+    }
+}
+
 // Broken if the tool with its default flags refuses a model whose weights are integers already, or changes them.
 #[test]
 fn the_tool_calibrates_integer_weights() {

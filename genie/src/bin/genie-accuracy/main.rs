@@ -38,25 +38,25 @@ struct Arguments {
     #[arg(short, long, value_name = "FILE", required_unless_present = "results", requires = "text")]
     config: Option<PathBuf>,
     /// Text to score.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "config")]
     text: Option<PathBuf>,
     /// Dialog config of the model to compare with.
     #[arg(long, value_name = "FILE", requires = "config")]
     reference: Option<PathBuf>,
     /// Ids per window.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, requires = "config")]
     window: usize,
     /// Most windows to score.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, requires = "config")]
     windows: usize,
     /// Adapter of the config to run with instead of the base, and its strengths; repeatable. A reference needs it too.
-    #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
+    #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...", requires = "config")]
     lora: Vec<AdapterChoice>,
     /// Run the base and then with each adapter of the config.
-    #[arg(long, conflicts_with = "lora")]
+    #[arg(long, conflicts_with = "lora", requires = "config")]
     all_adapters: bool,
     /// Also print the negative log-likelihood of every scored id.
-    #[arg(long, conflicts_with = "reference")]
+    #[arg(long, conflicts_with = "reference", requires = "config")]
     nll: bool,
     /// Write what a comparison found to this file (JSON).
     #[arg(short, long, value_name = "FILE", requires = "reference")]
@@ -239,6 +239,29 @@ fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // Guards: flags of a run are refused where there is none, and a report alone needs none of them.
+    #[test]
+    fn flags_of_a_run_need_a_config() {
+        let parse = |flags: &[&str]| {
+            let words = ["genie-accuracy", "--results", "a.json", "--report", "b.html"];
+            Arguments::try_parse_from(words.iter().chain(flags).copied()).map(|_| ())
+        };
+        for flags in [
+            &["--text", "a"][..],
+            &["--window", "512"],
+            &["--windows", "8"],
+            &["--lora", "a"],
+            &["--all_adapters"],
+            &["--nll"],
+            &["--reference", "a"],
+        ] {
+            let refused = parse(flags).unwrap_err().to_string();
+            assert!(refused.contains("--config <FILE>"), "{flags:?}: {refused}");
+            assert!(parse(&[flags, &["-c", "a", "--text", "a"][..]].concat()).is_ok() || flags[0] == "--text");
+        }
+        parse(&[]).unwrap();
+    }
 
     // Guards: a result that cannot be written is refused before the model is looked for, and leaves nothing behind.
     #[test]

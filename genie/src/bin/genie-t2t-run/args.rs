@@ -39,9 +39,9 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "ADAPTER[,ALPHA,VALUE]...")]
     pub(crate) lora: Vec<AdapterChoice>,
 
-    /// Role of the engine that adapters are applied to
-    #[arg(long = "engine_role", value_name = "ROLE", default_value = "primary")]
-    pub(crate) engine_role: String,
+    /// Role of the engine that adapters are applied to, which must be the config's [default: primary]
+    #[arg(long = "engine_role", value_name = "ROLE")]
+    pub(crate) engine_role: Option<String>,
 
     /// Take prompts as what a user says, and apply the model's chat template
     #[arg(long, conflicts_with = "tokens_file")]
@@ -51,7 +51,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     pub(crate) system: Option<String>,
 
-    /// Most tokens of an answer, instead of the config's max-num-tokens
+    /// Most tokens of an answer, instead of the config's max-num-tokens; 0 counts as 1
     #[arg(long = "max_tokens", value_name = "N")]
     pub(crate) max_tokens: Option<u32>,
 

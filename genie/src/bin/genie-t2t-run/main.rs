@@ -42,7 +42,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
 
     let mut profile = Profile::new();
     let started = Instant::now();
-    let mut dialog = Dialog::new(DialogConfig::from_file(&args.config)?)?;
+    let config = DialogConfig::from_file(&args.config)?;
+    if let Some(role) = args.engine_role.as_ref().filter(|role| **role != config.engine.role) {
+        bail!("--engine_role {role}: no engine has this role, there is {:?}", config.engine.role);
+    }
+    let role = args.engine_role.as_deref().unwrap_or("primary");
+    let mut dialog = Dialog::new(config)?;
     profile.add_create(started, started.elapsed());
     if let Some(max_tokens) = args.max_tokens {
         dialog.set_max_num_tokens(max_tokens);
@@ -53,13 +58,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
 
     if let Some(choice) = args.lora.first() {
-        apply(&mut dialog, choice, &args.engine_role, &mut profile)?;
+        apply(&mut dialog, choice, role, &mut profile)?;
     }
     profile.add_query(&ask(&mut dialog, &input, SentenceCode::Complete, args)?);
     if let Some(prompt) = &args.rewind {
         writeln!(io::stdout())?;
         if let Some(choice) = args.lora.get(1) {
-            apply(&mut dialog, choice, &args.engine_role, &mut profile)?;
+            apply(&mut dialog, choice, role, &mut profile)?;
         }
         profile.add_query(&ask(&mut dialog, &Input::Text(prompt.clone()), SentenceCode::Rewind, args)?);
     }

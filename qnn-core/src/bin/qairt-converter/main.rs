@@ -80,9 +80,9 @@ struct Cli {
     lora_weights_bitwidth: Option<LoraWeightBits>,
 
     /// Which encodings an adapter may bring: none (its weights are then floats), those of its own weights, or those of all
-    /// tensors that have one.
-    #[arg(long, value_name = "MODE", default_value = "adapter_only")]
-    quant_updatable_mode: Mode,
+    /// tensors that have one. Default: adapter_only.
+    #[arg(long, value_name = "MODE")]
+    quant_updatable_mode: Option<Mode>,
 
     /// Print what the conversion would give (formats, sizes, memory, where adapters attach, warnings) and write nothing.
     /// Not with --quantization_overrides, which needs the values of the weights.
@@ -190,8 +190,13 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Cli {
     fn lora(&self) -> anyhow::Result<Option<LoraOptions>> {
         if self.lora_weight_list.is_none() && self.lora_adapter.is_empty() {
-            if self.lora_max_rank.is_some() || self.lora_weights_bitwidth.is_some() {
-                bail!("--lora_max_rank and --lora_weights_bitwidth need --lora_weight_list or --lora_adapter");
+            let given = [
+                ("--lora_max_rank", self.lora_max_rank.is_some()),
+                ("--lora_weights_bitwidth", self.lora_weights_bitwidth.is_some()),
+                ("--quant_updatable_mode", self.quant_updatable_mode.is_some()),
+            ];
+            if let Some((flag, _)) = given.iter().find(|(_, is_given)| *is_given) {
+                bail!("{flag} needs --lora_weight_list or --lora_adapter");
             }
             return Ok(None);
         }
@@ -205,7 +210,7 @@ impl Cli {
                 LoraWeightBits::Sixteen => LoraBits::Sixteen,
                 LoraWeightBits::ThirtyTwo => LoraBits::ThirtyTwo,
             }),
-            mode: match self.quant_updatable_mode {
+            mode: match self.quant_updatable_mode.unwrap_or(Mode::AdapterOnly) {
                 Mode::None => UpdatableMode::None,
                 Mode::AdapterOnly => UpdatableMode::AdapterOnly,
                 Mode::All => UpdatableMode::All,

@@ -367,6 +367,9 @@ impl Cli {
             (None, true) => Grouping::PerChannel,
             (None, false) => Grouping::Default,
         };
+        if grouping != Grouping::Default && self.weights_bitwidth == WeightBits::Sixteen {
+            bail!("--block_size and --use_per_channel_quantization need --weights_bitwidth 4 or 8");
+        }
         if !(50.0..=100.0).contains(&self.percentile_calibration_value) {
             bail!("--percentile_calibration_value {}, need 50 to 100", self.percentile_calibration_value);
         }
