@@ -22,7 +22,7 @@ pub use compare::{Comparer, Comparison};
 pub struct Windows {
     /// Ids of one window; at least 2.
     pub window: usize,
-    /// Most windows to score.
+    /// Most windows to score; at least 1.
     pub windows: usize,
 }
 
@@ -48,6 +48,20 @@ pub enum AccuracyError {
         have: usize,
         /// Ids of a window.
         window: usize,
+    },
+    /// No window is asked for.
+    #[error("at most {windows} windows, need at least 1")]
+    NoWindows {
+        /// Most windows to score.
+        windows: usize,
+    },
+    /// The context does not hold a window.
+    #[error("windows of {window} ids, need at most one id more than the {context_size} positions of the context")]
+    WindowTooLong {
+        /// Ids of a window.
+        window: usize,
+        /// Positions of the context; of a comparison's two the smaller one.
+        context_size: usize,
     },
     /// The model could not be run.
     #[error("engine")]
@@ -86,14 +100,15 @@ pub enum AccuracyError {
 /// window and afterwards.
 ///
 /// # Errors
-/// [`AccuracyError`] if no window is full, an id is not in the vocabulary, a logit is no finite number, or the engine fails.
+/// [`AccuracyError`] if no window is full or the context does not hold one, an id is not in the vocabulary, a logit is no
+/// finite number, or the engine fails.
 pub fn perplexity(
     engine: &mut dyn Engine,
     ids: &[u32],
     cut: Windows,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Perplexity, AccuracyError> {
-    let windows = cut.of(ids, engine.n_vocab())?;
+    let windows = cut.of(ids, engine.n_vocab(), engine.context_size())?;
     let mut nll = Vec::new();
     for (done, window) in windows.iter().enumerate() {
         score_window(engine, window, &mut nll)?;
@@ -119,15 +134,23 @@ pub fn shared_ids(reference: &Tokenizer, tested: &Tokenizer, text: &str) -> Resu
 }
 
 impl Windows {
-    /// The full windows of `ids`, for a model of `n_vocab` tokens.
-    fn of(self, ids: &[u32], n_vocab: usize) -> Result<Vec<&[u32]>, AccuracyError> {
-        if self.window < 2 || self.windows == 0 || ids.len() < self.window {
-            return Err(AccuracyError::TooShort { have: ids.len(), window: self.window });
+    /// The full windows of `ids`, for a model of `n_vocab` tokens whose context has `context_size` positions.
+    fn of(self, ids: &[u32], n_vocab: usize, context_size: usize) -> Result<Vec<&[u32]>, AccuracyError> {
+        let Windows { window, windows } = self;
+        if windows == 0 {
+            return Err(AccuracyError::NoWindows { windows });
+        }
+        // The last id of a window is only predicted, never fed.
+        if window > 1 && context_size < window - 1 {
+            return Err(AccuracyError::WindowTooLong { window, context_size });
+        }
+        if window < 2 || ids.len() < window {
+            return Err(AccuracyError::TooShort { have: ids.len(), window });
         }
         if let Some(&id) = ids.iter().find(|id| **id as usize >= n_vocab) {
             return Err(EngineError::TokenOutOfRange { id, n_vocab }.into());
         }
-        Ok(ids.chunks_exact(self.window).take(self.windows).collect())
+        Ok(ids.chunks_exact(window).take(windows).collect())
     }
 }
 
@@ -175,6 +198,24 @@ const ROWS_PER_RUN: usize = 64;
 mod tests {
     use super::*;
     use crate::engine::scripted::Scripted;
+
+    // Guards: a window that the context does not hold, or none at all, is refused as that before anything runs.
+    #[test]
+    fn windows_fit_the_context() {
+        let ids = [0, 1, 2, 3, 3, 2, 1, 0, 0, 1];
+        let score = |window, windows| {
+            let mut engine = Scripted::new(4, 8, Box::new(|_: &[u32], _: &mut [f32]| {}));
+            perplexity(&mut engine, &ids, Windows { window, windows }, |_, _| panic!("a window was run")).unwrap_err()
+        };
+        let refused = score(10, 1).to_string();
+        assert_eq!(refused, "windows of 10 ids, need at most one id more than the 8 positions of the context");
+        assert_eq!(score(9, 0).to_string(), "at most 0 windows, need at least 1");
+        for window in [0, 1] {
+            assert!(matches!(score(window, 1), AccuracyError::TooShort { have: 10, .. }));
+        }
+        let mut engine = Scripted::new(4, 8, Box::new(|_: &[u32], _: &mut [f32]| {}));
+        assert!(perplexity(&mut engine, &ids, Windows { window: 9, windows: 1 }, |_, _| {}).is_ok());
+    }
 
     // Guards: a model that computes no numbers, or a text that it has no tokens for, is an error and not a figure.
     #[test]

@@ -321,6 +321,17 @@ fn a_folder_as_output_is_refused_first() {
     assert!(!done.status.success() && error.contains("is a folder; name the file"), "{error}");
 }
 
+// Guards: a number of nothing is refused before any work, by its flag.
+#[test]
+fn no_windows_are_refused_by_their_flags() {
+    for flag in ["--calibration_window", "--calibration_windows"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+        let done = command.args(["-i", "nowhere.dlc", flag, "0"]).output().expect("the tool starts");
+        let error = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && error.contains(&format!("{flag} 0, need at least 1")), "{error}");
+    }
+}
+
 // Guards: flags that would have no effect are refused, and by their names.
 #[test]
 fn flags_without_effect_are_refused() {

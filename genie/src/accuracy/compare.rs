@@ -155,7 +155,8 @@ impl Comparer {
     /// `progress` is told windows done and in all.
     ///
     /// # Errors
-    /// [`AccuracyError`]: no full window, an adapter that one of them does not have, what the engines say.
+    /// [`AccuracyError`]: no full window, one that a context does not hold, an adapter that one of them does not have, what
+    /// the engines say.
     pub fn run(
         &mut self,
         choice: &AdapterChoice,
@@ -163,7 +164,9 @@ impl Comparer {
         cut: Windows,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Comparison, AccuracyError> {
-        let windows = cut.of(ids, self.reference.engine.n_vocab())?;
+        let (reference, tested) = (&self.reference.engine, &self.free.engine);
+        let context_size = reference.context_size().min(tested.context_size());
+        let windows = cut.of(ids, reference.n_vocab(), context_size)?;
         for runner in [&mut self.reference, &mut self.free, &mut self.forced] {
             runner.select(choice)?;
         }

@@ -35,6 +35,8 @@ pub use windows::spread_windows;
 pub enum CalibrateError {
     #[error("the calibration set has {have} ids, need at least one window of {window}")]
     Empty { have: usize, window: usize },
+    #[error("at most {max} windows of {window} ids, need at least one of each")]
+    NoWindows { max: usize, window: usize },
     #[error("no tensor to look at")]
     NoTaps,
     #[error("tensor {tensor} cannot be looked at: {why}")]

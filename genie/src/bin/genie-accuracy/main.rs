@@ -95,6 +95,12 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.report.is_some() && arguments.reference.is_none() && arguments.results.is_empty() {
         bail!("--report has nothing to report: it needs --reference or --results");
     }
+    if arguments.window < 2 {
+        bail!("--window {}, need at least 2: the first id is not scored", arguments.window);
+    }
+    if arguments.windows == 0 {
+        bail!("--windows 0, need at least 1");
+    }
     check_place("--output", arguments.output.as_deref())?;
     check_place("--report", arguments.report.as_deref())?;
     let mut records = arguments.results.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
@@ -261,6 +267,16 @@ mod tests {
             assert!(parse(&[flags, &["-c", "a", "--text", "a"][..]].concat()).is_ok() || flags[0] == "--text");
         }
         parse(&[]).unwrap();
+    }
+
+    // Guards: a number of nothing is refused by its flag, before the model is looked for.
+    #[test]
+    fn no_windows_are_refused_by_their_flags() {
+        for (flag, value, want) in [("--window", "1", "need at least 2"), ("--windows", "0", "need at least 1")] {
+            let words = ["genie-accuracy", "-c", "nowhere.json", "--text", "nowhere", flag, value];
+            let error = run(&Arguments::try_parse_from(words).unwrap()).unwrap_err().to_string();
+            assert!(error.contains(&format!("{flag} {value}, {want}")), "{error}");
+        }
     }
 
     // Guards: a result that cannot be written is refused before the model is looked for, and leaves nothing behind.

@@ -370,6 +370,13 @@ impl Cli {
         if grouping != Grouping::Default && self.weights_bitwidth == WeightBits::Sixteen {
             bail!("--block_size and --use_per_channel_quantization need --weights_bitwidth 4 or 8");
         }
+        for (flag, n) in
+            [("--calibration_window", self.calibration_window), ("--calibration_windows", self.calibration_windows)]
+        {
+            if n == 0 {
+                bail!("{flag} 0, need at least 1");
+            }
+        }
         if !(50.0..=100.0).contains(&self.percentile_calibration_value) {
             bail!("--percentile_calibration_value {}, need 50 to 100", self.percentile_calibration_value);
         }

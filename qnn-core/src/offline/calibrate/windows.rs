@@ -6,9 +6,12 @@ use super::CalibrateError;
 /// the end is left out, except where the text is shorter than one window: then all of it is the only window.
 ///
 /// # Errors
-/// [`CalibrateError::Empty`] if there is nothing to cut.
+/// [`CalibrateError::NoWindows`] if `window` or `max` is 0; [`CalibrateError::Empty`] if there is nothing to cut.
 pub fn spread_windows(ids: &[u32], window: usize, max: usize) -> Result<Vec<&[u32]>, CalibrateError> {
-    if ids.is_empty() || window == 0 || max == 0 {
+    if window == 0 || max == 0 {
+        return Err(CalibrateError::NoWindows { max, window });
+    }
+    if ids.is_empty() {
         return Err(CalibrateError::Empty { have: ids.len(), window });
     }
     let all: Vec<&[u32]> = ids.chunks_exact(window).collect();
@@ -34,6 +37,7 @@ mod tests {
         assert_eq!(starts(30, 10), [0, 30, 60]);
         assert_eq!(spread_windows(&ids, 200, 4).expect("a short text"), [&ids[..]]);
         assert!(matches!(spread_windows(&[], 10, 3), Err(CalibrateError::Empty { have: 0, window: 10 })));
-        assert!(matches!(spread_windows(&ids, 10, 0), Err(CalibrateError::Empty { .. })));
+        assert!(matches!(spread_windows(&ids, 10, 0), Err(CalibrateError::NoWindows { max: 0, window: 10 })));
+        assert!(matches!(spread_windows(&ids, 0, 3), Err(CalibrateError::NoWindows { max: 3, window: 0 })));
     }
 }
