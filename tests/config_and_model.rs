@@ -4,7 +4,9 @@ use std::path::Path;
 
 use genie::{Error, Model};
 use genie_workspace::{converted::Converted, tiny_model::TinyModel};
+use qnn_core::adapter::Description;
 use qnn_core::offline::arch::{ActivationBits, Precision, WeightType};
+use qnn_core::{Adapter, Bytes, Context, OpenOptions};
 use serde_json::{Value, json};
 
 const PRECISION: Precision = Precision { weights: WeightType::Keep, activations: ActivationBits::Sixteen, cache: None };
@@ -80,4 +82,25 @@ fn sections_of_several_adapters_are_refused() {
         refused.contains("model_2_of_2_b.bin") && refused.contains("\"b\"") && refused.contains("\"a\""),
         "{refused}"
     );
+}
+
+// Guards: a section for one graph is not applied to the others of its context.
+#[test]
+fn a_section_for_one_graph_is_refused() {
+    let tiny = TinyModel::llama(33);
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny.write_peft(folder.path(), 1, 3).expect("it is written");
+    let model = Converted::tiny_with_adapters(&tiny, PRECISION, &[("a", folder.path())]).expect("it converts");
+    let context = Context::open(&model.path().join("model.bin"), &OpenOptions::default()).expect("it opens");
+    let section = model.path().join("model_a.bin");
+    let adapter = context.load_section(Bytes::map_file(&section).expect("it is there")).expect("it fits");
+    let values = adapter.values().map(|(name, panels)| (name.to_owned(), panels.clone()));
+    let token = context.graphs().find(|graph| graph.contains("ar1_")).expect("a graph for tokens").to_owned();
+    let one = Description { graph: Some(token.clone()), ..adapter.description().clone() };
+    let one = Adapter::new("a", adapter.names().clone(), values).expect("the same names").described(one);
+    std::fs::write(&section, context.section(&one).expect("it fits")).expect("it is written");
+    let mut dialog = Model::open(model.config().expect("a config")).and_then(|model| model.dialog()).expect("it opens");
+    let refused =
+        format!("{:#}", anyhow::Error::from(dialog.apply_lora("primary", "a").expect_err("one graph of two")));
+    assert!(refused.contains("model_a.bin") && refused.contains(&token), "{refused}");
 }

@@ -204,6 +204,12 @@ pub enum AdapterError {
         /// Name in the section of the first split that has one.
         want: String,
     },
+    /// A section is for one graph, and the engine runs others too.
+    #[error("section for graph {graph} only, need one for all graphs (share_adapters_between_graphs: Yes)")]
+    OneGraph {
+        /// The graph.
+        graph: String,
+    },
     /// There are not as many sections as context binaries.
     #[error("{have} sections for {want} context binaries")]
     SectionCount {

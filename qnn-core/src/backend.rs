@@ -122,6 +122,8 @@ pub struct Binding {
     pub max_rows: usize,
     /// True if the first dimension is given at each execute.
     pub dynamic: bool,
+    /// The input that has as many rows, where the graph says so: the tensor itself or another one.
+    by: Option<TensorId>,
     /// The value.
     pub value: Value,
 }
@@ -234,12 +236,22 @@ impl Bindings {
         }
     }
 
-    /// Checks that every fixed-shape input has been set.
+    /// Checks that every fixed-shape input has been set, and that inputs which go together have as many rows.
     ///
     /// # Errors
     /// [`ExecuteError::Input`] naming the input.
     pub fn check_complete(&self) -> Result<(), ExecuteError> {
-        self.inputs.iter().try_for_each(|b| b.check_len(b.len()))
+        self.inputs.iter().try_for_each(|input| {
+            input.check_len(input.len())?;
+            match self.inputs.iter().find(|other| input.by == Some(other.id)) {
+                Some(other) if other.rows() != input.rows() => Err(ExecuteError::Input {
+                    tensor: input.name.clone(),
+                    have: format!("{} rows", input.rows()),
+                    want: format!("{}, as {} has", other.rows(), other.name),
+                }),
+                _ => Ok(()),
+            }
+        })
     }
 }
 
@@ -254,6 +266,7 @@ impl Binding {
             row_elements: tensor.shape.row_elements().unwrap_or(usize::MAX),
             max_rows: first.max(),
             dynamic: matches!(first, Dim::UpTo { .. }),
+            by: if let Dim::UpTo { by, .. } = first { Some(by) } else { None },
             value,
         }
     }

@@ -366,6 +366,13 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
     if tensor.shape.rank() > MAX_RANK {
         return refuse(format!("{} dimensions", tensor.shape.rank()), "at most 8");
     }
+    let is_empty = tensor.shape.rank() == 0 || tensor.shape.0.iter().any(|dim| dim.max() == 0);
+    if is_empty && !tensor.tensor_type.is_static() {
+        return refuse(
+            format!("shape {}", tensor.shape),
+            "one dimension or more, none of them 0, of what is no constant",
+        );
+    }
     let Some(elements) = tensor.shape.max_elements() else {
         return refuse(format!("shape {}", tensor.shape), "a number of elements that fits the address space");
     };

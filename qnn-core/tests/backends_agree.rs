@@ -256,6 +256,75 @@ fn shared_values_survive_fusion() {
     }
 }
 
+/// Broken if a product is added to a buffer that its own step still reads or writes, or if one row does not stand for all.
+#[test]
+fn sums_and_factors_keep_what_they_are_made_of() {
+    type Make = fn(&mut Builder, TensorId) -> TensorId;
+    let two_products: Make = |b, x| {
+        let (p, q) = (b.linear("p", x, 32, 32), b.linear("q", x, 32, 32));
+        b.op("sum", OpKind::ElementWiseAdd, &[p, q])
+    };
+    let one_after_the_other: Make = |b, x| {
+        let r = b.op("r", OpKind::Sigmoid, &[x]);
+        let (p, q) = (b.linear("p", x, 32, 32), b.linear("q", x, 32, 32));
+        let sum = b.op("sum", OpKind::ElementWiseAdd, &[r, p]);
+        b.op("sums", OpKind::ElementWiseAdd, &[sum, q])
+    };
+    let with_its_input: Make = |b, x| {
+        let p = b.linear("p", x, 32, 32);
+        b.op("sum", OpKind::ElementWiseAdd, &[x, p])
+    };
+    let one_row_for_all: Make = |b, x| {
+        let factor =
+            |b: &mut Builder, name, n| b.add(name, TensorType::AppWrite, DataType::Float32, Shape::fixed(&[n]), None);
+        let (row, one) = (factor(b, "row", 32), factor(b, "one", 1));
+        let product = b.op("product", OpKind::ElementWiseMultiply, &[x, row]);
+        b.op("products", OpKind::ElementWiseMultiply, &[product, one])
+    };
+    for (i, make) in [two_products, one_after_the_other, with_its_input, one_row_for_all].into_iter().enumerate() {
+        let mut b = Builder::new(&Case { seed: 7, bias: true, ..plain() });
+        let x = b.input("x", DataType::Float32, Some(32));
+        let made = make(&mut b, x);
+        b.graph.mark_output(made);
+        let outputs = |backend: &dyn Backend| {
+            let mut bindings = Bindings::new(&b.graph);
+            for (input, rows) in [3, 1, 1].into_iter().enumerate().take(bindings.inputs().len()) {
+                let n = rows * bindings.inputs()[input].row_elements * if input == 1 { 32 } else { 1 };
+                let values: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37 + 1.0).sin()).collect();
+                bindings.set_f32(input, &values).unwrap();
+            }
+            let mut state = backend.new_state(&[&b.graph], 1).unwrap();
+            backend.prepare(&b.graph).unwrap().execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
+            bindings.output_f32(0).to_vec()
+        };
+        let (htp, reference) = (outputs(&HtpBackend::new(2).unwrap()), outputs(&ReferenceBackend));
+        assert_eq!(htp.len(), 96);
+        for (a, b) in htp.iter().zip(&reference) {
+            assert!((a - b).abs() < 1e-4, "graph {i}: {a} {b}");
+        }
+    }
+}
+
+/// Broken if graphs that do not agree about a cache share it, or if codes of no matrix are taken for rows of one.
+#[test]
+fn contradictory_graphs_are_refused() {
+    let [int8, float] = [DataType::SFixedPoint8, DataType::Float32].map(|cache| {
+        let case = Case { cache, ..plain() };
+        Builder::new(&case).decoder(&case).0
+    });
+    for backend in [&HtpBackend::new(1).unwrap() as &dyn Backend, &ReferenceBackend] {
+        assert!(backend.new_state(&[&int8, &int8], 8).is_ok());
+        let refused = backend.new_state(&[&int8, &float], 8).expect_err("two types").to_string();
+        assert!(refused.contains("past_key"), "{refused}");
+    }
+    let mut b = Builder::new(&plain());
+    let x = b.add("x", TensorType::AppWrite, DataType::Float32, Shape::fixed(&[8]), None);
+    let codes = b.graph.op("codes", OpKind::Sigmoid, &[x], DataType::SFixedPoint16).unwrap()[0];
+    b.graph.mark_output(codes);
+    let refused = HtpBackend::new(1).unwrap().prepare(&b.graph).err().expect("no rows").to_string();
+    assert!(refused.starts_with("tensor codes: "), "{refused}");
+}
+
 /// Broken if an id or a position from outside reaches memory it must not, or a cancel is not seen.
 #[test]
 fn bad_inputs_are_refused() {
@@ -283,6 +352,11 @@ fn bad_inputs_are_refused() {
         assert!(bindings.set_i32(0, &vec![0; 129]).is_err(), "more rows than AR-n");
         assert!(bindings.set_i32(2, &[1, 2]).is_err(), "two cache indices");
         assert!(bindings.set_f32(0, &[1.0]).is_err(), "floats for ids");
+        for (input, values) in [&[1, 2][..], &[0], &[0], &[0]].into_iter().enumerate() {
+            bindings.set_i32(input, values).unwrap();
+        }
+        let refused = executable.execute(&mut bindings, &mut state, &AtomicBool::new(false));
+        assert!(matches!(&refused, Err(ExecuteError::Input { tensor, .. }) if tensor == "position_ids"), "{refused:?}");
     }
 }
 

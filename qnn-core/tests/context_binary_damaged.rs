@@ -223,20 +223,27 @@ fn damaged_graphs_with_true_checksums_never_panic() {
     assert!(n_refused > 400, "{n_refused} of 600 refused");
 }
 
-// Broken if extents that no data stands behind end the process instead of being refused.
+// Broken if extents that no data stands behind end the process instead of being refused: huge ones, and none at all.
 #[test]
-fn huge_extents_are_refused() {
-    let input = |dim| Tensor {
-        name: "x".to_owned(),
-        tensor_type: TensorType::AppWrite,
-        data_type: DataType::Float32,
-        shape: Shape(vec![dim]),
-        encoding: None,
-        data: None,
+fn strange_extents_are_refused() {
+    let refused = |dims| {
+        let tensor = Tensor {
+            name: "x".to_owned(),
+            tensor_type: TensorType::AppWrite,
+            data_type: DataType::Float32,
+            shape: Shape(dims),
+            encoding: None,
+            data: None,
+        };
+        Graph::new("g").add_tensor(tensor).unwrap_err().to_string()
     };
     for dim in [Dim::Fixed(1 << 40), Dim::UpTo { max: 1 << 40, by: TensorId(0) }] {
-        let refused = Graph::new("g").add_tensor(input(dim)).unwrap_err().to_string();
+        let refused = refused(vec![dim]);
         assert!(refused.starts_with("tensor x: ") && refused.contains("at most"), "{refused}");
+    }
+    for dims in [vec![], vec![Dim::Fixed(3), Dim::Fixed(0)]] {
+        let refused = refused(dims);
+        assert!(refused.starts_with("tensor x: shape ") && refused.contains("one dimension or more"), "{refused}");
     }
     // Each extent is possible, but not rows of so many adapter columns.
     let graph = tiny("g", Tiny { ar: 1 << 20, branch: Some((1 << 27, DataType::Float32)), ..Tiny::default() });

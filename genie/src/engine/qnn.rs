@@ -165,7 +165,8 @@ impl QnnEngine {
             let (before, rest) = self.splits.split_at_mut(i);
             let Split { runners, state, .. } = &mut rest[0];
             let runner = &mut runners[graph];
-            if runner.bindings.adapter().is_none() {
+            // A split without branches is the same with any adapter.
+            if runner.bindings.adapter().is_none() && !self.model.context(i).updatable().is_empty() {
                 self.model.context(i).ready(&runner.graph).map_err(EngineError::NotReady)?;
             }
             runner.feed(&self.integers, before.last().map(|split| &split.runners[graph].bindings))?;

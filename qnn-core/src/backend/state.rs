@@ -1,6 +1,5 @@
 //! State of a client of a context: the KV caches, written in place by every execute.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use htp_sim::{AttentionScratch, CacheFormat, CacheLayout, CacheMut, ShapeError};
@@ -150,14 +149,11 @@ struct Layer {
 
 /// The layers of all graphs, each once.
 fn layers(graphs: &[&Graph], capacity: usize) -> Result<Vec<Layer>, PrepareError> {
-    let (mut layers, mut seen) = (Vec::new(), HashSet::new());
+    let mut layers: Vec<Layer> = Vec::new();
     let nodes = graphs.iter().flat_map(|graph| graph.nodes().iter().map(move |node| (graph, node)));
     for (graph, node) in nodes {
         let OpKind::Attention(attrs) = node.op else { continue };
         let [key, value] = [3, 4].map(|input| graph.tensor(node.inputs[input]));
-        if !seen.insert(&key.name) {
-            continue;
-        }
         let refuse = |why: String| PrepareError::Tensor { tensor: key.name.clone(), why };
         let format = cache_format(key.data_type).ok_or_else(|| {
             refuse(format!("a cache of {}, need FLOAT_32, FLOAT_16 or SFIXED_POINT_8", key.data_type))
@@ -167,7 +163,11 @@ fn layers(graphs: &[&Graph], capacity: usize) -> Result<Vec<Layer>, PrepareError
         }
         let layout = CacheLayout::new(attrs.kv_heads, attrs.head_dim, capacity, format)
             .map_err(|why| refuse(why.to_string()))?;
-        layers.push(Layer { key: key.name.clone(), layout, heads: attrs.heads });
+        match layers.iter().find(|layer| layer.key == key.name) {
+            Some(same) if same.layout == layout && same.heads == attrs.heads => {}
+            Some(_) => return Err(refuse(format!("graph {} has it with other heads or another type", graph.name()))),
+            None => layers.push(Layer { key: key.name.clone(), layout, heads: attrs.heads }),
+        }
     }
     Ok(layers)
 }

@@ -123,7 +123,7 @@ impl QnnModel {
             read().map_err(fail(name, Some(path)))
         };
         let parts = self.each_split(name, paths)?.map(load).collect::<Result<_, _>>()?;
-        check_same_adapter(name, paths, &parts)?;
+        self.check_parts(name, paths, &parts)?;
         Ok(parts)
     }
 
@@ -148,7 +148,7 @@ impl QnnModel {
             read().map_err(fail(name, path.as_deref()))
         };
         let parts = self.each_split(name, paths)?.zip(groups).map(load).collect::<Result<_, _>>()?;
-        check_same_adapter(name, paths, &parts)?;
+        self.check_parts(name, paths, &parts)?;
         Ok(parts)
     }
 
@@ -180,6 +180,25 @@ impl QnnModel {
             true => Ok(self.contexts.iter().zip(paths)),
             false => Err(fail(name, None)(AdapterError::SectionCount { have, want })),
         }
+    }
+
+    /// Refuses parts that were read from `paths` and are no adapter together. Sections of several adapters would each fit their own
+    /// split, and one for another graph than those that run would be applied to them all.
+    fn check_parts(&self, name: &str, paths: &[Option<PathBuf>], parts: &Parts<Adapter>) -> Result<(), EngineError> {
+        let mut first: Option<&str> = None;
+        for ((path, part), chosen) in paths.iter().zip(parts).zip(&self.chosen) {
+            let (Some(path), Some(part)) = (path, part) else { continue };
+            let want = *first.get_or_insert(part.name());
+            if part.name() != want {
+                let (have, want) = (part.name().to_owned(), want.to_owned());
+                return Err(fail(name, Some(path))(AdapterError::OtherAdapter { have, want }));
+            }
+            let other = |graph: &&str| chosen.iter().any(|(_, running)| running != graph);
+            if let Some(graph) = part.graph().filter(other) {
+                return Err(fail(name, Some(path))(AdapterError::OneGraph { graph: graph.to_owned() }));
+            }
+        }
+        Ok(())
     }
 
     fn load_peft(&self, folder: &Path, name: &str) -> Result<Parts<Adapter>, AdapterError> {
@@ -247,19 +266,6 @@ impl Key {
             }
         };
         Some(Key { name: name.to_owned(), source: source.clone(), stamps })
-    }
-}
-
-/// Sections of several adapters would each fit their own split.
-fn check_same_adapter(name: &str, paths: &[Option<PathBuf>], parts: &Parts<Adapter>) -> Result<(), EngineError> {
-    let mut read = paths.iter().zip(parts).filter_map(|(path, part)| Some((path.as_ref()?, part.as_ref()?.name())));
-    let Some((_, want)) = read.next() else { return Ok(()) };
-    match read.find(|(_, have)| *have != want) {
-        Some((path, have)) => {
-            let (have, want) = (have.to_owned(), want.to_owned());
-            Err(fail(name, Some(path))(AdapterError::OtherAdapter { have, want }))
-        }
-        None => Ok(()),
     }
 }
 

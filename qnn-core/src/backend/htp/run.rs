@@ -198,7 +198,13 @@ impl Run<'_> {
                     let (a, b) = (&memory.floats[*a], &memory.floats[*b]);
                     match op {
                         Binary::Add => elementwise::add(cx, a, b, out),
-                        Binary::Multiply => elementwise::mul(cx, a, b, out),
+                        Binary::Multiply if b.len() == 1 => elementwise::scale(cx, a, b[0], out),
+                        // One row may stand for all.
+                        Binary::Multiply => {
+                            let width = b.len().max(1);
+                            let mut rows = a.chunks(width).zip(out.chunks_mut(width));
+                            rows.try_for_each(|(a, out)| elementwise::mul(cx, a, b, out))
+                        }
                     }
                 })
             }

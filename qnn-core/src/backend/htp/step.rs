@@ -92,7 +92,7 @@ pub(super) struct GridRef {
 }
 
 /// What a linear layer reads.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     Float(Float),
     Quantized(Quantized),

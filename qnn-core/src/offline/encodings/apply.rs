@@ -7,7 +7,10 @@ use crate::{
     backend::{htp::surviving_tensors, reference::dequantize_constant},
     encoding::{BlockOffsets, Encoding, Floats},
     graph::{Graph, GraphError},
-    offline::quantize_weights::{Bits, block_sizes},
+    offline::{
+        lora::ALPHA_KEY,
+        quantize_weights::{Bits, block_sizes},
+    },
     tensor::{Tensor, TensorData, TensorId},
     types::DataType,
 };
@@ -68,6 +71,9 @@ pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph,
             continue;
         } else if tensor.data_type == DataType::Int32 {
             pass("whole numbers", &mut report);
+            continue;
+        } else if graph.metadata().get(ALPHA_KEY) == Some(&tensor.name) {
+            pass("strengths of adapters: they are taken as they are set", &mut report);
             continue;
         } else {
             let survive = surviving.get_or_insert_with(|| surviving_tensors(graph).unwrap_or_default());

@@ -8,7 +8,7 @@ use crate::{
     types::{DataType, TensorType},
 };
 
-use super::Lowering;
+use super::{super::step::Float, Lowering};
 
 /// A linear layer with its adapter branch, if it has one. The numbers are nodes.
 pub(super) struct Unit {
@@ -98,16 +98,15 @@ pub(super) fn gated(lowering: &Lowering<'_>, at: usize) -> Option<Gated> {
 }
 
 /// If linear output `output` is only added to a tensor that nobody needs afterwards: the addition's node and that
-/// tensor. The product can then be added in place.
-pub(super) fn residual(lowering: &Lowering<'_>, output: TensorId) -> Option<(usize, TensorId)> {
+/// tensor's buffer. The product can then be added in place, unless its own step needs the buffer.
+pub(super) fn residual(lowering: &Lowering<'_>, output: TensorId) -> Option<(usize, Float)> {
     let add = only_reader(lowering, output, &OpKind::ElementWiseAdd)?;
     let node = &lowering.graph.nodes()[add];
     let residual = *node.inputs.iter().find(|id| **id != output)?;
-    let tensor = lowering.graph.tensor(residual);
+    let (tensor, place) = (lowering.graph.tensor(residual), lowering.places[residual.index()]);
     let dead = lowering.readers[residual.index()].iter().all(|reader| *reader == add || lowering.done[*reader]);
-    let floats =
-        lowering.places[residual.index()].float.is_some() && lowering.places[residual.index()].quantized.is_none();
-    (dead && floats && !tensor.tensor_type.is_output() && !tensor.tensor_type.is_static()).then_some((add, residual))
+    let free = dead && place.quantized.is_none() && !tensor.tensor_type.is_output() && !tensor.tensor_type.is_static();
+    place.float.filter(|_| free).map(|float| (add, float))
 }
 
 /// The branch that is added to the output of base node `at`.
@@ -134,8 +133,10 @@ fn branch(lowering: &Lowering<'_>, at: usize) -> Option<BranchNodes> {
         return None;
     }
     let (a, b, alpha) = (nodes[down].inputs[1], nodes[up].inputs[1], nodes[scale].inputs[1]);
-    // After B only one strength for all columns has the same meaning as before it.
-    let strength = lowering.graph.tensor(alpha).shape.rank() == 1 && (last == up || width(lowering, alpha) == 1);
+    // Strengths are taken as they are bound. After B only one for all columns has the same meaning as before it.
+    let strengths = lowering.graph.tensor(alpha);
+    let plain = strengths.data_type == DataType::Float32 && strengths.encoding.is_none();
+    let strength = plain && strengths.shape.rank() == 1 && (last == up || width(lowering, alpha) == 1);
     let private = [down, scale, up].iter().all(|node| {
         let output = nodes[*node].outputs[0];
         lowering.readers[output.index()].len() == 1 && hidden(lowering, output)

@@ -8,7 +8,7 @@ use crate::{
 };
 
 use super::{
-    super::step::{BranchPart, LinearPart, MAX_PARTS, Source, Work},
+    super::step::{BranchPart, Float, LinearPart, MAX_PARTS, Source, Work},
     Lowering,
     fuse::{self, BranchNodes, Gated, Unit},
 };
@@ -42,10 +42,14 @@ impl Lowering<'_> {
         for ((unit, weights), branch) in group.iter().zip(weights).zip(branches) {
             unit.nodes().for_each(|at| self.done[at] = true);
             let bias = self.bias(unit)?;
-            let (out, add) = match fuse::residual(self, unit.output) {
-                Some((add_node, residual)) => {
+            // What this step reads, or writes for a layer before this one, is not there to be added to.
+            let in_use = |float: Float| {
+                let read = self.places[x.index()].float == Some(float) || source == Source::Float(float);
+                read || parts.iter().any(|part: &LinearPart| part.out == float)
+            };
+            let (out, add) = match fuse::residual(self, unit.output).filter(|(_, float)| !in_use(*float)) {
+                Some((add_node, out)) => {
                     self.done[add_node] = true;
-                    let out = self.float(residual)?;
                     let sum = self.graph.nodes()[add_node].outputs[0];
                     self.put(sum, out);
                     sums.push(sum);

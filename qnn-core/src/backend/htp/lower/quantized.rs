@@ -103,6 +103,10 @@ impl Lowering<'_> {
         if !taken {
             return Ok(None);
         }
+        if tensor.shape.rank() != 2 {
+            let why = format!("codes of shape {}, need rows of a matrix", tensor.shape);
+            return Err(PrepareError::Tensor { tensor: tensor.name.clone(), why });
+        }
         let k = tensor.shape.last();
         let sum_block = blocks.iter().copied().reduce(gcd).unwrap_or(k);
         blocks.sort_unstable();
