@@ -121,8 +121,8 @@ pub enum EngineError {
         /// The graphs that are there.
         found: String,
     },
-    /// A worker thread could not be started.
-    #[error("starting worker threads")]
+    /// A worker thread could not be started, or `HTP_SIM_ISA` names kernels that this CPU does not have.
+    #[error("starting the backend")]
     Threads(#[source] std::io::Error),
     /// A context binary could not be opened, prepared or run.
     #[error("model")]

@@ -233,11 +233,6 @@ pub(crate) struct Steps {
 }
 
 impl Kernels {
-    /// The tier that `HTP_SIM_ISA` names, or the best one if it is not set or names none that this CPU has.
-    pub fn best() -> &'static Self {
-        Self::selected().unwrap_or_else(|_| Self::available()[0])
-    }
-
     /// The tier that `HTP_SIM_ISA` names, or the best one if it is not set. The variable is read once per process.
     ///
     /// # Errors
@@ -326,6 +321,5 @@ mod tests {
         }
         let error = Kernels::named("abacus").expect_err("no such tier").to_string();
         assert!(error.starts_with("kernel tier \"abacus\": this CPU has ") && error.ends_with("portable"), "{error}");
-        assert!(available.iter().any(|kernels| kernels.name == Kernels::best().name));
     }
 }

@@ -62,7 +62,7 @@ pub fn prefetch<T>(values: &[T]) {
 /// What every operation needs from its caller: which kernels, and who runs them.
 #[derive(Debug, Clone, Copy)]
 pub struct Cx<'a> {
-    /// The kernel table, usually [`Kernels::best`].
+    /// The kernel table, usually [`Kernels::selected`].
     pub kernels: &'static Kernels,
     /// The team that shares the work.
     pub workers: &'a Workers,

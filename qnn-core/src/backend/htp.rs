@@ -47,9 +47,10 @@ impl HtpBackend {
     /// (`HTP_SIM_ISA` may lower that).
     ///
     /// # Errors
-    /// Whatever the system says when a thread cannot be started.
+    /// Whatever the system says when a thread cannot be started; kernels that `HTP_SIM_ISA` names and this CPU does not have.
     pub fn new(n_threads: usize) -> std::io::Result<HtpBackend> {
-        HtpBackend::with_kernels(n_threads, Kernels::best())
+        let unsupported = |why| std::io::Error::new(std::io::ErrorKind::Unsupported, why);
+        HtpBackend::with_kernels(n_threads, Kernels::selected().map_err(unsupported)?)
     }
 
     /// As [`HtpBackend::new`], with kernels of choice.

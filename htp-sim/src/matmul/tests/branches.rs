@@ -107,7 +107,7 @@ fn branches_do_not_depend_on_workers() {
     let [one, many] = [1, 4].map(team);
     for m in [1, 130] {
         let run = |workers: &Workers| {
-            let cx = Cx { kernels: crate::Kernels::best(), workers };
+            let cx = Cx { kernels: crate::Kernels::selected().expect("a tier of this CPU"), workers };
             let rows = quantized(&cx, &x[..m * k], &layout, ActBits::Sixteen);
             let (mut outs, mut firsts) = (vec![vec![0.0; m * n]; 3], vec![vec![f32::NAN; m * r]; 3]);
             let mut parts: Vec<Part<'_>> = outs
