@@ -11,6 +11,7 @@ use serde_json::Value;
 /// What a GGUF says of its tokenizer.
 #[derive(Clone)]
 struct Metadata<'a> {
+    architecture: &'static str,
     model: &'a str,
     pre: &'a str,
     tokens: Vec<&'a str>,
@@ -26,7 +27,17 @@ impl<'a> Metadata<'a> {
     fn of(golden: &'a Value) -> Metadata<'a> {
         let pre = golden["pre"].as_str().unwrap();
         let (tokens, kinds, merges) = (strings(golden, "tokens"), kinds(golden), strings(golden, "merges"));
-        Metadata { model: "gpt2", pre, tokens, kinds, merges, scores: Vec::new(), space_prefix: true, bos: 1 }
+        Metadata {
+            architecture: "llama",
+            model: "gpt2",
+            pre,
+            tokens,
+            kinds,
+            merges,
+            scores: Vec::new(),
+            space_prefix: true,
+            bos: 1,
+        }
     }
 
     /// SentencePiece.
@@ -34,11 +45,21 @@ impl<'a> Metadata<'a> {
         let scores = golden["scores"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
         let (tokens, kinds, merges) = (strings(golden, "tokens"), kinds(golden), Vec::new());
         let space_prefix = golden["add_space_prefix"].as_bool().unwrap();
-        Metadata { model: "llama", pre: "default", tokens, kinds, merges, scores, space_prefix, bos: 1 }
+        Metadata {
+            architecture: "llama",
+            model: "llama",
+            pre: "default",
+            tokens,
+            kinds,
+            merges,
+            scores,
+            space_prefix,
+            bos: 1,
+        }
     }
 
     fn write(&self, path: &Path) {
-        let model = TinyModel { vocab: 440, ..TinyModel::llama(1) };
+        let model = TinyModel { model_type: self.architecture, vocab: 440, ..TinyModel::llama(1) };
         let mut file: GgufWriter = model.gguf_without_tokenizer(true);
         file.string("tokenizer.ggml.model", self.model);
         file.string("tokenizer.ggml.pre", self.pre);
@@ -126,6 +147,37 @@ fn sentencepiece_ids_equal_the_original() {
         let config: Value = serde_json::from_slice(sidecar(&source, "tokenizer_config.json")).unwrap();
         assert_eq!((&config["bos_token"], &config["add_bos_token"]), (&"<s>".into(), &true.into()));
     }
+}
+
+/// Guards: white space behind Phi-3's control tokens is part of them, as in the tokenizer.json that comes with the model; a GGUF does
+/// not say so.
+#[test]
+fn control_tokens_of_phi3_take_the_white_space_behind_them() {
+    let golden: Value = serde_json::from_str(include_str!("golden/gguf_sentencepiece.json")).unwrap();
+    let of = Metadata::of_sentencepiece(&golden[0]);
+    for (architecture, end_strips) in [("phi3", true), ("llama", false)] {
+        let source = Metadata { architecture, ..of.clone() }.open().unwrap();
+        let tokenizer = Tokenizer::from_bytes(sidecar(&source, "tokenizer.json"), "tokenizer.json").unwrap();
+        let ids = |text: &str| tokenizer.encode(text, Specials::Recognise).unwrap();
+        assert_eq!(ids("</s>\n a") == ids("</s>a"), end_strips, "{architecture}");
+        assert_ne!(ids("<s>\n a"), ids("<s>a"), "{architecture}");
+    }
+}
+
+/// Guards: a token whose text ends a turn is a control token and ends answers, also where the file has it as plain text.
+#[test]
+fn ends_of_turns_are_known_by_their_text() {
+    let golden = golden();
+    let of = &golden["tokenizers"][0];
+    let mut plain = Metadata::of(of);
+    let end = plain.tokens.iter().position(|token| *token == "<|im_end|>").unwrap();
+    plain.kinds[end] = 1;
+    let source = plain.open().unwrap();
+    let tokenizer = Tokenizer::from_bytes(sidecar(&source, "tokenizer.json"), "tokenizer.json").unwrap();
+    assert_eq!(tokenizer.encode("<|im_end|>", Specials::Recognise).unwrap(), [end as u32]);
+    assert_eq!(tokenizer.decode(&[end as u32]), "");
+    let generation: Value = serde_json::from_slice(sidecar(&source, "generation_config.json")).unwrap();
+    assert!(generation["eos_token_id"].as_array().unwrap().contains(&end.into()), "{generation}");
 }
 
 /// Guards: a SentencePiece model that lacks scores or bytes is refused by name.

@@ -182,7 +182,7 @@ impl GgufModel {
         for (i, layer) in config.layers.iter_mut().enumerate() {
             if (i + 1).is_multiple_of(pattern) {
                 layer.window = None;
-            } else {
+            } else if layer.window.is_some() {
                 layer.rope = Some(1);
             }
         }
@@ -200,6 +200,11 @@ impl GgufModel {
     }
 
     fn granite(&self, config: &mut ModelConfig) -> Result<(), ImportError> {
+        // This family's way to say so.
+        if self.file.bool(&self.key("rope.scaling.finetuned"))? == Some(false) {
+            let (what, supported) = ("granite without rotary embeddings".to_owned(), "granite with them".to_owned());
+            return Err(ImportError::Unsupported { what, supported });
+        }
         let factor = |key: &str| Ok::<_, ImportError>(self.float(key)?.map(|factor| factor as f32));
         config.embedding_multiplier = factor("embedding_scale")?.unwrap_or(1.0);
         config.residual_multiplier = factor("residual_scale")?.unwrap_or(1.0);

@@ -39,8 +39,8 @@ pub(super) fn is_there(file: &GgufFile) -> Result<bool, ImportError> {
     Ok(!matches!(file.string(MODEL)?, None | Some("none" | "no_vocab")))
 }
 
-/// Ids that end an answer: those that the metadata names, and control tokens that by their text end a turn or a text, which
-/// many files leave unnamed.
+/// Ids that end an answer: those that the metadata names, and tokens that by their text end a turn or a text, which many files
+/// leave unnamed.
 pub(super) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, ImportError> {
     let mut ends = Vec::new();
     for role in ["eos", "eot", "eom"] {
@@ -48,9 +48,8 @@ pub(super) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, ImportError> {
         let Some(id) = file.unsigned(&key)? else { continue };
         ends.push(u32::try_from(id).map_err(|_| wrong(&key, id, "a token id"))?);
     }
-    let (texts, kinds) = (file.strings(TOKENS)?.unwrap_or_default(), file.integers(KINDS)?.unwrap_or_default());
-    let by_text = texts.iter().zip(&kinds).zip(0..);
-    ends.extend(by_text.filter(|((text, kind), _)| **kind == KIND_CONTROL && ENDS.contains(text)).map(|(_, id)| id));
+    let texts = file.strings(TOKENS)?.unwrap_or_default();
+    ends.extend(texts.iter().zip(0..).filter(|(text, _)| ENDS.contains(text)).map(|(_, id)| id));
     let mut seen = std::collections::BTreeSet::new();
     ends.retain(|id| seen.insert(*id));
     Ok(ends)
@@ -89,6 +88,8 @@ struct Added<'a> {
     id: u32,
     content: &'a str,
     special: bool,
+    /// Whether the white space behind it is part of it.
+    strips: bool,
 }
 
 /// Ids with a role.
@@ -111,7 +112,13 @@ impl<'a> Tokenizer<'a> {
                 return Err(ImportError::Unsupported { what: format!("tokenizer model {model:?}"), supported });
             }
         };
-        let added = vocab.added();
+        let mut added = vocab.added();
+        if file.string("general.architecture")? == Some("phi3") && file.string(MODEL)? == Some("llama") {
+            // As in Microsoft's own tokenizer.json; a GGUF has no place for it, and llama.cpp knows it, too.
+            for token in added.iter_mut().filter(|token| token.special) {
+                token.strips = !["<unk>", "<s>", "<|endoftext|>"].contains(&token.content);
+            }
+        }
         let special = Special::read(file, &vocab.tokens)?;
         let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(parts.add_bos);
         let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
@@ -206,9 +213,13 @@ impl<'a> Tokenizer<'a> {
 impl<'a> Vocabulary<'a> {
     fn read(file: &'a GgufFile) -> Result<Vocabulary<'a>, ImportError> {
         let texts = file.strings(TOKENS)?.ok_or_else(|| wrong(TOKENS, "missing", "an array of strings"))?;
-        let kinds = file.integers(KINDS)?.unwrap_or_else(|| vec![KIND_NORMAL; texts.len()]);
+        let mut kinds = file.integers(KINDS)?.unwrap_or_else(|| vec![KIND_NORMAL; texts.len()]);
         if kinds.len() != texts.len() || u32::try_from(texts.len()).is_err() {
             return Err(wrong(KINDS, format!("{} entries", kinds.len()), format!("{}, one a token", texts.len())));
+        }
+        // Some files have them as plain text; llama.cpp corrects that, too.
+        for (kind, _) in kinds.iter_mut().zip(&texts).filter(|(_, text)| ENDS.contains(text)) {
+            *kind = KIND_CONTROL;
         }
         let (mut tokens, mut ids) = (Vec::with_capacity(texts.len()), HashMap::new());
         for (id, (content, kind)) in texts.into_iter().zip(&kinds).enumerate() {
@@ -233,7 +244,7 @@ impl<'a> Vocabulary<'a> {
         let added = roles.filter(|(_, (_, kind))| matches!(**kind, KIND_UNKNOWN | KIND_CONTROL | KIND_USER_DEFINED));
         added
             .filter_map(|(id, (content, kind))| {
-                Some(Added { id: id as u32, content: (*content)?, special: *kind != KIND_USER_DEFINED })
+                Some(Added { id: id as u32, content: (*content)?, special: *kind != KIND_USER_DEFINED, strips: false })
             })
             .collect()
     }
@@ -255,7 +266,7 @@ impl Special {
 impl Added<'_> {
     fn json(&self) -> Json {
         json!({
-            "id": self.id, "content": self.content, "single_word": false, "lstrip": false, "rstrip": false,
+            "id": self.id, "content": self.content, "single_word": false, "lstrip": false, "rstrip": self.strips,
             "normalized": false, "special": self.special,
         })
     }
