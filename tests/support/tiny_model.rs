@@ -186,7 +186,8 @@ impl TinyModel {
     /// As [`TinyModel::gguf`], but for the tokenizer, which is to be added.
     pub fn gguf_without_tokenizer(&self, interleave: bool) -> GgufWriter {
         let mut file = GgufWriter::default();
-        let arch = if self.model_type == "qwen2" { "qwen2" } else { "llama" };
+        // There is no name of its own for mistral.
+        let arch = if self.model_type == "mistral" { "llama" } else { self.model_type };
         file.string("general.architecture", arch);
         for (key, value) in [
             ("embedding_length", self.hidden),
