@@ -152,6 +152,16 @@ impl Resolved<'_> {
     }
 }
 
+/// `a · b`, where one row or one number of `b` may stand for all.
+fn multiply(cx: &Cx<'_>, a: &[f32], b: &[f32], out: &mut [f32]) -> Result<(), ShapeError> {
+    if let [factor] = b {
+        return elementwise::scale(cx, a, *factor, out);
+    }
+    let width = b.len().max(1);
+    let mut rows = a.chunks(width).zip(out.chunks_mut(width));
+    rows.try_for_each(|(a, out)| elementwise::mul(cx, a, b, out))
+}
+
 impl Run<'_> {
     fn elementwise(&self, memory: &mut Memory) -> Result<(), ExecuteError> {
         let (cx, rows) = (self.cx, self.rows);
@@ -198,13 +208,7 @@ impl Run<'_> {
                     let (a, b) = (&memory.floats[*a], &memory.floats[*b]);
                     match op {
                         Binary::Add => elementwise::add(cx, a, b, out),
-                        Binary::Multiply if b.len() == 1 => elementwise::scale(cx, a, b[0], out),
-                        // One row may stand for all.
-                        Binary::Multiply => {
-                            let width = b.len().max(1);
-                            let mut rows = a.chunks(width).zip(out.chunks_mut(width));
-                            rows.try_for_each(|(a, out)| elementwise::mul(cx, a, b, out))
-                        }
+                        Binary::Multiply => multiply(cx, a, b, out),
                     }
                 })
             }
