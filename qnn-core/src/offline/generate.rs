@@ -191,7 +191,7 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
 /// # Errors
 /// [`Error::Io`] if a file cannot be copied; [`Error::Import`] if a template has to go into a file that is no JSON.
 pub fn copy_sidecars(dlc_path: &Path, output_dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let from_dir = dlc_path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let from_dir = atomic_file::folder_of(dlc_path);
     let to_dir = if output_dir.as_os_str().is_empty() { Path::new(".") } else { output_dir };
     let same_dir = from_dir.canonicalize().is_ok_and(|from| to_dir.canonicalize().is_ok_and(|to| from == to));
     // As a file of its own it would outlive a later model's copies in that folder, and come before their template.
