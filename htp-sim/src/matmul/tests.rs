@@ -212,20 +212,24 @@ fn tight_layouts_give_the_same_bits() {
 #[test]
 fn extreme_codes_do_not_saturate() {
     let workers = team(1);
-    for (m, k) in [(1, 512), (1, 1536), (3, 480), (13, 512), (13, 1536)] {
+    for (m, k) in [(1, 512), (1, 1536), (3, 480), (13, 512), (13, 1536), (33, 512)] {
         for (format, code) in
             integer_formats(k).into_iter().flat_map(|f| [(f, *f.codes().start()), (f, *f.codes().end())])
         {
             let layout = PackedLayout::new(16, k, format).expect("sizes are fine");
             let blob = extreme_weights(&layout, code);
             let w = layout.view(&blob).expect("length matches");
-            // Dynamic scales, and the widest grid that has its zero at code 0.
-            let widest = crate::Grid::new(1.0, -32896, 32639);
-            for (grid, x) in [(None, 1.0), (None, -1.0), (widest, 32639.0), (widest, -32896.0)] {
-                for act in if grid.is_some() { &BITS[1..] } else { &BITS[..] } {
-                    // The scale comes out as exactly 1, so codes are the values.
-                    let x = if grid.is_some() { x } else { x * act.limit() as f32 };
-                    let mut rows = quantized(&portable(&workers), &vec![x; m * k], &layout, *act);
+            // Dynamic scales, and the widest grids that have their zero at code 0.
+            let widest = |act| match act {
+                ActBits::Eight => (crate::Grid::new(1.0, -128, 127), [-128.0, 127.0]),
+                ActBits::Sixteen => (crate::Grid::new(1.0, -32896, 32639), [-32896.0, 32639.0]),
+            };
+            for act in BITS {
+                let (grid, ends) = widest(act);
+                // The scale comes out as exactly 1, so codes are the values.
+                let limit = act.limit() as f32;
+                for (grid, x) in [(None, limit), (None, -limit), (grid, ends[0]), (grid, ends[1])] {
+                    let mut rows = quantized(&portable(&workers), &vec![x; m * k], &layout, act);
                     rows.set_grid(grid).expect("the grid fits");
                     quantize_rows(&portable(&workers), &vec![x; m * k], &mut rows).expect("lengths match");
                     let expected = oracle(|_, _| f64::from(x), m, w);

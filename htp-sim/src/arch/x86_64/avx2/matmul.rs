@@ -10,6 +10,7 @@ use crate::arch::x86_64::{INTEGER, MIN, SYMMETRIC, ask_ahead};
 use crate::kernels::IntegerTile;
 use crate::packed::{BlockOffset, PANEL};
 
+mod bytes;
 mod few_rows;
 mod float;
 mod one_row;
@@ -52,7 +53,7 @@ pub(crate) fn q_w5b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    if one_row::product(tile, out) {
+    if one_row::product(tile, out) || bytes::product::<BLOCKS>(tile, out) {
         return;
     }
     integer::<Maddubs, 4, BLOCKS>(tile, out);
@@ -60,11 +61,17 @@ pub(crate) fn q_w4b(tile: &IntegerTile<'_>, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn q_w4e(tile: &IntegerTile<'_>, out: &mut [f32]) {
+    if bytes::product::<STEPS>(tile, out) {
+        return;
+    }
     integer::<Maddubs, 4, STEPS>(tile, out);
 }
 
 /// How a tier multiplies bytes.
 pub(crate) trait Dot {
+    /// Whether 8-bit x is better made 16-bit than multiplied by [`dots`](Self::dots), unless codes have 4 bits.
+    const WIDENS_X: bool;
+
     /// `start + Σ x · (unsigned code)` over the inputs that `codes` holds; the first of them is input `k` of x. An unsigned
     /// code is the stored one, or the 8-bit one plus 128. `NARROW` panels have 8 or 4 bits.
     ///
@@ -91,6 +98,8 @@ pub(crate) type Sums<const HALVES: usize, const PLANES: usize, const ROWS: usize
 struct Maddubs;
 
 impl Dot for Maddubs {
+    const WIDENS_X: bool = true;
+
     #[inline(always)]
     unsafe fn dots<
         const BITS: usize,

@@ -51,6 +51,8 @@ pub(crate) fn q_w4e<E: Encoding>(tile: &IntegerTile<'_>, out: &mut [f32]) {
 struct Vnni<E>(PhantomData<E>);
 
 impl<E: Encoding> Dot for Vnni<E> {
+    const WIDENS_X: bool = false;
+
     #[inline(always)]
     unsafe fn dots<
         const BITS: usize,

@@ -118,13 +118,20 @@ pub(super) unsafe fn short_sums<const PLANES: usize>(
                 sums[half] = _mm256_add_epi16(sums[half], _mm256_maddubs_epi16(codes[1], x[1]));
             }
         }
+        // The compiler would do one half of all groups and then the other, and store all of x in between.
         for sum in sums.as_flattened_mut() {
-            // The compiler would do one half of all groups and then the other, and store all of x in between.
-            // SAFETY: no instruction.
-            unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
+            pin(sum);
         }
     }
     sums
+}
+
+/// Keeps a sum in a register here, in the order that was written: the compiler would sort sums anew, and run out of registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn pin(sum: &mut __m256i) {
+    // SAFETY: no instruction.
+    unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
 }
 
 /// Inputs whose sums fit 16 bits.

@@ -1,4 +1,5 @@
-//! Several rows of 16-bit x: both bytes of a value are multiplied at once, by codes that were widened to 16 bits.
+//! Several rows of 16-bit x: both bytes of a value are multiplied at once, by codes that were widened to 16 bits. And 8-bit x, by codes
+//! of more bits than [`super::bytes`] takes.
 //!
 //! `vpmaddwd` multiplies 16 bits by 16: as much at a time as bytes of x by bytes in two instructions, or in four if codes have 8 bits.
 //! Sums come out whole. Codes are widened once for all rows, a piece of k at a time, so that they stay in the first cache. Their
@@ -24,10 +25,13 @@ use crate::packed::{BlockOffset, MAX_BLOCK, PANEL};
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn product<D: Dot, const BITS: usize, const SCALES: u8>(tile: &IntegerTile<'_>, out: &mut [f32]) -> bool {
     // Constants first: what they rule out is not compiled.
-    if SCALES == NARROW_CHANNELS || tile.lo.is_empty() || tile.rows < fewest_rows::<BITS, SCALES>() {
+    if SCALES == NARROW_CHANNELS || tile.rows < fewest_rows::<BITS, SCALES>() {
         return false;
     }
-    if SCALES != BLOCKS && !sums_fit::<BITS, SCALES>(tile) {
+    if tile.lo.is_empty() && (BITS == 4 || !D::WIDENS_X) {
+        return false;
+    }
+    if SCALES != BLOCKS && !tile.lo.is_empty() && !sums_fit::<BITS, SCALES>(tile) {
         return false;
     }
     match tile.offset {
@@ -99,7 +103,7 @@ fn pieces<D: Dot, const BITS: usize, const SCALES: u8, const OFFSET: u8>(tile: &
     let block = if SCALES == BLOCKS { tile.block } else { PIECE };
     for from in (0..tile.k).step_by(whole_blocks) {
         let inputs = from..tile.k.min(from + whole_blocks);
-        x.load(tile, &inputs);
+        x.load::<BITS>(tile, &inputs);
         let (blocks, first_block) = (tile.k / tile.block, from / tile.block);
         for panel in 0..tile.panels {
             codes.load::<BITS, SCALES, OFFSET>(tile, panel, &inputs);
@@ -120,7 +124,11 @@ fn pieces<D: Dot, const BITS: usize, const SCALES: u8, const OFFSET: u8>(tile: &
 }
 
 /// The codes of a panel for some inputs; `None` behind the last panel of the weights.
-fn codes_of<'a, const BITS: usize>(tile: &IntegerTile<'a>, panel: usize, inputs: &Range<usize>) -> Option<&'a [u8]> {
+pub(super) fn codes_of<'a, const BITS: usize>(
+    tile: &IntegerTile<'a>,
+    panel: usize,
+    inputs: &Range<usize>,
+) -> Option<&'a [u8]> {
     tile.codes.get(panel * tile.panel_bytes..)?.get(code_bytes::<BITS>(inputs.start)..code_bytes::<BITS>(inputs.end))
 }
 
@@ -203,23 +211,12 @@ impl Piece<'_, '_> {
         }
         for (r, totals) in totals.into_iter().enumerate() {
             for (half, total) in totals.into_iter().enumerate() {
-                let value = if self.inputs.end == tile.k { self.finish::<SCALES>(row + r, half, total) } else { total };
+                let last = self.inputs.end == tile.k;
+                let value = if last { finish::<SCALES>(tile, self.panel, row + r, half, total) } else { total };
                 store(&mut out[place(r, half)..], value);
             }
         }
         ROWS
-    }
-
-    /// The product of a row and half a panel, of the sums of all pieces.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn finish<const SCALES: u8>(&self, row: usize, half: usize, total: __m256) -> __m256 {
-        let x_scale = _mm256_set1_ps(self.tile.x_scales[row]);
-        if SCALES == BLOCKS {
-            return _mm256_mul_ps(total, x_scale);
-        }
-        let scale = load_f32(&self.tile.scales[(self.panel * PANEL + half * LANES) * 4..]);
-        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(total)), _mm256_mul_ps(scale, x_scale))
     }
 }
 
@@ -234,14 +231,18 @@ impl Values {
 
     /// Joins the planes of all rows of the tile.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn load(&mut self, tile: &IntegerTile<'_>, inputs: &Range<usize>) {
+    fn load<const BITS: usize>(&mut self, tile: &IntegerTile<'_>, inputs: &Range<usize>) {
         const EVEN: u32 = 0x00ff_00ff;
+        // The only plane of 8-bit x has the low bytes.
+        let only = BITS != 4 && tile.lo.is_empty();
+        let hi_bits = if only { 0 } else { u32::MAX };
         for (row, to) in self.0.iter_mut().take(tile.rows).enumerate() {
             let plane = |plane: &[i8]| plane[row * tile.x_stride..][inputs.clone()].as_ptr().cast::<u32>();
-            let (hi, lo) = (plane(tile.hi), plane(tile.lo));
+            let (hi, lo) = (plane(tile.hi), plane(if only { tile.hi } else { tile.lo }));
             for (four, to) in to[..inputs.len() / 2].as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 // SAFETY: `plane` has the inputs, four for each of these; the reads are unaligned.
-                let (hi, lo) = unsafe { (hi.add(four).read_unaligned(), lo.add(four).read_unaligned() ^ 0x8080_8080) };
+                let (hi, lo) =
+                    unsafe { (hi.add(four).read_unaligned() & hi_bits, lo.add(four).read_unaligned() ^ 0x8080_8080) };
                 let (even, odd) = ((hi & EVEN) << 8 | lo & EVEN, hi & !EVEN | lo >> 8 & EVEN);
                 to[0].write(even.cast_signed());
                 to[1].write(odd.cast_signed());
@@ -414,12 +415,30 @@ impl Widener {
     }
 }
 
+/// The product of a row and half a panel, of the sums of all inputs: floats of block weights, else integers.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn finish<const SCALES: u8>(
+    tile: &IntegerTile<'_>,
+    panel: usize,
+    row: usize,
+    half: usize,
+    total: __m256,
+) -> __m256 {
+    let x_scale = _mm256_set1_ps(tile.x_scales[row]);
+    if SCALES == BLOCKS {
+        return _mm256_mul_ps(total, x_scale);
+    }
+    let scale = load_f32(&tile.scales[(panel * PANEL + half * LANES) * 4..]);
+    _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(total)), _mm256_mul_ps(scale, x_scale))
+}
+
 /// Codes of four inputs, see [`Widened`].
 type Group = MaybeUninit<[[__m256i; 2]; 2]>;
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load(from: &[f32]) -> __m256 {
+pub(super) fn load(from: &[f32]) -> __m256 {
     // SAFETY: the slice has eight values (checked here), unaligned.
     unsafe { _mm256_loadu_ps(from[..LANES].as_ptr()) }
 }
@@ -427,7 +446,7 @@ fn load(from: &[f32]) -> __m256 {
 /// The sixteen half floats of a panel.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn load_f16s(from: &[u8]) -> [__m256; 2] {
+pub(super) fn load_f16s(from: &[u8]) -> [__m256; 2] {
     let from = &from[..PANEL * 2];
     [load_f16(from), load_f16(&from[LANES * 2..])]
 }
