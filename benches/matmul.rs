@@ -18,13 +18,15 @@ const INT4: WeightFormat = WeightFormat::Int4Block { block: 32, offset: BlockOff
 const INT4_MIN: WeightFormat = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min };
 
 /// Name in the id, format, bits of the activations.
-const FORMATS: [(&str, WeightFormat, ActBits); 6] = [
+const FORMATS: [(&str, WeightFormat, ActBits); 8] = [
     ("i16_w4b", INT4, ActBits::Sixteen),
     ("i16_w4bm", INT4_MIN, ActBits::Sixteen),
     ("i8_w4b", INT4, ActBits::Eight),
     ("i16_w4e", WeightFormat::Int4Expansion { block: 64 }, ActBits::Sixteen),
+    ("i8_w4e", WeightFormat::Int4Expansion { block: 64 }, ActBits::Eight),
     ("i16_w4c", WeightFormat::Int4PerChannel, ActBits::Sixteen),
     ("i16_w8c", WeightFormat::Int8PerChannel, ActBits::Sixteen),
+    ("i8_w8c", WeightFormat::Int8PerChannel, ActBits::Eight),
 ];
 
 /// `copies` of a weight, packed.

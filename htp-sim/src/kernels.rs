@@ -95,8 +95,8 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 ///
 /// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
-/// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`; with steps too, and the
-/// code is then `(u - 8) · step`.
+/// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`, of 8-bit x
+/// `float(dot_hi) · (scale · x_scale)`; with steps too, and the code is then `(u - 8) · step`.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].

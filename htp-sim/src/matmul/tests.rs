@@ -450,16 +450,16 @@ fn long_rows_agree() {
 }
 
 /// Blocks of one tile of a matrix unit and of several, one in a row and more than a kernel takes at a time, give the same bits
-/// too: with two panels at a time and a last one alone, and with rows that fill whole tiles and not.
+/// too: with two panels at a time and a last one alone, with rows that fill whole tiles and not, and with the most that a tile has.
 #[test]
 fn rows_of_few_and_many_blocks_agree() {
     // One worker gets all panels as one tile.
     let workers = team(1);
     for (block, blocks) in [(16, 81), (32, 2), (64, 21), (128, 11), (256, 1), (256, 5)] {
         let k = block * blocks;
-        let x = Noise(15).floats(53 * k);
+        let x = Noise(15).floats(128 * k);
         for format in block_formats(block).into_iter().filter(|format| format.block().is_some()) {
-            for (m, n) in [(53, 40), (13, 48)] {
+            for (m, n) in [(53, 40), (13, 48), (34, 16), (128, 16)] {
                 let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
                 let blob = weights(&layout, 73);
                 let w = layout.view(&blob).expect("length matches");

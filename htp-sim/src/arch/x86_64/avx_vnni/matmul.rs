@@ -1,6 +1,6 @@
 //! The integer products of AVX2 with other steps. One row: codes are the unsigned operand of `vpdpbusd`, 4-bit codes as they are and
-//! 8-bit codes plus 128, and nothing has to be cut to fit 16 bits. Several rows: `vpdpwssd` adds what it multiplies. Weights with
-//! steps are as there but for that.
+//! 8-bit codes plus 128, and nothing has to be cut to fit 16 bits. So with several rows of 8-bit x; with those of 16-bit x `vpdpwssd` adds
+//! what it multiplies. Few rows, or 8-bit ones, by weights with steps are as there.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;

@@ -2,7 +2,7 @@
 //!
 //! `vpmaddubsw` multiplies unsigned bytes by signed ones. Where codes have a zero it is taken off when they are widened, and x gets 128
 //! more: `255 · 8 · 2 = 4080`, of which eight fit 16 bits, those of 32 inputs. What the 128 adds, `128 · Σ code`, is the same for
-//! all rows and taken off where sums start; what comes out fits, whatever it was on the way. Codes with a minimum stay unsigned
+//! all rows and taken off where sums start. Codes with a minimum stay unsigned
 //! and x is as it is: `15 · 128 · 2 = 3840`. Both halves of a panel share each load of x.
 
 use std::arch::x86_64::*;
@@ -114,7 +114,7 @@ impl Piece<'_, '_> {
                 for half in 0..2 {
                     let mut dot = _mm256_cvtepi32_ps(sums[half]);
                     if OFFSET == INTEGER {
-                        // Exact: both are whole and far below 2^24.
+                        // Exact: all are whole, and below 2^24.
                         let offset =
                             _mm256_add_epi32(load_i8(&tile.offsets[at + half * LANES..]), _mm256_set1_epi32(8));
                         dot = _mm256_fmadd_ps(_mm256_cvtepi32_ps(offset), x_sum, dot);
@@ -199,7 +199,7 @@ impl Bytes {
 
     #[target_feature(enable = "avx2")]
     fn load(&mut self, tile: &IntegerTile<'_>, inputs: &Range<usize>) -> Rows {
-        for (row, to) in self.0.iter_mut().take(tile.rows).enumerate() {
+        for (row, to) in self.0[..tile.rows].iter_mut().enumerate() {
             let x = &tile.hi[row * tile.x_stride..][inputs.clone()];
             for (x, to) in x.iter().zip(to) {
                 to.write(x.cast_unsigned() ^ 0x80);
@@ -268,7 +268,8 @@ const PIECE: usize = 2 * MAX_BLOCK;
 /// Inputs of a block, at least.
 const SMALLEST_BLOCK: usize = 8;
 
-/// With fewer rows widening takes longer than it saves, by either kind of weights (measured on Zen 3).
+/// With fewer rows widening takes longer than it saves, measured on Zen 3: with steps 16 rows were 0.95 times as fast as without and
+/// 64 rows 1.1 times, with scales per block 4 rows were as fast and 8 rows 1.1 times.
 const fn fewest_rows<const SCALES: u8>() -> usize {
     if SCALES == STEPS { 32 } else { 6 }
 }

@@ -1,4 +1,4 @@
-//! 4-bit weights with a step per block, where [`super::pairs`] does not take them: few rows of x, or 8-bit ones.
+//! 4-bit weights with a step per block, where neither [`super::pairs`] nor, on AVX2, [`super::bytes`] takes them: few rows of x.
 //!
 //! Sums of 32 inputs fit 16 bits, as in the module above; the step comes in where pairs of them become 32 bits. What unsigned codes
 //! have too much, `8 · Σx`, is taken off where the sums start: then they fit, whatever they were on the way.

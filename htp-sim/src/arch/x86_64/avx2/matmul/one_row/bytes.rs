@@ -106,7 +106,9 @@ impl Values {
             to.write(value);
         }
         let magnitudes = magnitudes.map(|sum| add_lanes(sum));
-        let fits = BLOCKS || magnitudes[0] * 256 + magnitudes[1] <= MAX_X_SUM && magnitudes[1] <= MAX_LOW_SUM;
+        let sums_fit = magnitudes[0] * 256 + magnitudes[1] <= MAX_X_SUM && magnitudes[1] <= MAX_LOW_SUM;
+        // Of 8-bit x, with one plane, no sum passes 32 bits, and it is one float anyway.
+        let fits = BLOCKS || tile.lo.is_empty() || sums_fit;
         if _mm256_testz_si256(lost, lost) == 0 || !fits {
             return None;
         }
