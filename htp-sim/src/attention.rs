@@ -56,6 +56,14 @@ impl AttentionScratch {
         check_heads(layout, heads)?;
         let ranges = layout.capacity().div_ceil(RANGE);
         let partials = size("attention scratch", &[heads, ranges, layout.value_head_dim() + 2, 4])? / 4;
+        if Vec::<f32>::new().try_reserve_exact(partials).is_err() {
+            // An allocation that fails ends the process.
+            return Err(ShapeError::new(
+                "positions of a cache",
+                layout.capacity(),
+                Needed::Rule("as many as memory has room for"),
+            ));
+        }
         let workers = (0..workers.max(1)).map(|_| WorkerScratch::new(layout)).collect();
         Ok(Self { layout, heads, workers, partials: vec![0.0; partials] })
     }

@@ -16,9 +16,20 @@ pub struct Aligned<T> {
 impl<T: Copy + Default> Aligned<T> {
     /// `len` zeros. They take memory when they are first written to.
     pub fn zeroed(len: usize) -> Self {
-        let storage = vec![T::default(); len.saturating_add(LINE_BYTES / size_of::<T>().max(1))];
+        let storage = vec![T::default(); Self::with_room(len)];
         let at = storage.as_ptr().align_offset(LINE_BYTES).min(storage.len() - len);
         Self { storage, at, len }
+    }
+
+    /// As [`zeroed`](Self::zeroed); `None` where the system does not have so much, which would end the process there.
+    pub fn try_zeroed(len: usize) -> Option<Self> {
+        let given = Vec::<T>::new().try_reserve_exact(Self::with_room(len)).is_ok();
+        given.then(|| Self::zeroed(len))
+    }
+
+    /// `len`, and what it may take to get to the start of a line.
+    fn with_room(len: usize) -> usize {
+        len.saturating_add(LINE_BYTES / size_of::<T>().max(1))
     }
 }
 

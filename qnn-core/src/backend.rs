@@ -80,6 +80,8 @@ pub enum PrepareError {
     Tensor { tensor: String, why: String },
     #[error("graph {graph}: computed tensors take {need_mib} MiB, more than the system has")]
     Memory { graph: String, need_mib: u64 },
+    #[error("KV caches of {capacity} positions take {need_mib} MiB, more than the system has")]
+    Caches { capacity: usize, need_mib: u64 },
 }
 
 /// Why an execute failed.

@@ -119,11 +119,14 @@ enum Pages {
 }
 
 impl Zeroed {
-    pub(crate) fn new(len: usize) -> Zeroed {
-        let Ok(map) = MmapMut::map_anon(len) else { return Zeroed(Pages::Allocated(Aligned::zeroed(len))) };
+    /// `None` where the system does not have so much.
+    pub(crate) fn new(len: usize) -> Option<Zeroed> {
+        let Ok(map) = MmapMut::map_anon(len) else {
+            return Some(Zeroed(Pages::Allocated(Aligned::try_zeroed(len)?)));
+        };
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
-        Zeroed(Pages::Mapped(map))
+        Some(Zeroed(Pages::Mapped(map)))
     }
 }
 
@@ -165,7 +168,7 @@ mod tests {
         // Given back: what glibc serves from the heap from now on is larger than the zeros.
         drop(std::hint::black_box(vec![1_u8; 24 << 20]));
         drop(std::hint::black_box(vec![1_u8; 20 << 20]));
-        let mut zeros = Zeroed::new(16 << 20);
+        let mut zeros = Zeroed::new(16 << 20).expect("the system has so much");
         assert!(zeros.iter().all(|byte| *byte == 0));
         assert_eq!(resident_bytes(&zeros), 0, "untouched zeros take memory");
         zeros.fill(1);

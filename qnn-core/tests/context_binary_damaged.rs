@@ -249,4 +249,13 @@ fn strange_extents_are_refused() {
     let graph = tiny("g", Tiny { ar: 1 << 20, branch: Some((1 << 27, DataType::Float32)), ..Tiny::default() });
     let refused = HtpBackend::new(1).unwrap().prepare(&graph).err().unwrap();
     assert!(matches!(&refused, PrepareError::Memory { graph, .. } if graph == "g"), "{refused}");
+    // Nor caches, or what attention over them takes.
+    for capacity in [1 << 33, 1 << 36, 1 << 44] {
+        let graph = tiny("g", Tiny::default());
+        let refused = HtpBackend::new(1).unwrap().new_state(&[&graph], capacity).err().unwrap().to_string();
+        assert!(
+            ["more than the system has", "memory has room for"].iter().any(|words| refused.contains(words)),
+            "{refused}"
+        );
+    }
 }

@@ -97,11 +97,10 @@ impl State {
             names.push(key);
             caches.push(cache);
         }
-        let memory = match form {
-            // `with_range_stride` checked the product.
-            CacheForm::Kernels { .. } => Zeroed::new(stride * ranges),
-            CacheForm::Reference => Zeroed::new(0),
-        };
+        // `with_range_stride` checked the product.
+        let bytes = if let CacheForm::Kernels { .. } = form { stride * ranges } else { 0 };
+        let need_mib = (bytes >> 20) as u64;
+        let memory = Zeroed::new(bytes).ok_or(PrepareError::Caches { capacity, need_mib })?;
         Ok(State { capacity, names: names.into(), caches, memory, scratch })
     }
 
