@@ -88,6 +88,26 @@ impl Chain {
     }
 }
 
+// Broken if the channel scales of a large model, some megabytes, have no place in a context binary, or metadata that has none is
+// found only after files were written.
+#[test]
+fn long_channel_scales_have_a_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut graph = tiny("model", MODEL);
+    let scales = format!(r#"{{"lists":["{}"],"modules":{{}}}}"#, "3c00".repeat(1 << 19));
+    graph.set_metadata("channel_scales", scales.clone());
+    let contexts = open(&run(&options(dir.path(), &graph, 1)).unwrap());
+    let made = contexts[0].graph(contexts[0].graphs().next().unwrap()).unwrap();
+    assert_eq!(made.metadata().get("channel_scales"), Some(&scales));
+
+    let dir = tempfile::tempdir().unwrap();
+    graph.set_metadata("note", "long ".repeat(1 << 18));
+    let options = options(dir.path(), &graph, 1);
+    let error = run(&options).unwrap_err();
+    assert!(error.contains("metadata of the model") && error.contains("1048576"), "{error}");
+    assert!(!options.output_dir.exists());
+}
+
 // Broken if a model changes by being packed, bounded or cut: the chain of parts must give the logits of the whole,
 // for prompt and token graphs over one state.
 #[test]

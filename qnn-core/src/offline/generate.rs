@@ -19,7 +19,7 @@ use crate::{
     context::{WEIGHT_SHARING, kind_of, write_records},
     error::Error,
     graph::{Graph, GraphError},
-    offline::{dlc::read_dlc, source, specialize},
+    offline::{dlc::read_dlc, equalize::SCALES_KEY, source, specialize},
     op::OpKind,
     record::{self, GraphRecord},
     tensor::{Tensor, TensorId, format_name},
@@ -119,6 +119,8 @@ pub enum GenerateError {
         #[source]
         why: Box<AdapterError>,
     },
+    #[error("metadata of the model")]
+    Meta(#[source] BinaryError),
     #[error("start the worker threads")]
     Threads(#[source] std::io::Error),
 }
@@ -145,6 +147,8 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::new(cores).map_err(|why| refuse(GenerateError::Threads(why)))?;
+    let meta = meta_of(&graph, options.lora_weight_sharing);
+    meta.to_json().map_err(|why| refuse(GenerateError::Meta(why)))?;
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
 
     let total_bytes = splits.iter().map(Split::constants_bytes).sum();
@@ -156,11 +160,6 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
                 done_bytes += more_bytes;
                 progress(Progress { file: &split.path, done_bytes, total_bytes });
             };
-            let mut metadata = graph.metadata().clone();
-            if options.lora_weight_sharing {
-                metadata.insert(WEIGHT_SHARING.to_owned(), "true".to_owned());
-            }
-            let meta = Meta::new(metadata);
             let in_file = |why: BinaryError, at_bytes| Error::binary(&split.path)(why.at(at_bytes));
             write_records(writer, &meta, &split.records).map_err(|why| in_file(why, writer.at_bytes()))?;
             split.write_constants(writer, &workers, &mut tell).map_err(|failed| match failed {
@@ -182,6 +181,16 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     }
     let sidecars = copy_sidecars(&options.dlc_path, &options.output_dir)?;
     Ok(Report { files, sections, sidecars })
+}
+
+/// What the META section says of a model. Channel scales are in the graphs' records, which have room for those of large models.
+fn meta_of(graph: &Graph, weight_sharing: bool) -> Meta {
+    let mut metadata = graph.metadata().clone();
+    metadata.remove(SCALES_KEY);
+    if weight_sharing {
+        metadata.insert(WEIGHT_SHARING.to_owned(), "true".to_owned());
+    }
+    Meta::new(metadata)
 }
 
 /// Copies the files that a dialog needs beside the context binaries, those that lie beside the DLC, to `output_dir`, unless

@@ -1,6 +1,7 @@
 //! The record of an equalization, and what it means for adapters.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -38,13 +39,13 @@ pub struct ChannelScales {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModuleScales {
     /// Its columns were divided by these; empty if they were not touched.
-    pub inputs: Vec<f32>,
+    pub inputs: Arc<[f32]>,
     /// Its rows were multiplied by these; empty if they were not touched.
-    pub outputs: Vec<f32>,
+    pub outputs: Arc<[f32]>,
     /// Which of its columns came to each place, after they were divided; empty if they kept their places.
-    pub input_order: Vec<u32>,
+    pub input_order: Arc<[u32]>,
     /// Which of its rows came to each place, after they were multiplied; empty if they kept their places.
-    pub output_order: Vec<u32>,
+    pub output_order: Arc<[u32]>,
 }
 
 /// The record as JSON: lists of f16 numbers, and of places as 16-bit integers, in hexadecimal, each stored once; and their
@@ -79,9 +80,11 @@ impl ChannelScales {
     pub fn of(metadata: &BTreeMap<String, String>) -> Result<ChannelScales, ScalesError> {
         let Some(text) = metadata.get(SCALES_KEY) else { return Ok(ChannelScales::default()) };
         let stored: Stored = serde_json::from_str(text).map_err(|why| refuse(why.to_string()))?;
-        let lists: Vec<Vec<f32>> = stored.lists.iter().map(|list| from_hex(list)).collect::<Result<_, _>>()?;
-        let orders: Vec<Vec<u32>> =
-            stored.orders.iter().map(|order| order_from_hex(order)).collect::<Result<_, _>>()?;
+        // Shared by the modules: a file may name one list as often as it likes.
+        let lists: Vec<Arc<[f32]>> =
+            stored.lists.iter().map(|list| from_hex(list).map(Arc::from)).collect::<Result<_, _>>()?;
+        let orders: Vec<Arc<[u32]>> =
+            stored.orders.iter().map(|order| order_from_hex(order).map(Arc::from)).collect::<Result<_, _>>()?;
         let module = |(name, module): (String, StoredModule)| {
             let (inputs, outputs) = (pick(&lists, module.inputs)?, pick(&lists, module.outputs)?);
             let (input_order, output_order) = (pick(&orders, module.input_order)?, pick(&orders, module.output_order)?);
@@ -147,7 +150,7 @@ impl ChannelScales {
     /// Records that the channels of `group` were scaled by `factors` and then put in `order`.
     pub(super) fn insert(&mut self, group: &Group, factors: &[f32], order: Option<&[u32]>) {
         if let Source::Matrix(Partner { module, .. }) = &group.source {
-            self.modules.entry(module.clone()).or_default().outputs = factors.to_vec();
+            self.modules.entry(module.clone()).or_default().outputs = factors.into();
         }
         for reader in &group.readers {
             let columns = (0..group.n_columns()).map(|column| factors[group.channel(column)]).collect();
@@ -155,10 +158,10 @@ impl ChannelScales {
         }
         let Some(order) = order else { return };
         for partner in &group.partners {
-            self.modules.entry(partner.module.clone()).or_default().output_order = order.to_vec();
+            self.modules.entry(partner.module.clone()).or_default().output_order = order.into();
         }
         for reader in &group.readers {
-            self.modules.entry(reader.module.clone()).or_default().input_order = order.to_vec();
+            self.modules.entry(reader.module.clone()).or_default().input_order = order.into();
         }
     }
 
@@ -179,9 +182,9 @@ impl ChannelScales {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChannelMap {
     /// Each channel was multiplied by its factor; empty if they were not.
-    pub factors: Vec<f32>,
+    pub factors: Arc<[f32]>,
     /// Which channel then came to each place; empty if they kept their places.
-    pub order: Vec<u32>,
+    pub order: Arc<[u32]>,
 }
 
 impl ChannelMap {
@@ -195,7 +198,7 @@ impl ChannelMap {
         if !self.order.is_empty() {
             for row in rows.chunks_exact_mut(self.order.len()) {
                 let changed = row.to_vec();
-                changed.iter().zip(&self.order).for_each(|(value, at)| row[*at as usize] = *value);
+                changed.iter().zip(&*self.order).for_each(|(value, at)| row[*at as usize] = *value);
             }
         }
         if !self.factors.is_empty() {
@@ -211,7 +214,7 @@ impl ChannelMap {
         if !self.order.is_empty() {
             for row in rows.chunks_exact_mut(self.order.len()) {
                 let plain = row.to_vec();
-                row.iter_mut().zip(&self.order).for_each(|(value, at)| *value = plain[*at as usize]);
+                row.iter_mut().zip(&*self.order).for_each(|(value, at)| *value = plain[*at as usize]);
             }
         }
     }
@@ -240,7 +243,7 @@ impl ModuleScales {
         if !self.input_order.is_empty() {
             for row in values.chunks_exact_mut(k) {
                 let before = row.to_vec();
-                row.iter_mut().zip(&self.input_order).for_each(|(value, at)| *value = before[*at as usize]);
+                row.iter_mut().zip(&*self.input_order).for_each(|(value, at)| *value = before[*at as usize]);
             }
         }
         Ok(())
@@ -253,12 +256,12 @@ impl ModuleScales {
     pub fn apply_to_b(&self, module: &str, rank: usize, values: &mut [f32]) -> Result<(), ScalesError> {
         let n = values.len() / rank.max(1);
         check_extent(module, "outputs", n, [self.outputs.len(), self.output_order.len()])?;
-        for (row, factor) in values.chunks_exact_mut(rank.max(1)).zip(&self.outputs) {
+        for (row, factor) in values.chunks_exact_mut(rank.max(1)).zip(&*self.outputs) {
             row.iter_mut().for_each(|value| *value *= factor);
         }
         if !self.output_order.is_empty() {
             let before = values.to_vec();
-            for (row, at) in values.chunks_exact_mut(rank).zip(&self.output_order) {
+            for (row, at) in values.chunks_exact_mut(rank).zip(&*self.output_order) {
                 row.copy_from_slice(&before[*at as usize * rank..][..rank]);
             }
         }
@@ -288,9 +291,9 @@ fn number(lists: &mut Vec<String>, hex: String) -> Option<usize> {
 }
 
 /// The list of this number; an empty one for `None`.
-fn pick<T: Clone>(lists: &[Vec<T>], at: Option<usize>) -> Result<Vec<T>, ScalesError> {
+fn pick<T>(lists: &[Arc<[T]>], at: Option<usize>) -> Result<Arc<[T]>, ScalesError> {
     match at {
-        None => Ok(Vec::new()),
+        None => Ok(Arc::new([])),
         Some(at) => lists.get(at).cloned().ok_or_else(|| refuse(format!("list {at} of {}", lists.len()))),
     }
 }
