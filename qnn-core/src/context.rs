@@ -27,7 +27,7 @@ mod updatable;
 pub use apply::WEIGHT_SHARING;
 pub use editor::ContextEditor;
 pub use section_error::{SectionError, StateError};
-pub use sections::MAX_RANK;
+pub use sections::{MAX_LORA_RANK, MAX_RANK};
 
 use apply::Applied;
 pub(crate) use updatable::{Updatable, data_type_of};

@@ -395,6 +395,10 @@ fn check_tensor(tensor: &Tensor, earlier: &[Tensor]) -> Result<(), GraphError> {
     }
     match (&tensor.data, tensor.tensor_type.is_static()) {
         (None, true) if tensor.tensor_type == TensorType::UpdateableStatic => Ok(()),
+        (Some(_), true) if tensor.tensor_type == TensorType::UpdateableStatic => refuse(
+            format!("{} with data", tensor.tensor_type),
+            "none: it is all zeros until an adapter brings its values",
+        ),
         (None, true) => refuse("a constant without data".to_owned(), "data"),
         (Some(_), false) => refuse(format!("{} with data", tensor.tensor_type), "data on constants only"),
         (Some(TensorData::Flat(bytes)), true) => {

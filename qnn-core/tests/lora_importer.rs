@@ -239,6 +239,13 @@ fn encodings_of_aimet_are_taken() {
         assert_eq!(read.find(&other), own.find(&other), "{file}: the others follow from their values");
         assert!(warnings[0].contains("2 of 4 weights"), "{warnings:?}");
     }
+    // What cannot be taken is said.
+    let norm = json!({"name": "model.norm", "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 16, "scale": [0.5], "offset": [0]});
+    for key in ["activation_encodings", "encodings"] {
+        let version = if key == "encodings" { "2.0.0" } else { "1.0.0" };
+        let (_, warnings) = import(json!({"version": version, key: [norm], "param_encodings": []})).unwrap();
+        assert!(warnings.iter().any(|warning| warning.contains("of 1 activations")), "{warnings:?}");
+    }
     let entry = |key: &str, value: Value| {
         let mut entry =
             json!({"name": a, "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 8, "scale": [0.5], "offset": [0]});
@@ -295,6 +302,25 @@ fn one_use_case_that_does_not_fit_stops_all() {
     workplace.refused(&second("nowhere"), &["nowhere"]);
     let error = workplace.import(&second("two"), "base.dlc").unwrap_err();
     assert!(error.contains("base.dlc") && error.contains("--lora_adapter"), "{error}");
+}
+
+// Broken if an adapter, its overrides or the YAML can be lost to what is made of them, or what the importer wrote is taken for an
+// adapter, whose scaling would count twice.
+#[test]
+fn inputs_are_not_written_over() {
+    let workplace = Workplace::new(&[]);
+    let weights = workplace.path("one/adapter_model.safetensors");
+    std::fs::copy(&weights, workplace.path("one/mine.safetensors")).unwrap();
+    let yaml =
+        |name: &str, file: &str| format!("use_case: [{{name: {name}, lora_weights: one/{file}, output_path: one}}]");
+    for (name, file) in [("mine", "mine.safetensors"), ("adapter_model", "")] {
+        let error = workplace.import_to(&yaml(name, file), "model.dlc", "out").unwrap_err();
+        assert!(error.contains(name) && error.contains("need another folder"), "{error}");
+    }
+    assert!(!workplace.path("out").exists());
+    workplace.import_to(&yaml("made", "mine.safetensors"), "model.dlc", "out").unwrap();
+    let error = workplace.import(&yaml("again", "made.safetensors"), "model.dlc").unwrap_err();
+    assert!(error.contains("made.safetensors") && error.contains("scaling is folded in"), "{error}");
 }
 
 // Broken if the tool does not say what it did, or ends well when it did nothing.

@@ -261,8 +261,9 @@ impl Context {
     }
 
     fn check_rank(&self, have: usize) -> Result<(), SectionError> {
-        let declared = self.metadata().get(MAX_RANK).and_then(|text| text.parse().ok());
-        let want = declared.unwrap_or(0).max(self.max_rank());
+        // What a file declares is bounded: clients keep a number for each column.
+        let declared = self.metadata().get(MAX_RANK).and_then(|text| text.parse().ok()).unwrap_or(0);
+        let want = declared.min(MAX_LORA_RANK).max(self.max_rank());
         if have <= want { Ok(()) } else { Err(SectionError::AdapterRank { have, want }) }
     }
 
@@ -348,3 +349,6 @@ fn check_io(have: &[GraphIo], want: &[GraphIo]) -> Result<(), SectionError> {
 
 /// Metadata key: most rank columns of an adapter.
 pub const MAX_RANK: &str = "lora_max_rank";
+
+/// Columns of a branch, and of an adapter, at most.
+pub const MAX_LORA_RANK: usize = 512;

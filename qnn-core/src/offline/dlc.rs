@@ -228,7 +228,6 @@ fn dtype_size(name: &str) -> usize {
     }
 }
 
-/// Temporary files are private to their owner; a DLC is an ordinary file.
 /// Value of "format" in the metadata.
 pub const FORMAT: &str = "genie-dlc";
 /// Value of "version" in the metadata.

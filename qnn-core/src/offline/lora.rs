@@ -96,6 +96,10 @@ pub enum LoraError {
         #[source]
         why: Box<fancy_regex::Error>,
     },
+    #[error("the output is a file that the adapter is read from, need another folder (--output_dir)")]
+    OutputIsInput,
+    #[error("written by qairt-lora-importer, its scaling is folded in; need the adapter as PEFT saved it")]
+    IsImported,
     #[error("no tensors")]
     Empty,
     #[error("tensor {tensor} {why}")]

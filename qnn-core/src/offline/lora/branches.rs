@@ -271,8 +271,7 @@ fn updatable_type(tensor: &Tensor, mode: UpdatableMode) -> TensorType {
     tensor.tensor_type.updateable()
 }
 
-/// Most columns a branch may have.
-pub const MAX_LORA_RANK: usize = 512;
+pub use crate::context::MAX_LORA_RANK;
 /// Metadata key: columns of the branches.
 pub const MAX_RANK_KEY: &str = "lora_max_rank";
 /// Metadata key: bits of the adapters' weights.

@@ -1,6 +1,6 @@
 //! `adapter_config.json`: what it means, with PEFT's own matching rules, and what is refused.
 
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 
@@ -147,6 +147,9 @@ fn first<T: Copy>(patterns: &[(Regex, T)], module: &str) -> Result<Option<T>, Lo
 /// PEFT's rule for pattern keys: the key matches the end of the path, from its start or after a dot.
 fn patterns<T>(key: &'static str, entries: Option<Entries<T>>) -> Result<Vec<(Regex, T)>, LoraError> {
     let entries = entries.map_or(Vec::new(), |entries| entries.0);
+    if entries.len() > MAX_PATTERNS {
+        return Err(LoraError::config(key, format!("{} patterns", entries.len()), format!("at most {MAX_PATTERNS}")));
+    }
     let compiled = entries.into_iter().map(|(text, value)| Ok((regex(key, &format!(r"\A(.*\.)?({text})\z"))?, value)));
     compiled.collect()
 }
@@ -171,6 +174,10 @@ fn layers_pattern(raw: Option<OneOrMany<String>>) -> Result<Vec<Regex>, LoraErro
         Some(OneOrMany::One(name)) => vec![name],
         Some(OneOrMany::Many(names)) => names,
     };
+    if names.len() > MAX_PATTERNS {
+        let have = format!("{} patterns", names.len());
+        return Err(LoraError::config("layers_pattern", have, format!("at most {MAX_PATTERNS}")));
+    }
     if names.is_empty() {
         return Ok(vec![regex("layers_pattern", r"\A.*\.[^.]*\.(\d+)\.")?]);
     }
@@ -182,7 +189,8 @@ fn whole(key: &'static str, pattern: &str) -> Result<Regex, LoraError> {
 }
 
 fn regex(key: &'static str, pattern: &str) -> Result<Regex, LoraError> {
-    Regex::new(pattern).map_err(|why| LoraError::Pattern { key, pattern: pattern.to_owned(), why: Box::new(why) })
+    let compiled = RegexBuilder::new(pattern).delegate_size_limit(MAX_PATTERN_BYTES).build();
+    compiled.map_err(|why| LoraError::Pattern { key, pattern: pattern.to_owned(), why: Box::new(why) })
 }
 
 fn too_hard(pattern: &Regex, why: fancy_regex::Error) -> LoraError {
@@ -286,6 +294,12 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Entries<T> {
         deserializer.deserialize_map(Visitor(std::marker::PhantomData))
     }
 }
+
+/// Patterns under one key, at most: one for each linear layer of the largest models.
+const MAX_PATTERNS: usize = 4096;
+
+/// Bytes of a compiled pattern, at most.
+const MAX_PATTERN_BYTES: usize = 256 << 10;
 
 /// Keys whose features cannot be represented, with what to do instead.
 const REFUSED: &[(&str, &str)] = &[

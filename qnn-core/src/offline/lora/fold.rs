@@ -99,13 +99,12 @@ pub fn fold<'a>(name: &str, parts: &[(String, &'a PeftAdapter)]) -> Result<Folde
     let names: BTreeSet<&str> = parts.iter().flat_map(|(_, p)| p.modules.iter().map(|m| m.name.as_str())).collect();
     let mut names: Vec<&str> = names.into_iter().collect();
     names.sort_by_cached_key(|name| natural(name));
+    let by_name = |peft: &'a PeftAdapter| peft.modules.iter().map(|module| (module.name.as_str(), module)).collect();
+    let by_name: Vec<BTreeMap<&str, &PeftModule>> = parts.iter().map(|(_, peft)| by_name(peft)).collect();
     let mut modules = Vec::with_capacity(names.len());
     for module in names {
-        let own = |(slot, (_, peft)): (&Slot, &(String, &'a PeftAdapter))| {
-            let found = peft.modules.iter().find(|m| m.name == module)?;
-            Some((slot.columns[0], found))
-        };
-        let found: Vec<(usize, &PeftModule)> = slots.iter().zip(parts).filter_map(own).collect();
+        let own = slots.iter().zip(&by_name).filter_map(|(slot, own)| Some((slot.columns[0], *own.get(module)?)));
+        let found: Vec<(usize, &PeftModule)> = own.collect();
         modules.push(join(module, &found)?);
     }
     Ok(Folded { name: name.to_owned(), rank: slots.last().map_or(0, |slot| slot.columns[1]), slots, modules })
@@ -144,8 +143,9 @@ fn join(module: &str, found: &[(usize, &PeftModule)]) -> Result<FoldedModule, Lo
 
 /// The commonest scaling of an adapter's modules, and those that differ.
 fn scaling(peft: &PeftAdapter) -> Scaling {
-    let count = |scaling: f64| peft.modules.iter().filter(|m| m.scaling == scaling).count();
-    let default = peft.modules.iter().map(|m| m.scaling).max_by_key(|s| count(*s)).unwrap_or(1.0);
+    let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+    peft.modules.iter().for_each(|m| *counts.entry(m.scaling.to_bits()).or_default() += 1);
+    let default = peft.modules.iter().map(|m| m.scaling).max_by_key(|s| counts[&s.to_bits()]).unwrap_or(1.0);
     let others = peft.modules.iter().filter(|m| m.scaling != default);
     Scaling { default, modules: others.map(|m| (m.name.clone(), m.scaling)).collect() }
 }

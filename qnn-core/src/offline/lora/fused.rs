@@ -20,6 +20,10 @@ impl PeftAdapter {
             }
         }
         modules.sort_by_cached_key(|module| natural(&module.name));
+        if let Some(pair) = modules.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            let why = "stands for the same as a part of a fused projection".to_owned();
+            return Err(LoraError::Key { tensor: b_name(&pair[0].name), why });
+        }
         self.modules = modules;
         Ok(())
     }

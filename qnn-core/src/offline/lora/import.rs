@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use super::{
     AttachPoint, Folded, Group, LoraError, ParamEncodings, PeftAdapter, Slot, WeightEncoding, attach_points, fold,
-    load_peft, on_base, values, yaml,
+    load_peft, on_base,
+    peft::{CONFIG, WEIGHTS},
+    values, yaml,
 };
 use crate::{
     atomic_file,
@@ -17,6 +19,7 @@ use crate::{
     offline::{
         dlc,
         equalize::{SCALES_KEY, fingerprint},
+        generate::is_computed,
         safetensors::read_text,
     },
     types::DataType,
@@ -77,7 +80,7 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
     let config_path = &options.lora_config;
     let text = read_text(config_path, MAX_YAML_BYTES)?;
     let config = yaml::read(&String::from_utf8_lossy(&text)).map_err(Error::lora(config_path))?;
-    let base = config_path.parent().unwrap_or(Path::new("."));
+    let base = options.base();
     let graph = dlc::read_dlc(&options.input_dlc)?;
     let points = attach_points(&graph);
     if points.iter().all(|point| point.branch.is_none()) {
@@ -88,10 +91,10 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
     for case in &config.use_case {
         prepared.push(prepare(case, base, &graph, &points)?);
     }
+    check_outputs(&config, options)?;
     let mut use_cases = Vec::new();
     for (case, prepared) in config.use_case.iter().zip(prepared) {
-        let folder = case.output_path.as_ref().map_or(options.output_dir.clone(), |path| base.join(path));
-        use_cases.push(prepared.write(&folder)?);
+        use_cases.push(prepared.write(&options.folder_of(case))?);
     }
     std::fs::create_dir_all(&options.output_dir).map_err(Error::io(&options.output_dir))?;
     let list = options.output_dir.join(LIST_FILE);
@@ -103,6 +106,43 @@ pub fn import(options: &ImportOptions) -> Result<ImportReport, Error> {
     let text = list_of(&use_cases, &groups, &options.output_dir).map_err(Error::io(&list))?;
     atomic_file::write(&list, |file| file.write_all(text.as_bytes())).map_err(Error::io(&list))?;
     Ok(ImportReport { use_cases, groups, list })
+}
+
+impl ImportOptions {
+    /// Where the paths in the YAML begin.
+    fn base(&self) -> &Path {
+        self.lora_config.parent().unwrap_or(Path::new("."))
+    }
+
+    /// Where the files of a use case go.
+    fn folder_of(&self, case: &yaml::UseCase) -> PathBuf {
+        case.output_path.as_ref().map_or(self.output_dir.clone(), |path| self.base().join(path))
+    }
+}
+
+/// Refuses to write over what is read: an adapter would be lost, and the next import would fold its scaling in once more.
+fn check_outputs(config: &yaml::LoraConfig, options: &ImportOptions) -> Result<(), Error> {
+    let mut inputs = vec![options.lora_config.clone(), options.input_dlc.clone()];
+    let mut outputs = vec![options.output_dir.join(LIST_FILE)];
+    for case in &config.use_case {
+        for path in case.lora_weights.0.iter().map(|path| options.base().join(path)) {
+            inputs.extend([path.join(WEIGHTS), path.join(CONFIG), path]);
+        }
+        inputs.extend(case.quant_overrides.iter().map(|path| options.base().join(path)));
+        outputs.extend(output_files(&options.folder_of(case), &case.name));
+    }
+    inputs.extend(config.group.iter().filter_map(|group| Some(options.base().join(group.encodings.as_ref()?))));
+    let inputs: BTreeSet<PathBuf> = inputs.iter().filter_map(|path| path.canonicalize().ok()).collect();
+    // What is not there yet is no input.
+    match outputs.into_iter().find(|path| path.canonicalize().is_ok_and(|path| inputs.contains(&path))) {
+        Some(output) => Err(Error::lora(&output)(LoraError::OutputIsInput)),
+        None => Ok(()),
+    }
+}
+
+/// Weights and encodings of a use case.
+fn output_files(folder: &Path, name: &str) -> [PathBuf; 2] {
+    ["safetensors", "encodings"].map(|extension| folder.join(format!("{name}.{extension}")))
 }
 
 /// A use case that fits.
@@ -149,6 +189,13 @@ fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoi
                 }));
             }
             let text = read_text(&path, MAX_ENCODINGS_BYTES)?;
+            let activations = n_activations(&text, graph);
+            if activations > 0 {
+                warnings.push(format!(
+                    "quant_overrides has encodings of {activations} activations, which are left out: the adapter runs with \
+                     the base's unless qairt-quantizer --lora_output_files finds its own"
+                ));
+            }
             overridden(&text, &folded, data_type, &mut warnings).map_err(Error::lora(&path))?
         }
     };
@@ -237,14 +284,27 @@ fn overridden(
     Ok(encodings)
 }
 
+/// Computed tensors of the graph that an AIMET file has encodings for.
+fn n_activations(text: &[u8], graph: &Graph) -> usize {
+    let file: Value = serde_json::from_slice(text).unwrap_or_default();
+    let lists = ["activation_encodings", "encodings"].map(|key| &file[key]);
+    let names = lists.into_iter().flat_map(|list| -> Vec<&str> {
+        match list {
+            Value::Array(entries) => entries.iter().filter_map(|entry| entry["name"].as_str()).collect(),
+            Value::Object(entries) => entries.keys().map(String::as_str).collect(),
+            _ => Vec::new(),
+        }
+    });
+    names.filter(|name| is_computed(graph, name)).count()
+}
+
 impl Prepared {
     fn write(self, folder: &Path) -> Result<UseCaseReport, Error> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let folded = &self.folded;
-        let weights = folder.join(format!("{}.safetensors", folded.name));
+        let [weights, encodings] = output_files(folder, &folded.name);
         let bytes = safetensors_of(folded, self.base_scales.as_deref()).map_err(Error::lora(&weights))?;
         atomic_file::write(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
-        let encodings = folder.join(format!("{}.encodings", folded.name));
         let json = format!("{}\n", self.encodings.to_json());
         atomic_file::write(&encodings, |file| file.write_all(json.as_bytes())).map_err(Error::io(&encodings))?;
         Ok(UseCaseReport {

@@ -78,6 +78,9 @@ pub fn load_peft(dir: &Path) -> Result<PeftAdapter, Error> {
     let mut hash = blake3::Hasher::new();
     hash.update(&config_text).update(&bytes);
     let file = SafetensorsFile::parse(bytes).map_err(LoraError::Safetensors).map_err(Error::lora(&weights))?;
+    if file.metadata("format") == Some(super::import::FORMAT) {
+        return Err(Error::lora(&weights)(LoraError::IsImported));
+    }
     let modules = modules(&file, &config).map_err(Error::lora(&weights))?;
     Ok(PeftAdapter { path: folder.to_owned(), config, modules, hash: hash.finalize().to_hex().to_string() })
 }
@@ -214,8 +217,8 @@ pub(super) fn natural(name: &str) -> Vec<(u64, String)> {
     name.split('.').map(|part| part.parse().map_or((u64::MAX, part.to_owned()), |n| (n, String::new()))).collect()
 }
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "adapter_config.json";
+pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
 /// Longest `adapter_config.json` that is read.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
