@@ -34,7 +34,7 @@ pub struct Tensor {
     pub shape: Shape,
     /// Meaning of fixed-point numbers; `None` on a computed fixed-point tensor means dynamic (see [`Encoding`]).
     pub encoding: Option<Encoding>,
-    /// The constant's value; `None` for everything computed. An UPDATEABLE_STATIC tensor without data is all zeros
+    /// The constant's value; `None` for everything computed, and for an UPDATEABLE_STATIC tensor, which is all zeros
     /// until a section brings its value.
     pub data: Option<TensorData>,
 }

@@ -30,7 +30,7 @@ fn everything() -> Graph {
         offsets: (-4..4).collect(),
     };
     let w3 = add("w3", constant, DataType::SFixedPoint8, Shape::fixed(&[8, 8]), Some(axis), flat(64));
-    let norm = add("norm", TensorType::UpdateableStatic, DataType::Float32, Shape::fixed(&[8]), None, flat(32));
+    let norm = add("norm", TensorType::UpdateableStatic, DataType::Float32, Shape::fixed(&[8]), None, None);
     let freq = add("freq", constant, DataType::Float32, Shape::fixed(&[2]), None, flat(8));
     let layout = PackedLayout::new(8, 8, WeightFormat::Int4Block { block: 8, offset: BlockOffset::Min }).unwrap();
     let panels = Panels::new(layout, vec![0; layout.size_bytes()].into()).unwrap();
