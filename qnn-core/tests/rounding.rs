@@ -110,7 +110,7 @@ fn random_folded() -> Folded {
 }
 
 // Guards: equalization changes no result, lowers the error of weights that came off their grid, leaves those that lie on
-// it, and says what it did.
+// it and those beside a tensor whose encoding is given already, and says what it did.
 #[test]
 fn equalization_keeps_the_function_and_lowers_the_error() {
     let workers = Workers::new(2).expect("two threads");
@@ -130,6 +130,14 @@ fn equalization_keeps_the_function_and_lowers_the_error() {
     let mut on_grid = on_grid.expect("plain constants");
     equalize(&mut on_grid, SCHEME, &workers).expect("a float graph");
     assert!(ChannelScales::of(on_grid.metadata()).expect("none").is_empty(), "weights on the grid stay where they are");
+    let mut encoded = graph.clone();
+    for name in ["model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj"] {
+        let id = encoded.find(name).expect("every tiny model has it");
+        let encoding = Encoding::ScaleOffset { bitwidth: 16, scale: 1e-4, offset: 0 };
+        encoded.set_encoding(id, DataType::SFixedPoint16, Some(encoding)).expect("a computed tensor can have it");
+    }
+    let reports = equalize(&mut encoded, SCHEME, &workers).expect("a float graph");
+    assert_eq!(reports.len(), 6, "a reader's input and a source's output have encodings");
 }
 
 // Guards: an adapter has the effect on an equalized base that it has on the base it was trained on; one of another size is

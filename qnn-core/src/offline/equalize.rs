@@ -55,7 +55,7 @@ pub struct GroupReport {
 }
 
 /// Scales the channels of `graph` for quantization with `scheme`, and records the factors in its metadata. Only matrices of
-/// floats are touched.
+/// floats are touched, and only channels of tensors without static encodings.
 ///
 /// # Errors
 /// [`ScalesError::Twice`] if factors are recorded already.
@@ -84,6 +84,11 @@ pub fn equalize(graph: &mut Graph, scheme: Scheme, workers: &Workers) -> Result<
         graph.set_metadata(SCALES_KEY, record.to_text());
     }
     Ok(reports)
+}
+
+/// Whether `graph` has channels that can be scaled, if nobody has scaled them before.
+pub(in crate::offline) fn has_groups(graph: &Graph) -> bool {
+    !groups::find(graph).is_empty()
 }
 
 /// A weight's values.

@@ -22,7 +22,7 @@ use crate::{
     graph::{Graph, GraphError, Node},
     offline::{
         calibrate::{CalibrateError, Calibrator, Feed, Probe},
-        equalize::{GroupReport, SCALES_KEY, ScalesError, equalize},
+        equalize::{GroupReport, SCALES_KEY, ScalesError, equalize, has_groups},
         quantize_weights::{Bits, Feedback, Moments, QuantizeError, Rounding, Scheme, Search, quantize_with},
         source::{ElementFormat, SourceTensor},
     },
@@ -194,9 +194,11 @@ pub fn round_weights(
     Ok((work, report))
 }
 
-/// Whether the layers of `graph` have matrices of floats whose channels were not scaled before.
+/// Whether the layers of `graph` have matrices of floats whose channels were not scaled before, and whose tensors have no
+/// static encodings yet.
 pub fn can_scale_channels(graph: &Graph) -> bool {
-    !graph.metadata().contains_key(SCALES_KEY) && layers(graph).iter().any(|layer| !layer.weights.is_empty())
+    let has_floats = || layers(graph).iter().any(|layer| !layer.weights.is_empty());
+    !graph.metadata().contains_key(SCALES_KEY) && has_groups(graph) && has_floats()
 }
 
 /// Gives the inputs of integer matrices dynamic encodings of `activations` (one scale for each row, found when the graph

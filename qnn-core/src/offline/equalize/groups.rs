@@ -139,9 +139,7 @@ impl<'g> Finder<'g> {
 
     /// The matrices that read `x`, if nothing else reads it but the adapter branches beside them.
     fn readers(&self, x: TensorId) -> Option<Vec<Reader>> {
-        if self.graph.tensor(x).tensor_type != TensorType::Native {
-            return None;
-        }
+        self.is_free(x).then_some(())?;
         let (mut readers, mut branches) = (Vec::new(), Vec::new());
         for at in &self.readers[x.index()] {
             let node = &self.graph.nodes()[*at];
@@ -193,7 +191,7 @@ impl<'g> Finder<'g> {
                 let other = node.inputs.iter().find(|id| *id != base_id)?;
                 let up = &self.graph.nodes()[self.writers[other.index()]?];
                 let is_branch = up.op == OpKind::FullyConnected && self.is_updateable(up.inputs[1]);
-                (is_branch && self.is_hidden(*base_id, 1)).then_some(())?;
+                (is_branch && self.is_hidden(*base_id, 1) && self.is_hidden(*other, 1)).then_some(())?;
                 &self.graph.nodes()[self.writers[base_id.index()]?]
             }
             _ => return None,
@@ -210,9 +208,15 @@ impl<'g> Finder<'g> {
         (node.op == OpKind::FullyConnected && self.is_own(node.inputs[1])).then_some(node)
     }
 
-    /// True for an intermediate result that so many nodes read.
+    /// True for a free intermediate result that so many nodes read.
     fn is_hidden(&self, id: TensorId, n_readers: usize) -> bool {
-        self.graph.tensor(id).tensor_type == TensorType::Native && self.readers[id.index()].len() == n_readers
+        self.is_free(id) && self.readers[id.index()].len() == n_readers
+    }
+
+    /// True for an intermediate result without static encoding: one that a file brought is for values that are not scaled.
+    fn is_free(&self, id: TensorId) -> bool {
+        let tensor = self.graph.tensor(id);
+        tensor.tensor_type == TensorType::Native && tensor.encoding.is_none()
     }
 
     fn is_updateable(&self, id: TensorId) -> bool {
