@@ -522,6 +522,33 @@ fn nothing_is_written_before_all_are_calibrated() {
     assert!(files().iter().zip(&before).all(|(now, before)| now.is_some() && now != before));
 }
 
+// Guards: the encodings of a group that the user keeps elsewhere are not replaced; the message names group and file.
+#[test]
+fn a_file_outside_of_the_lists_folder_is_not_replaced() {
+    let project = Project::new("all");
+    std::fs::create_dir(project.path("lists")).unwrap();
+    for name in
+        ["one", "two", "three"].iter().flat_map(|name| [format!("{name}.safetensors"), format!("{name}.encodings")])
+    {
+        std::fs::copy(project.path(&name), project.path("lists").join(name)).unwrap();
+    }
+    let own = project.path("own.encodings");
+    std::fs::write(&own, "the user's").unwrap();
+    let list = project.path("lists/list.yaml");
+    for (path, is_own) in
+        [(own.as_path(), true), (Path::new("../own.encodings"), true), (&project.path("lists/chat.encodings"), false)]
+    {
+        std::fs::write(&list, LIST.replace("[two, one]", &format!("[two, one], encodings: {path:?}"))).unwrap();
+        let done = project.observe(&mut PlacedAdapters::as_imported(&list));
+        let refused = done.map_err(|error| chain(&error)).err();
+        assert_eq!(refused.is_some(), is_own, "{path:?}: {refused:?}");
+        assert!(
+            refused.is_none_or(|error| error.contains("group chat") && error.contains("own.encodings")),
+            "{path:?}"
+        );
+    }
+}
+
 // Broken if a group that cannot be right becomes a file, or the message does not say which and why.
 #[test]
 fn groups_that_cannot_be_are_refused() {

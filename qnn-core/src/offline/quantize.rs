@@ -76,6 +76,11 @@ pub enum QuantizeError {
     NothingToDo,
     #[error("no computed tensor is updatable (quant_updatable_mode {mode}): convert with --quant_updatable_mode all")]
     NothingUpdatable { mode: String },
+    #[error(
+        "group {group}: its encodings are in {path}, outside of the folder of the list, and would be replaced there; for \
+         calibrated ones leave its key encodings out where the group is imported"
+    )]
+    OwnFile { group: String, path: String },
     #[error("{path}: {why}")]
     Text { path: String, why: String },
     #[error(transparent)]

@@ -1,12 +1,13 @@
 //! Encodings per adapter or group of adapters: calibration with each one applied.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Activations, Observer, Progress, QuantizeError, Schema, Tools, encode, observe};
 use crate::{
     adapter::Adapter,
+    atomic_file::folder_of,
     encoding::Encoding,
     error::Error,
     graph::Graph,
@@ -50,7 +51,8 @@ pub struct AdapterReport {
 /// with it slower, and no other one.
 ///
 /// # Errors
-/// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks.
+/// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks, or the group whose file is not below the list's
+/// folder.
 pub fn calibrate_adapters(
     graph: &Graph,
     quantized: &Graph,
@@ -76,6 +78,7 @@ pub fn calibrate_adapters(
         None => listed_adapters(&list),
     };
     let listed = listed.map_err(|why| Error::Generate { path: list.clone(), why: Box::new(why) })?;
+    check_places(&list, &listed.groups).map_err(refused)?;
     let mut shared: Vec<(Vec<Observer>, AdapterReport)> = Vec::new();
     for (name, path) in listed.groups {
         shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, wide: 0, path }));
@@ -106,6 +109,21 @@ pub fn calibrate_adapters(
         reports.push(AdapterReport { tensors, wide, ..group });
     }
     Ok(reports)
+}
+
+/// Refuses a group whose encodings file lies elsewhere than the files of its list: it is the user's own.
+fn check_places(list: &Path, groups: &[(String, PathBuf)]) -> Result<(), QuantizeError> {
+    let home = list.parent().unwrap_or(Path::new(""));
+    let is_below = |path: &Path| {
+        let plain = |rest: &Path| rest.components().all(|part| matches!(part, Component::Normal(_)));
+        let real = |path: &Path| folder_of(path).canonicalize().ok();
+        path.strip_prefix(home).is_ok_and(plain)
+            || real(path).zip(real(list)).is_some_and(|(path, list)| path.starts_with(list))
+    };
+    match groups.iter().find(|(_, path)| !is_below(path)) {
+        Some((group, path)) => Err(QuantizeError::OwnFile { group: group.clone(), path: path.display().to_string() }),
+        None => Ok(()),
+    }
 }
 
 /// Adds what another adapter of a group showed to what those before it did.
