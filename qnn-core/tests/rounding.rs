@@ -462,3 +462,21 @@ fn impossible_roundings_are_refused() {
     assert!(matches!(why(&integers, options(SCHEME, Method::Mse)), RoundingError::NothingToRound { .. }));
     assert!(Feedback::new(&Moments::new(8), 0.01).is_none(), "nothing was seen");
 }
+
+// Guards: an input of matrices that holds what is not finite is refused by its name, by rounding and by smoothing.
+#[test]
+fn inputs_that_are_not_finite_are_named() {
+    let (backend, windows) = (HtpBackend::new(1).expect("one thread"), windows());
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    for value in [f32::NAN, f32::INFINITY] {
+        let mut graph = off_grid(false);
+        scale_columns(&mut graph, "model.layers.1.input_layernorm.weight", |_| value);
+        let options = RoundingOptions { equalize: false, ..options(SCHEME, Method::Mse) };
+        let rounding = round_weights(&graph, &options, &windows, &backend, &mut |_| {}).expect_err("by name");
+        let smoothing = smooth(&mut graph, &windows, SMOOTHING, &backend, &mut |_, _| {}).expect_err("by name");
+        for error in [rounding.to_string(), smoothing.to_string()] {
+            assert!(error.starts_with("tensor model.layers.1.input_layernorm: "), "{error}");
+            assert!(error.ends_with("values are not finite; it cannot be calibrated"), "{error}");
+        }
+    }
+}

@@ -39,6 +39,8 @@ pub enum CalibrateError {
     NoWindows { max: usize, window: usize },
     #[error("no tensor to look at")]
     NoTaps,
+    #[error("tensor {tensor}: {count} of {of} values are not finite; it cannot be calibrated")]
+    NotFinite { tensor: String, count: u64, of: u64 },
     #[error("tensor {tensor} cannot be looked at: {why}")]
     Tap { tensor: String, why: &'static str },
     #[error("graph input {input} has no meaning here; known are {known}")]
@@ -242,6 +244,28 @@ impl Calibrator {
             }
         }
         Ok(())
+    }
+}
+
+/// How many of a tap's values are numbers that something can be made of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::offline) struct Finite {
+    not_finite: u64,
+    of: u64,
+}
+
+impl Finite {
+    /// Takes note of `values`; true if all so far are finite.
+    pub(in crate::offline) fn see(&mut self, values: &[f32]) -> bool {
+        self.not_finite += values.iter().filter(|value| !value.is_finite()).count() as u64;
+        self.of += values.len() as u64;
+        self.not_finite == 0
+    }
+
+    /// Refuses values of the tensor called `name` among which some are not finite.
+    pub(in crate::offline) fn check(self, name: &str) -> Result<(), CalibrateError> {
+        let refused = || CalibrateError::NotFinite { tensor: name.to_owned(), count: self.not_finite, of: self.of };
+        if self.not_finite == 0 { Ok(()) } else { Err(refused()) }
     }
 }
 

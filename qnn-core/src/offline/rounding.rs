@@ -21,7 +21,7 @@ use crate::{
     backend::HtpBackend,
     graph::{Graph, GraphError, Node},
     offline::{
-        calibrate::{CalibrateError, Calibrator, Feed, Probe},
+        calibrate::{CalibrateError, Calibrator, Feed, Finite, Probe},
         equalize::{GroupReport, SCALES_KEY, ScalesError, equalize, has_groups},
         quantize_weights::{Bits, Feedback, Moments, QuantizeError, Rounding, Scheme, Search, quantize_with},
         source::{ElementFormat, SourceTensor},
@@ -278,7 +278,13 @@ impl Pass<'_> {
         }
         let mut moments: Vec<Moments> = taps.iter().map(|id| Moments::new(graph.tensor(*id).shape.last())).collect();
         let cx = self.backend.cx();
-        self.walk(graph, layer, &taps, hidden, &mut |_, tap, values| accumulate(&cx, &mut moments[tap], values))?;
+        let mut finite = vec![Finite::default(); taps.len()];
+        self.walk(graph, layer, &taps, hidden, &mut |_, tap, values| {
+            if finite[tap].see(values) {
+                accumulate(&cx, &mut moments[tap], values);
+            }
+        })?;
+        taps.iter().zip(finite).try_for_each(|(id, finite)| finite.check(&graph.tensor(*id).name))?;
         let damping = match self.options.method {
             Method::Feedback { damping } => Some(damping),
             Method::Nearest | Method::Mse => None,
@@ -362,7 +368,7 @@ struct Calibrated {
     feedback: Option<Feedback>,
 }
 
-/// Adds the rows in `values` to the moments: their transpose times itself, by the kernels.
+/// Adds the rows in `values`, all of them finite, to the moments: their transpose times itself, by the kernels.
 fn accumulate(cx: &Cx<'_>, moments: &mut Moments, values: &[f32]) {
     let k = moments.k();
     let m = values.len() / k;
@@ -371,7 +377,7 @@ fn accumulate(cx: &Cx<'_>, moments: &mut Moments, values: &[f32]) {
         values.iter().enumerate().for_each(|(column, value)| columns[column * m + row] = *value);
     }
     let layout = htp_sim::PackedLayout::new(k, m, htp_sim::WeightFormat::F32).expect("a matrix that is in memory");
-    let packed = pack_float(&layout, &columns).expect("as many values as the layout says");
+    let packed = pack_float(&layout, &columns).expect("finite values, as many as the layout says");
     let weights = layout.view(&packed).expect("packed for this layout");
     let part = Part { weights, bias: None, branch: None, write: Write::Add, out: moments.sums_mut() };
     htp_sim::linear(cx, Rows::F32 { x: &columns, m: k }, &mut [part]).expect("the extents are those of the layout");

@@ -21,7 +21,7 @@ use crate::{
     backend::HtpBackend,
     graph::Graph,
     offline::{
-        calibrate::{CalibrateError, Calibrator, Feed, Probe},
+        calibrate::{CalibrateError, Calibrator, Feed, Finite, Probe},
         quantize_weights::{Scheme, SchemeGrid},
     },
     tensor::TensorId,
@@ -67,7 +67,8 @@ pub enum SmoothError {
 /// metadata. `windows` of token ids show what the inputs hold. `progress` is told groups done and in all.
 ///
 /// # Errors
-/// [`ScalesError::Twice`] if factors are recorded already; [`CalibrateError`] if the graph cannot be run.
+/// [`ScalesError::Twice`] if factors are recorded already; [`CalibrateError`] if the graph cannot be run, or naming the input
+/// that holds what is not finite.
 pub fn smooth(
     graph: &mut Graph,
     windows: &[&[u32]],
@@ -89,7 +90,8 @@ pub fn smooth(
         progress(number, groups.len());
         let weights: Vec<Matrix> = group.readers.iter().map(|reader| Matrix::read(graph, reader.weight)).collect();
         let source = group.source_matrix().map(|matrix| Matrix::read(graph, matrix.weight));
-        let site = Site::new(backend.cx(), group, (&weights, source), &seen, options);
+        // Without weights to judge by the group stays as it is; who rounds the one that is not finite names it.
+        let Some(site) = Site::new(backend.cx(), group, (&weights, source), &seen, options) else { continue };
         let (error_before, best) = site.search();
         let fits = |best: &Candidate| options.least_sqnr_db.is_none_or(|least| site.input_sqnr_db(best) >= least);
         let best = best.filter(fits);
@@ -154,13 +156,19 @@ fn observe(
     let mut calibrator = Calibrator::new(graph, &Probe { taps, max_window, ..Probe::default() }, backend)?;
     let (setting, judging): (Vec<_>, Vec<_>) = windows.iter().enumerate().partition(|(number, _)| number % 2 == 0);
     let mut ends: Vec<Vec<(f32, f32)>> = groups.iter().map(|group| vec![(0.0, 0.0); group.n_columns()]).collect();
+    let mut finite = vec![Finite::default(); groups.len()];
+    let check = |graph: &Graph, finite: &[Finite]| {
+        groups.iter().zip(finite).try_for_each(|(group, finite)| finite.check(&graph.tensor(group.input).name))
+    };
     for (_, window) in &setting {
         calibrator.run(Feed::Ids(window), &mut |rows| {
+            finite[rows.tap].see(rows.values);
             for row in rows.values.chunks_exact(rows.width) {
                 ends[rows.tap].iter_mut().zip(row).for_each(|(ends, v)| *ends = (ends.0.min(*v), ends.1.max(*v)));
             }
         })?;
     }
+    check(graph, &finite)?;
     let mut all_ends = ends.clone();
     // A single window has to do both.
     let judging = if judging.is_empty() { setting } else { judging };
@@ -170,6 +178,7 @@ fn observe(
     let mut before = 0;
     for (_, window) in &judging {
         calibrator.run(Feed::Ids(window), &mut |rows| {
+            finite[rows.tap].see(rows.values);
             for (i, row) in rows.values.chunks_exact(rows.width).enumerate() {
                 keep_farthest(&mut beyond[rows.tap], &ends[rows.tap], row);
                 all_ends[rows.tap].iter_mut().zip(row).for_each(|(ends, v)| *ends = (ends.0.min(*v), ends.1.max(*v)));
@@ -181,6 +190,7 @@ fn observe(
         })?;
         before += window.len();
     }
+    check(graph, &finite)?;
     let mut all = Vec::with_capacity(groups.len());
     for (((ends, all_ends), mut rows), beyond) in ends.into_iter().zip(all_ends).zip(spread).zip(beyond) {
         let n_spread = rows.len() / ends.len();
@@ -241,18 +251,18 @@ impl<'a> Site<'a> {
         (readers, source): (&[Matrix], Option<Matrix>),
         seen: &'a Seen,
         options: SmoothOptions,
-    ) -> Site<'a> {
+    ) -> Option<Site<'a>> {
         let k = group.n_columns();
         let weights: Vec<f32> = readers.iter().flat_map(|reader| reader.values.iter().copied()).collect();
         let mut weight_tops = vec![0.0f32; k];
         for row in weights.chunks_exact(k) {
             weight_tops.iter_mut().zip(row).for_each(|(top, v)| *top = top.max(v.abs()));
         }
-        let exact = product(&cx, &seen.rows, &weights, k);
+        let exact = product(&cx, &seen.rows, &weights, k)?;
         let shares = shares(&exact, weights.len() / k, seen, readers.iter().map(|reader| reader.values.len() / k));
         let scheme = options.weights.map(|scheme| scheme.fitting(k));
         let source_scheme = source.as_ref().and_then(|source| options.weights.map(|scheme| scheme.fitting(source.k)));
-        Site { cx, group, weights, weight_tops, seen, exact, shares, scheme, source, source_scheme, k }
+        Some(Site { cx, group, weights, weight_tops, seen, exact, shares, scheme, source, source_scheme, k })
     }
 
     /// The error without factors, and the best candidate if it is clearly better.
@@ -309,7 +319,9 @@ impl<'a> Site<'a> {
         let inputs = self.rounded_inputs(&self.seen.ends, &by_column, &gains);
         let weights = self.rounded_weights(&by_column, order.as_deref());
         let n = self.weights.len() / self.k;
-        let found = product(&self.cx, &inputs, &weights, self.k);
+        let Some(found) = product(&self.cx, &inputs, &weights, self.k) else {
+            return Candidate { factors, order, error: f64::INFINITY };
+        };
         let error = |share: &Share| {
             let rows = found.chunks_exact(n).zip(self.exact.chunks_exact(n)).zip(&share.row_weights);
             let columns = share.columns.clone();
@@ -427,24 +439,27 @@ fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().enumerate().map(|(i, a)| f64::from(a - other(i)).powi(2)).sum()
 }
 
-/// `x · Wᵀ` of rows of `k`.
-fn product(cx: &Cx<'_>, x: &[f32], weights: &[f32], k: usize) -> Vec<f32> {
+/// `x · Wᵀ` of rows of `k`; `None` if a weight is not finite.
+fn product(cx: &Cx<'_>, x: &[f32], weights: &[f32], k: usize) -> Option<Vec<f32>> {
     let (m, n) = (x.len() / k, weights.len() / k);
     let layout = htp_sim::PackedLayout::new(n, k, WeightFormat::F32).expect("a matrix that is in memory");
-    let packed = pack_float(&layout, weights).expect("as many values as the layout says");
+    let packed = pack_float(&layout, weights).ok()?;
     let mut out = vec![0.0; m * n];
     let weights = layout.view(&packed).expect("packed for this layout");
     let part = Part { weights, bias: None, branch: None, write: Write::Store, out: &mut out };
     htp_sim::linear(cx, Rows::F32 { x, m }, &mut [part]).expect("the extents are those of the layout");
-    out
+    Some(out)
 }
 
 /// Factors around 1, as they are recorded: numbers that f16 holds. Block scales of source and readers are f16, too, and are
 /// multiplied and divided by them: as far up as down, both keep their bits longest.
 fn rounded(factors: &[f32]) -> Vec<f32> {
-    let (least, most) = factors.iter().fold((f32::MAX, 0.0f32), |ends, f| (ends.0.min(*f), ends.1.max(*f)));
-    let middle = (least * most).sqrt();
-    let limited = |factor: &f32| (factor / middle).clamp(1.0 / MAX_FACTOR, MAX_FACTOR);
+    // A channel that hardly holds anything makes a factor that no f32 holds.
+    let held = |factor: &f32| factor.clamp(f32::MIN_POSITIVE, f32::MAX);
+    let (least, most) = factors.iter().map(held).fold((f32::MAX, 0.0f32), |ends, f| (ends.0.min(f), ends.1.max(f)));
+    let product = least * most;
+    let middle = if product.is_normal() { product.sqrt() } else { least.sqrt() * most.sqrt() };
+    let limited = |factor: &f32| (held(factor) / middle).clamp(1.0 / MAX_FACTOR, MAX_FACTOR);
     factors.iter().map(|factor| half::f16::from_f32(limited(factor)).to_f32()).collect()
 }
 
@@ -460,3 +475,19 @@ const LEAST_PARTS: [f32; 6] = [0.5, 0.25, 0.0625, 0.015_625, 0.003_906_25, 0.000
 const LEAST_GAIN: f64 = 0.95;
 /// Farthest that a channel is scaled; f16 holds its inverse with all its bits.
 const MAX_FACTOR: f32 = 8192.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: channels of any size get factors that f16 holds, as far up as down; a factor that is none ends in NaN weights.
+    #[test]
+    fn factors_of_any_size_are_held() {
+        for factors in [[1e-42, 1.0], [f32::INFINITY, 1.0], [f32::INFINITY, 1e38], [0.0, 1e-30], [4.0, 1.0]] {
+            let found = rounded(&factors);
+            let inside = |factor: &f32| (1.0 / MAX_FACTOR..=MAX_FACTOR).contains(factor);
+            assert!(found.iter().all(inside), "{factors:?}: {found:?}");
+        }
+        assert_eq!(rounded(&[4.0, 1.0]), [2.0, 0.5]);
+    }
+}
