@@ -14,6 +14,7 @@ use qnn_core::{
     offline::{
         arch::{Grouping, WeightType},
         dlc::{read_dlc, write_dlc},
+        encodings::EncodingsFile,
         quantize::{
             Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, encode, matrix_inputs, observe,
             quantize,
@@ -92,6 +93,28 @@ fn matrix_inputs_get_encodings_that_fit() {
         assert!(distance(&htp, &reference) < 1e-3, "{bits} bits: {}", distance(&htp, &reference));
         assert!(distance(&htp, &float) < bound, "{bits} bits: {} off float", distance(&htp, &float));
     }
+}
+
+// Broken if what an encodings file has as floats becomes integers though the report says that it is left as it is, or if
+// the backends then differ.
+#[test]
+fn what_a_file_has_as_floats_stays_floats() {
+    let graph = model(false);
+    let (weight, input) = ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.input_layernorm");
+    let json = serde_json::json!({"version": "2.0.0", "encodings": [
+        {"name": weight, "output_dtype": "float16"}, {"name": input, "output_dtype": "float16"},
+    ]});
+    let file = EncodingsFile::parse(json.to_string().as_bytes()).expect("AIMET's form");
+    let text = ids(1, 32);
+    let done = with_tools(|tools| quantize(&graph, &[&text], &options(8), Some(&file), tools)).expect("it can be");
+    let (quantized, overrides) = (done.0, done.1.overrides.expect("there was a file"));
+    assert_eq!(overrides.passed_over.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), [weight, input]);
+    for name in [weight, input] {
+        let [now, before] = [&quantized, &graph].map(|graph| graph.tensor(graph.find(name).expect("it is there")));
+        assert!(now.data_type == before.data_type && now.encoding.is_none(), "{name} is {}", now.data_type);
+    }
+    let (htp, reference) = (logits(&quantized, true, None), logits(&quantized, false, None));
+    assert!(distance(&htp, &reference) < 1e-3, "{}", distance(&htp, &reference));
 }
 
 // Broken if a section loses an adapter's encodings, if they do not hold after an apply, or if they stay after it is gone.

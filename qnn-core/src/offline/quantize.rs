@@ -143,7 +143,7 @@ pub struct QuantizeReport {
 
 /// Quantizes `graph`: weights by `options` or the scales of `overrides`, inputs of matrices by `overrides` or by their ranges
 /// over `windows` of token ids. Without windows only tensors that a file has encodings for become static; the others are
-/// quantized row by row when the graph runs.
+/// quantized row by row when the graph runs. What the file has as floats stays floats.
 ///
 /// # Errors
 /// [`QuantizeError`] naming the tensor or file, and what is wrong with it.
@@ -160,12 +160,12 @@ pub fn quantize(
         let (overridden, done) = override_encodings(&result, file)?;
         (result, report.overrides) = (overridden, Some(done));
     }
-    (result, report.weights) = quantize_weights(&result, options, tools)?;
-    let taps = matrix_inputs(&result);
-    if taps.is_empty() {
+    let floats = report.overrides.as_ref().map_or(&[][..], |done| &done.floats);
+    (result, report.weights) = quantize_weights(&result, options, floats, tools)?;
+    if matrix_inputs(&result).is_empty() {
         return Err(QuantizeError::NothingToDo);
     }
-    let open: Vec<TensorId> = taps.into_iter().filter(|id| result.tensor(*id).encoding.is_none()).collect();
+    let open = open_inputs(&result, floats);
     if windows.is_empty() {
         make_dynamic(&mut result, &open, options.activations.bits)?;
     } else if !open.is_empty() {
@@ -182,7 +182,7 @@ pub fn quantize(
 }
 
 /// `graph` with the encodings of `file`; inputs of matrices that it has none for are quantized row by row, as codes of `bits`
-/// bits, when the graph runs.
+/// bits, when the graph runs, but for those that it has as floats.
 ///
 /// # Errors
 /// [`QuantizeError::Encodings`] naming the tensors that do not fit.
@@ -193,8 +193,7 @@ pub fn with_overrides(
     cache: Option<CacheType>,
 ) -> Result<(Graph, OverrideReport), QuantizeError> {
     let (mut result, report) = override_encodings(graph, file)?;
-    let inputs = matrix_inputs(&result);
-    let open: Vec<TensorId> = inputs.into_iter().filter(|id| result.tensor(*id).encoding.is_none()).collect();
+    let open = open_inputs(&result, &report.floats);
     make_dynamic(&mut result, &open, bits)?;
     Ok((with_updatable_types(&with_cache(&result, cache)?)?, report))
 }
@@ -220,6 +219,12 @@ pub fn matrix_inputs(graph: &Graph) -> Vec<TensorId> {
         fits.then(|| node.inputs[0])
     };
     graph.nodes().iter().filter_map(input).filter(|id| seen.insert(*id)).collect()
+}
+
+/// Inputs of matrices without static encodings, but for `floats`.
+fn open_inputs(graph: &Graph, floats: &[String]) -> Vec<TensorId> {
+    let is_open = |id: &TensorId| graph.tensor(*id).encoding.is_none() && !floats.contains(&graph.tensor(*id).name);
+    matrix_inputs(graph).into_iter().filter(is_open).collect()
 }
 
 /// What `taps` hold when the float version of `graph` runs over `windows`, with `adapter` at strength 1 or without.
@@ -270,10 +275,11 @@ pub fn encode(name: &str, observer: &Observer, wanted: Activations) -> Result<Te
     Ok(TensorReport { name: name.to_owned(), range: observer.range(), encoding, sqnr_db })
 }
 
-/// Float matrices of `graph` as integers.
+/// Float matrices of `graph` as integers, but for `floats`.
 fn quantize_weights(
     graph: &Graph,
     options: &QuantizeOptions,
+    floats: &[String],
     tools: &mut Tools<'_>,
 ) -> Result<(Graph, usize), QuantizeError> {
     if !matches!(options.weights, WeightType::Int { .. }) {
@@ -295,7 +301,8 @@ fn quantize_weights(
             DataType::BFloat16 => ElementFormat::Bf16,
             _ => continue,
         };
-        let (true, Some(TensorData::Flat(bytes))) = (tensor.shape.rank() == 2, &tensor.data) else { continue };
+        let is_matrix = tensor.shape.rank() == 2 && !floats.contains(&tensor.name);
+        let (true, Some(TensorData::Flat(bytes))) = (is_matrix, &tensor.data) else { continue };
         (tools.progress)(Progress::Weight(&tensor.name));
         let is_table = tables.contains(&id) || tensor.name == "lm_head.weight";
         let class = if is_table { WeightClass::Embedding } else { WeightClass::Linear };

@@ -26,6 +26,8 @@ pub struct OverrideReport {
     pub unknown: Vec<String>,
     /// Tensors of both that keep what they have, and why.
     pub passed_over: Vec<(String, &'static str)>,
+    /// Those of them that the file has as floats, by their names in the graph.
+    pub floats: Vec<String>,
 }
 
 /// `graph` with the encodings of `file`: weights as integers of its scales, whatever they were before, and static encodings
@@ -53,6 +55,7 @@ pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph,
         let pass = |why, report: &mut OverrideReport| report.passed_over.push((entry.name.clone(), why));
         let Numbers::Integer(integers) = &entry.numbers else {
             pass("the file has it as floats", &mut report);
+            report.floats.push(tensor.name.clone());
             continue;
         };
         let changed = if tensor.tensor_type.is_static() {
