@@ -185,6 +185,13 @@ fn imported_adapters_follow_a_base_that_is_scaled_later() {
     let unscaled = read_dlc(&workplace.path("model.dlc")).unwrap();
     refused(&unscaled, &want.list, "no", &["first.safetensors", "other channel scales"]);
     refused(&graph, &plain.list, "out", &["over the imported ones", "name another folder"]);
+    let scales =
+        json!({"version": "2.0.0", "encodings": [{"name": lora::b_name(Q), "output_dtype": "int8", "y_scale": 0.5}]});
+    std::fs::write(workplace.path("aimet.encodings"), scales.to_string()).unwrap();
+    let own = "use_case: [{name: own, lora_weights: one, quant_overrides: aimet.encodings}]";
+    let own = workplace.import_to(own, "model.dlc", "own").unwrap();
+    assert!(!place_adapters(&unscaled, &own.list, &workplace.path("no")).unwrap().are_scaled);
+    refused(&graph, &own.list, "no", &["own.safetensors", "aimet.encodings", "--equalize_channels false"]);
     refused(&read_dlc(&workplace.path("base.dlc")).unwrap(), &plain.list, "no", &["no adapter branches"]);
     let small = tiny("small", Tiny { layers: 1, ..Tiny::default() });
     let plan = LoraPlan { targets: [Q.to_owned()].into(), max_rank: 7, bits: None, mode: UpdatableMode::AdapterOnly };

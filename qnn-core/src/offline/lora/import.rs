@@ -148,13 +148,21 @@ fn output_files(folder: &Path, name: &str) -> [PathBuf; 2] {
 /// A use case that fits.
 struct Prepared {
     folded: Folded,
-    /// Of the equalization that the values were scaled for.
-    base_scales: Option<String>,
+    origin: Origin,
     encodings: ParamEncodings,
     branches: usize,
     max_rank: usize,
     data_type: DataType,
     warnings: Vec<String>,
+}
+
+/// What the values and encodings of an adapter were made for and with.
+#[derive(Default)]
+pub(super) struct Origin {
+    /// Fingerprint of the channel scales of the base.
+    pub(super) base_scales: Option<String>,
+    /// The file that has scales of the weights, as the YAML names it.
+    pub(super) quant_overrides: Option<String>,
 }
 
 fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoint]) -> Result<Prepared, Error> {
@@ -199,8 +207,11 @@ fn prepare(case: &yaml::UseCase, base: &Path, graph: &Graph, points: &[AttachPoi
             overridden(&text, &folded, data_type, &mut warnings).map_err(Error::lora(&path))?
         }
     };
-    let base_scales = fingerprint(graph.metadata());
-    Ok(Prepared { folded, base_scales, encodings, branches: branches.len(), max_rank, data_type, warnings })
+    let origin = Origin {
+        base_scales: fingerprint(graph.metadata()),
+        quant_overrides: case.quant_overrides.as_ref().map(|path| path.to_string_lossy().into_owned()),
+    };
+    Ok(Prepared { folded, origin, encodings, branches: branches.len(), max_rank, data_type, warnings })
 }
 
 /// Modules that a config targets, the graph has, and the file has no tensors for: PEFT leaves these at zero.
@@ -303,7 +314,7 @@ impl Prepared {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let folded = &self.folded;
         let [weights, encodings] = output_files(folder, &folded.name);
-        let bytes = safetensors_of(folded, self.base_scales.as_deref()).map_err(Error::lora(&weights))?;
+        let bytes = safetensors_of(folded, &self.origin).map_err(Error::lora(&weights))?;
         atomic_file::write(&weights, |file| file.write_all(&bytes)).map_err(Error::io(&weights))?;
         let json = format!("{}\n", self.encodings.to_json());
         atomic_file::write(&encodings, |file| file.write_all(json.as_bytes())).map_err(Error::io(&encodings))?;
@@ -324,14 +335,16 @@ impl Prepared {
 
 /// The values as a safetensors file: float32, named as in the graph, with what they are in the metadata. The same values
 /// always give the same bytes.
-pub(super) fn safetensors_of(folded: &Folded, base_scales: Option<&str>) -> Result<Vec<u8>, LoraError> {
+pub(super) fn safetensors_of(folded: &Folded, origin: &Origin) -> Result<Vec<u8>, LoraError> {
     let mut header = serde_json::Map::new();
     let slots = serde_json::to_string(&folded.slots).map_err(LoraError::Json)?;
     let mut metadata = json!({
         "format": FORMAT, "version": VERSION, "use_case": folded.name, "rank": folded.rank.to_string(), "slots": slots,
     });
-    if let Some(base_scales) = base_scales {
-        metadata[SCALES_KEY] = base_scales.into();
+    for (key, value) in [(SCALES_KEY, &origin.base_scales), (OVERRIDES_KEY, &origin.quant_overrides)] {
+        if let Some(value) = value {
+            metadata[key] = value.as_str().into();
+        }
     }
     header.insert("__metadata__".to_owned(), metadata);
     let mut data: Vec<u8> = Vec::new();
@@ -381,6 +394,8 @@ pub const LIST_FILE: &str = "lora_output_files.yaml";
 pub const FORMAT: &str = "genie-lora";
 /// Value of "version" in the metadata of a weights file.
 pub const VERSION: &str = "1";
+/// Key of the encodings file in the metadata of a weights file, if there was one.
+pub(super) const OVERRIDES_KEY: &str = "quant_overrides";
 /// Longest YAML that is read.
 const MAX_YAML_BYTES: u64 = 4 << 20;
 /// Longest encodings file that is read.

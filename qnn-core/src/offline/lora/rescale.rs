@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{
     Folded, FoldedModule, LoraError, PREFIX, Slot, attach_points,
-    import::{LIST_FILE, encodings, safetensors_of},
+    import::{LIST_FILE, OVERRIDES_KEY, Origin, encodings, safetensors_of},
     on_base,
 };
 use crate::{
@@ -52,8 +52,8 @@ impl PlacedAdapters {
 
     /// Has a scaled adapter written, in the form in which the importer writes it.
     fn add_adapter(&mut self, graph: &Graph, folded: &Folded, weights: &Path, encoded: &Path) -> Result<(), Error> {
-        let scales = fingerprint(graph.metadata());
-        self.add(weights, safetensors_of(folded, scales.as_deref()).map_err(Error::lora(weights))?);
+        let origin = Origin { base_scales: fingerprint(graph.metadata()), ..Origin::default() };
+        self.add(weights, safetensors_of(folded, &origin).map_err(Error::lora(weights))?);
         let data_type = attach_points(graph).iter().find_map(|point| Some(point.branch?.data_type));
         let json = encodings(folded, data_type.unwrap_or(DataType::Float32)).to_json();
         self.add(encoded, format!("{json}\n").into_bytes());
@@ -83,8 +83,8 @@ impl PlacedAdapters {
 /// [`PlacedAdapters::write`].
 ///
 /// # Errors
-/// [`Error::Lora`] naming the file: an adapter that does not fit the graph or was imported for other scales, or one that
-/// would have to be written over itself.
+/// [`Error::Lora`] naming the file: an adapter that does not fit the graph or was imported for other scales, one to be
+/// scaled that was imported with quant_overrides, or one that would have to be written over itself.
 pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<PlacedAdapters, Error> {
     let want = fingerprint(graph.metadata());
     let home = list.parent().unwrap_or(Path::new(""));
@@ -105,6 +105,15 @@ pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<Place
         }
         if have.is_some() {
             return Err(refused(LoraError::OtherScales));
+        }
+        if let Some(overrides) = file.metadata(OVERRIDES_KEY) {
+            return Err(refused(LoraError::NotSupported {
+                what: format!(
+                    "scaling an adapter with the encodings of {overrides}, which are for its weights as they are"
+                ),
+                instead: "leave the base's channels as they are (--equalize_channels false, --smooth_inputs false), or \
+                          import the adapter without quant_overrides",
+            }));
         }
         let folded = on_base(&folded, Some(graph.metadata())).map_err(refused)?.into_owned();
         let places = [&adapter.weights, &adapter.encodings].map(|path| below(path, home, folder));
