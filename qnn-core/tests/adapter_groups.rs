@@ -522,6 +522,20 @@ fn nothing_is_written_before_all_are_calibrated() {
     assert!(files().iter().zip(&before).all(|(now, before)| now.is_some() && now != before));
 }
 
+// Guards: what is found for an adapter is not written where the generator does not look; a member of a group needs no file.
+#[test]
+fn an_adapter_without_a_place_for_encodings_is_refused() {
+    let project = Project::new("all");
+    for (name, fits) in [("three", false), ("one", true)] {
+        let list = LIST.replace(&format!(", encodings: {name}.encodings"), "");
+        std::fs::write(project.path("list.yaml"), list).unwrap();
+        let done = project.observe(&mut PlacedAdapters::as_imported(&project.path("list.yaml")));
+        let refused = done.map_err(|error| chain(&error)).err();
+        assert_eq!(refused.is_none(), fits, "{name}: {refused:?}");
+        assert!(refused.is_none_or(|error| error.contains("adapter three has no key encodings")), "{name}");
+    }
+}
+
 // Guards: the encodings of a group that the user keeps elsewhere are not replaced; the message names group and file.
 #[test]
 fn a_file_outside_of_the_lists_folder_is_not_replaced() {

@@ -33,7 +33,7 @@ pub use adapters::{AdapterError, SectionReport};
 pub use config_file::ConfigFile;
 
 use adapters::Adapters;
-pub(in crate::offline) use adapters::{is_computed, listed_adapters, listed_in};
+pub(in crate::offline) use adapters::{Listed, ListedAdapter, is_computed, listed_adapters, listed_in};
 pub(crate) use split::{LAYER_OUTPUTS, between};
 
 /// What to make of a DLC.

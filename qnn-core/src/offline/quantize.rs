@@ -77,6 +77,11 @@ pub enum QuantizeError {
     #[error("no computed tensor is updatable (quant_updatable_mode {mode}): convert with --quant_updatable_mode all")]
     NothingUpdatable { mode: String },
     #[error(
+        "adapter {adapter} has no key encodings in the list, so nothing would read what is found; add one, as in \
+         encodings: {adapter}.encodings"
+    )]
+    NoFile { adapter: String },
+    #[error(
         "group {group}: its encodings are in {path}, outside of the folder of the list, and would be replaced there; for \
          calibrated ones leave its key encodings out where the group is imported"
     )]

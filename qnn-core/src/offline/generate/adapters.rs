@@ -38,8 +38,8 @@ use crate::{
 
 mod list;
 
+pub(in crate::offline) use list::{Listed, ListedAdapter, listed_adapters, listed_in};
 use list::{OutputFiles, UseCase};
-pub(in crate::offline) use list::{listed_adapters, listed_in};
 
 /// Why adapters cannot be made sections.
 #[derive(Debug, thiserror::Error)]

@@ -30,6 +30,8 @@ pub struct PlacedAdapters {
     pub list: PathBuf,
     /// Whether they were scaled; then the list is a new one.
     pub are_scaled: bool,
+    /// The list that they come from.
+    origin: PathBuf,
     /// Contents of the files to write.
     pending: BTreeMap<PathBuf, Bytes>,
 }
@@ -37,7 +39,12 @@ pub struct PlacedAdapters {
 impl PlacedAdapters {
     /// The adapters of `list` (`lora_output_files.yaml`) as they are.
     pub fn as_imported(list: &Path) -> PlacedAdapters {
-        PlacedAdapters { list: list.to_owned(), are_scaled: false, pending: BTreeMap::new() }
+        PlacedAdapters { list: list.to_owned(), are_scaled: false, origin: list.to_owned(), pending: BTreeMap::new() }
+    }
+
+    /// The list that the user has of them.
+    pub(in crate::offline) fn origin(&self) -> &Path {
+        &self.origin
     }
 
     /// What [`PlacedAdapters::write`] will write to `path`.
@@ -51,9 +58,16 @@ impl PlacedAdapters {
     }
 
     /// Has a scaled adapter written, in the form in which the importer writes it.
-    fn add_adapter(&mut self, graph: &Graph, folded: &Folded, weights: &Path, encoded: &Path) -> Result<(), Error> {
+    fn add_adapter(
+        &mut self,
+        graph: &Graph,
+        folded: &Folded,
+        weights: &Path,
+        encoded: Option<&Path>,
+    ) -> Result<(), Error> {
         let origin = Origin { base_scales: fingerprint(graph.metadata()), ..Origin::default() };
         self.add(weights, safetensors_of(folded, &origin).map_err(Error::lora(weights))?);
+        let Some(encoded) = encoded else { return Ok(()) };
         let data_type = attach_points(graph).iter().find_map(|point| Some(point.branch?.data_type));
         let json = encodings(folded, data_type.unwrap_or(DataType::Float32)).to_json();
         self.add(encoded, format!("{json}\n").into_bytes());
@@ -116,9 +130,9 @@ pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<Place
             }));
         }
         let folded = on_base(&folded, Some(graph.metadata())).map_err(refused)?.into_owned();
-        let places = [&adapter.weights, &adapter.encodings].map(|path| below(path, home, folder));
-        let [weights, encodings] = places;
-        scaled.push((folded, weights.map_err(refused)?, encodings.map_err(refused)?));
+        let place = |path: &PathBuf| below(path, home, folder).map_err(refused);
+        let encodings = adapter.encodings.as_ref().map(place).transpose()?;
+        scaled.push((folded, place(&adapter.weights)?, encodings));
     }
     if scaled.is_empty() {
         return Ok(PlacedAdapters::as_imported(list));
@@ -133,9 +147,10 @@ pub fn place_adapters(graph: &Graph, list: &Path, folder: &Path) -> Result<Place
             instead: "name another folder",
         }));
     }
-    let mut placed = PlacedAdapters { are_scaled: true, ..PlacedAdapters::as_imported(&folder.join(LIST_FILE)) };
+    let copy = PlacedAdapters::as_imported(&folder.join(LIST_FILE));
+    let mut placed = PlacedAdapters { are_scaled: true, origin: list.to_owned(), ..copy };
     for (folded, weights, encodings) in &scaled {
-        placed.add_adapter(graph, folded, weights, encodings)?;
+        placed.add_adapter(graph, folded, weights, encodings.as_deref())?;
     }
     // Its paths are relative, so it is true of the new files as well.
     let text = read_text(list, MAX_LIST_BYTES)?;

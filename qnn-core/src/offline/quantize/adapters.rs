@@ -15,7 +15,7 @@ use crate::{
     offline::{
         encodings::{EncodingsFile, FileEncoding, FileVersion, Integers, Layout, Numbers},
         equalize::{SCALES_KEY, fingerprint},
-        generate::{is_computed, listed_adapters, listed_in},
+        generate::{Listed, ListedAdapter, is_computed, listed_adapters, listed_in},
         lora::{
             LoraError, MODE_KEY, PlacedAdapters,
             values::{self, Matrix},
@@ -51,8 +51,8 @@ pub struct AdapterReport {
 /// with it slower, and no other one.
 ///
 /// # Errors
-/// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks, or the group whose file is not below the list's
-/// folder.
+/// [`Error`] with the file, or [`QuantizeError`] naming what the DLC lacks, or the adapter or group whose encodings have
+/// no place below the list's folder.
 pub fn calibrate_adapters(
     graph: &Graph,
     quantized: &Graph,
@@ -61,8 +61,8 @@ pub fn calibrate_adapters(
     wanted: Activations,
     tools: &mut Tools<'_>,
 ) -> Result<Vec<AdapterReport>, Error> {
-    let list = placed.list.clone();
-    let refused = |why| Error::quantize(&list)(why);
+    let (list, origin) = (placed.list.clone(), placed.origin().to_owned());
+    let refused = |why| Error::quantize(&origin)(why);
     let taps: Vec<TensorId> =
         quantized.ids_where(|t| !t.tensor_type.is_static() && t.tensor_type.is_updateable() && t.encoding.is_some());
     if taps.is_empty() {
@@ -78,7 +78,7 @@ pub fn calibrate_adapters(
         None => listed_adapters(&list),
     };
     let listed = listed.map_err(|why| Error::Generate { path: list.clone(), why: Box::new(why) })?;
-    check_places(&list, &listed.groups).map_err(refused)?;
+    check_places(&list, &listed).map_err(refused)?;
     let mut shared: Vec<(Vec<Observer>, AdapterReport)> = Vec::new();
     for (name, path) in listed.groups {
         shared.push((Vec::new(), AdapterReport { name, members: Vec::new(), tensors: 0, wide: 0, path }));
@@ -90,13 +90,16 @@ pub fn calibrate_adapters(
         let observers = observe(graph, &taps, windows, Some(&values), tools).map_err(refused)?;
         match shared.iter_mut().find(|(_, group)| adapter.group.as_ref() == Some(&group.name)) {
             Some((seen, group)) => {
-                add_to_file(placed, &adapter.encodings, quantized, Vec::new())?;
+                if let Some(own) = &adapter.encodings {
+                    add_to_file(placed, own, quantized, Vec::new())?;
+                }
                 group.members.push(adapter.name);
                 merge(seen, observers);
             }
             None => {
                 let entries = entries(quantized, &taps, &observers, wanted).map_err(refused)?;
-                let (tensors, wide, path) = (entries.len(), n_wide(&entries), adapter.encodings);
+                let path = adapter.encodings.expect("`check_places` refused adapters without");
+                let (tensors, wide) = (entries.len(), n_wide(&entries));
                 add_to_file(placed, &path, quantized, entries)?;
                 reports.push(AdapterReport { name: adapter.name, members: Vec::new(), tensors, wide, path });
             }
@@ -111,8 +114,13 @@ pub fn calibrate_adapters(
     Ok(reports)
 }
 
-/// Refuses a group whose encodings file lies elsewhere than the files of its list: it is the user's own.
-fn check_places(list: &Path, groups: &[(String, PathBuf)]) -> Result<(), QuantizeError> {
+/// Refuses an adapter without a place for its encodings, and a group whose encodings file lies elsewhere than the files of
+/// its list: it is the user's own.
+fn check_places(list: &Path, listed: &Listed) -> Result<(), QuantizeError> {
+    let has_none = |adapter: &&ListedAdapter| adapter.encodings.is_none() && adapter.group.is_none();
+    if let Some(adapter) = listed.adapters.iter().find(has_none) {
+        return Err(QuantizeError::NoFile { adapter: adapter.name.clone() });
+    }
     let home = list.parent().unwrap_or(Path::new(""));
     let is_below = |path: &Path| {
         let plain = |rest: &Path| rest.components().all(|part| matches!(part, Component::Normal(_)));
@@ -120,7 +128,7 @@ fn check_places(list: &Path, groups: &[(String, PathBuf)]) -> Result<(), Quantiz
         path.strip_prefix(home).is_ok_and(plain)
             || real(path).zip(real(list)).is_some_and(|(path, list)| path.starts_with(list))
     };
-    match groups.iter().find(|(_, path)| !is_below(path)) {
+    match listed.groups.iter().find(|(_, path)| !is_below(path)) {
         Some((group, path)) => Err(QuantizeError::OwnFile { group: group.clone(), path: path.display().to_string() }),
         None => Ok(()),
     }

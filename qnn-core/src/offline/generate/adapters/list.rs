@@ -98,7 +98,7 @@ pub(in crate::offline) fn listed_in(yaml: &Path, text: &[u8]) -> Result<Listed, 
     let folder = yaml.parent().unwrap_or(Path::new(""));
     let listed = |case: &UseCase| {
         let weights = folder.join(&case.weights);
-        let encodings = case.encodings.as_ref().map_or(weights.with_extension("encodings"), |path| folder.join(path));
+        let encodings = case.encodings.as_ref().map(|path| folder.join(path));
         let group = group_of.get(case.name.as_str()).map(|group| group.name.clone());
         ListedAdapter { name: case.name.clone(), weights, encodings, group }
     };
@@ -118,7 +118,8 @@ pub(in crate::offline) struct Listed {
 pub(in crate::offline) struct ListedAdapter {
     pub(in crate::offline) name: String,
     pub(in crate::offline) weights: PathBuf,
-    pub(in crate::offline) encodings: PathBuf,
+    /// `None`: it has none, whatever lies beside the weights.
+    pub(in crate::offline) encodings: Option<PathBuf>,
     /// Name of its group.
     pub(in crate::offline) group: Option<String>,
 }
