@@ -454,7 +454,11 @@ fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
         write_atomic(&path, |out| writeln!(out, "{}", file.to_json())).with_context(|| path.display().to_string())?;
         println!("wrote {} ({} tensors)", path.display(), file.tensors.len());
         if let Some(first) = left_out.first() {
-            println!("  without {} weights whose blocks have float minima, {first} the first", left_out.len());
+            let what = match version {
+                FileVersion::V0_6_1 => "with scales per block, which version 0.6.1 has no place for",
+                _ => "whose blocks have float minima",
+            };
+            println!("  without {} weights {what}, {first} the first", left_out.len());
         }
     }
     Ok(())

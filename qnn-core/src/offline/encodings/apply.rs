@@ -286,12 +286,18 @@ fn whole_offsets(offsets: &[i64]) -> Result<Vec<u8>, String> {
     offsets.iter().map(|o| byte(o).map_err(|_| format!("offset {o} of a block, need -128 to 127"))).collect()
 }
 
-/// The encodings of `graph` as a file, and the names of weights whose encodings such a file cannot say (float minima).
+/// The encodings of `graph` as a file, and the names of weights whose encodings such a file cannot say: blocks with float
+/// minima, in 0.6.1 all blocks.
 pub fn dump(graph: &Graph, version: FileVersion) -> (EncodingsFile, Vec<String>) {
     let (mut tensors, mut left_out) = (Vec::new(), Vec::new());
     for tensor in graph.tensors() {
         let Some(encoding) = &tensor.encoding else { continue };
-        match integers(tensor, encoding) {
+        // Read from a list, scales of blocks would be those of channels; where a block is a whole row they are.
+        let has_place = |integers: &Integers| match integers.layout {
+            Layout::PerBlock { block_size } => version != FileVersion::V0_6_1 || block_size == tensor.shape.last(),
+            _ => true,
+        };
+        match integers(tensor, encoding).filter(has_place) {
             None => left_out.push(tensor.name.clone()),
             Some(integers) => tensors.push(FileEncoding {
                 name: tensor.name.clone(),
