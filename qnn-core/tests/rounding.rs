@@ -10,7 +10,7 @@ use qnn_core::{
     offline::{
         calibrate::{Calibrator, Feed, Probe, float_graph},
         dlc,
-        equalize::{ChannelScales, ScalesError, SmoothError, SmoothOptions, equalize, smooth},
+        equalize::{ChannelScales, ScalesError, Schemes, SmoothError, SmoothOptions, equalize, smooth},
         lora::{Folded, FoldedModule, adapter_for_graph},
         quantize_weights::{Bits, Feedback, Moments, Rounding, Scheme, Search, quantize_with},
         rounding::{Method, RoundingError, RoundingOptions, round_weights, set_dynamic_activations},
@@ -21,8 +21,10 @@ use support::{Form, Rng, Tiny, tiny};
 
 const RANK: usize = 4;
 const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
+const SCHEMES: Schemes = Schemes { layers: SCHEME, head: SCHEME };
+const EIGHT: Scheme = Scheme::Block { bits: Bits::Eight, block_size: 16 };
 const SMOOTHING: SmoothOptions =
-    SmoothOptions { weights: Some(Scheme::Block { bits: Bits::Eight, block_size: 16 }), least_sqnr_db: None };
+    SmoothOptions { weights: Some(Schemes { layers: EIGHT, head: EIGHT }), least_sqnr_db: None };
 
 /// A float model whose weights came off their four-bit grid by factors on the channels between norms and matrices.
 fn off_grid(branch: bool) -> Graph {
@@ -116,19 +118,19 @@ fn equalization_keeps_the_function_and_lowers_the_error() {
     let workers = Workers::new(2).expect("two threads");
     let graph = off_grid(false);
     let mut equalized = graph.clone();
-    let reports = equalize(&mut equalized, SCHEME, &workers).expect("a float graph");
+    let reports = equalize(&mut equalized, SCHEMES, &workers).expect("a float graph");
     assert_eq!(reports.len(), 8, "two norms, v to o and up to down in each of two layers");
     let norms = reports.iter().filter(|report| report.source.ends_with("layernorm.weight"));
     let (before, after) = norms.fold((0.0, 0.0), |(a, b), r| (a + r.error_before, b + r.error_after));
     assert!(after < 0.9 * before, "{after} after {before}: {reports:?}");
     assert!(distance(&logits(&equalized, None), &logits(&graph, None)) < 1e-3);
     let mut again = graph.clone();
-    equalize(&mut again, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    equalize(&mut again, SCHEMES, &Workers::new(1).expect("one thread")).expect("a float graph");
     assert_eq!(again.metadata(), equalized.metadata(), "the factors do not depend on the number of workers");
-    assert!(matches!(equalize(&mut equalized, SCHEME, &workers), Err(ScalesError::Twice)));
+    assert!(matches!(equalize(&mut equalized, SCHEMES, &workers), Err(ScalesError::Twice)));
     let on_grid = float_graph(&tiny("model", Tiny { forms: &[Form::Int4BlockMin], ..Tiny::default() }));
     let mut on_grid = on_grid.expect("plain constants");
-    equalize(&mut on_grid, SCHEME, &workers).expect("a float graph");
+    equalize(&mut on_grid, SCHEMES, &workers).expect("a float graph");
     assert!(ChannelScales::of(on_grid.metadata()).expect("none").is_empty(), "weights on the grid stay where they are");
     let mut encoded = graph.clone();
     for name in ["model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj"] {
@@ -136,7 +138,7 @@ fn equalization_keeps_the_function_and_lowers_the_error() {
         let encoding = Encoding::ScaleOffset { bitwidth: 16, scale: 1e-4, offset: 0 };
         encoded.set_encoding(id, DataType::SFixedPoint16, Some(encoding)).expect("a computed tensor can have it");
     }
-    let reports = equalize(&mut encoded, SCHEME, &workers).expect("a float graph");
+    let reports = equalize(&mut encoded, SCHEMES, &workers).expect("a float graph");
     assert_eq!(reports.len(), 6, "a reader's input and a source's output have encodings");
 }
 
@@ -146,7 +148,7 @@ fn equalization_keeps_the_function_and_lowers_the_error() {
 fn adapters_follow_an_equalized_base() {
     let graph = off_grid(true);
     let mut equalized = graph.clone();
-    equalize(&mut equalized, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    equalize(&mut equalized, SCHEMES, &Workers::new(1).expect("one thread")).expect("a float graph");
     let folded = random_folded();
     let (base, want) = (logits(&graph, None), logits(&graph, Some(&folded)));
     assert!(distance(&base, &want) > 0.05, "the adapter has an effect");
@@ -165,7 +167,7 @@ fn adapters_follow_an_equalized_base() {
 fn scaled_tensors_are_known_by_their_factors() {
     let graph = off_grid(false);
     let mut equalized = graph.clone();
-    equalize(&mut equalized, SCHEME, &Workers::new(1).expect("one thread")).expect("a float graph");
+    equalize(&mut equalized, SCHEMES, &Workers::new(1).expect("one thread")).expect("a float graph");
     let factors = ChannelScales::of(equalized.metadata()).expect("recorded just now").of_tensors(&equalized);
     let normed = "model.layers.0.input_layernorm";
     let values = |graph: &Graph| {
@@ -433,6 +435,39 @@ fn a_head_of_four_bits_leaves_the_embedding() {
     let nearest = distance(&logits(&round(Method::Nearest).0, None), &want);
     assert!(fed_back < 0.05 && fed_back < nearest, "{fed_back}, nearest {nearest}");
     assert_eq!(report.weights.iter().filter(|weight| weight.bits == 8).count(), 1);
+}
+
+// Guards: a head with a weight of its own is equalized and smoothed for its own grid, not for that of the layers.
+#[test]
+fn a_heads_channels_are_scaled_for_its_grid() {
+    let (tied, mut graph) = (off_grid(false), Graph::new("model"));
+    tied.metadata().iter().for_each(|(key, value)| graph.set_metadata(key, value));
+    for tensor in tied.tensors() {
+        graph.add_tensor(tensor.clone()).expect("as before");
+    }
+    let table = tied.tensor(tied.find("model.embed_tokens.weight").expect("it has one")).clone();
+    let own = graph.add_tensor(qnn_core::Tensor { name: "lm_head.weight".to_owned(), ..table }).expect("a new name");
+    for mut node in tied.nodes().iter().cloned() {
+        if node.name == "logits" {
+            (node.name, node.inputs[1]) = ("lm_head".to_owned(), own);
+        }
+        graph.add_node(node).expect("as before");
+    }
+    graph.finalize().expect("it is complete");
+    let (backend, windows) = (HtpBackend::new(1).expect("one thread"), windows());
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let error = |head: Option<Scheme>| {
+        let options = RoundingOptions { head, embedding: EIGHT, ..options(SCHEME, Method::Nearest) };
+        let (_, report) = round_weights(&graph, &options, &[], &backend, &mut |_| {}).expect("it can");
+        let smoothing =
+            SmoothOptions { weights: Some(Schemes { layers: SCHEME, head: head.unwrap_or(EIGHT) }), ..SMOOTHING };
+        let reports = smooth(&mut graph.clone(), &windows, smoothing, &backend, &mut |_, _| {}).expect("a float graph");
+        let equalized = report.groups.iter().find(|group| group.readers == ["lm_head"]).expect("a norm's reader");
+        let smoothed = reports.iter().find(|group| group.readers == ["lm_head"]).expect("a norm's reader");
+        [equalized.error_before, smoothed.error_before]
+    };
+    let (eight, four) = (error(None), error(Some(SCHEME)));
+    assert!((0..2).all(|i| eight[i] < 0.3 * four[i]), "{eight:?} at 8 bits, {four:?} at 4");
 }
 
 // Guards: what cannot be done is refused, with the names and numbers.

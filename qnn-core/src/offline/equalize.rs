@@ -27,7 +27,10 @@ use crate::{
     backend::reference::dequantize_constant,
     encoding::Floats,
     graph::{Graph, GraphError},
-    offline::quantize_weights::{Scheme, SchemeGrid},
+    offline::{
+        quantize_weights::{Scheme, SchemeGrid},
+        rounding::HEAD,
+    },
     tensor::{TensorData, TensorId},
     types::DataType,
 };
@@ -40,6 +43,23 @@ pub use scales::{ChannelMap, ChannelScales, ModuleScales, SCALES_KEY, ScalesErro
 pub use smooth::{SmoothError, SmoothOptions, SmoothReport, smooth};
 
 use groups::{Group, Partner, Source};
+
+/// How matrices will be rounded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schemes {
+    /// Those of the layers.
+    pub layers: Scheme,
+    /// The head, where its weight is not the embedding's.
+    pub head: Scheme,
+}
+
+impl Schemes {
+    /// What the readers of `group` get: the head reads a norm that no layer reads.
+    fn of(self, graph: &Graph, group: &Group) -> Scheme {
+        let is_head = group.readers.iter().all(|reader| graph.tensor(reader.weight).name == HEAD);
+        if is_head { self.head } else { self.layers }
+    }
+}
 
 /// One group that was looked at.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,12 +74,12 @@ pub struct GroupReport {
     pub error_after: f64,
 }
 
-/// Scales the channels of `graph` for quantization with `scheme`, and records the factors in its metadata. Only matrices of
+/// Scales the channels of `graph` for quantization with `schemes`, and records the factors in its metadata. Only matrices of
 /// floats are touched, and only channels of tensors without static encodings.
 ///
 /// # Errors
 /// [`ScalesError::Twice`] if factors are recorded already.
-pub fn equalize(graph: &mut Graph, scheme: Scheme, workers: &Workers) -> Result<Vec<GroupReport>, ScalesError> {
+pub fn equalize(graph: &mut Graph, schemes: Schemes, workers: &Workers) -> Result<Vec<GroupReport>, ScalesError> {
     if graph.metadata().contains_key(SCALES_KEY) {
         return Err(ScalesError::Twice);
     }
@@ -67,6 +87,7 @@ pub fn equalize(graph: &mut Graph, scheme: Scheme, workers: &Workers) -> Result<
     let mut reports = Vec::new();
     for group in groups::find(graph) {
         let weights: Vec<Matrix> = group.readers.iter().map(|reader| Matrix::read(graph, reader.weight)).collect();
+        let scheme = schemes.of(graph, &group);
         let found = Solver { group: &group, weights: &weights, scheme, workers }.solve();
         let error_after = found.factors.as_ref().map_or(found.error_before, |(_, error)| *error);
         if let Some((factors, _)) = &found.factors {

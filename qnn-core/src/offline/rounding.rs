@@ -22,7 +22,7 @@ use crate::{
     graph::{Graph, GraphError, Node},
     offline::{
         calibrate::{CalibrateError, Calibrator, Feed, Finite, Probe},
-        equalize::{GroupReport, SCALES_KEY, ScalesError, equalize, has_groups},
+        equalize::{GroupReport, SCALES_KEY, ScalesError, Schemes, equalize, has_groups},
         quantize_weights::{Bits, Feedback, Moments, QuantizeError, Rounding, Scheme, Search, quantize_with},
         source::{ElementFormat, SourceTensor},
     },
@@ -33,6 +33,7 @@ use crate::{
 
 mod layers;
 
+pub(in crate::offline) use layers::HEAD;
 use layers::{Layer, head, head_node, layers};
 
 /// How codes are chosen.
@@ -165,7 +166,8 @@ pub fn round_weights(
     }
     if options.equalize {
         progress(RoundingStep::Equalize);
-        report.groups = equalize(&mut work, options.scheme, backend.cx().workers)?;
+        let schemes = Schemes { layers: options.scheme, head: options.head.unwrap_or(options.embedding) };
+        report.groups = equalize(&mut work, schemes, backend.cx().workers)?;
     }
     let mut wide = HashSet::new();
     if options.wide_share > 0.0 {

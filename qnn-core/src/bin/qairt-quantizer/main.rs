@@ -351,7 +351,7 @@ impl Work<'_> {
     fn smooth(&self, graph: &mut Graph, display: &Display) -> anyhow::Result<Vec<SmoothReport>> {
         display.say("smoothing inputs");
         let least_sqnr_db = self.options.activations.least_sqnr_db;
-        let options = SmoothOptions { weights: self.cli.weights.layer_scheme(self.options.weights), least_sqnr_db };
+        let options = SmoothOptions { weights: self.cli.weights.schemes(self.options.weights), least_sqnr_db };
         Ok(smooth(graph, self.windows, options, self.backend, &mut |done, all| {
             if done % 10 == 0 {
                 display.say(&format!("smoothing inputs: {done} of {all}"));

@@ -7,6 +7,7 @@ use qnn_core::{
     backend::HtpBackend,
     offline::{
         arch::{Grouping, WeightType},
+        equalize::Schemes,
         quantize_weights::{Bits, Scheme},
         rounding::{Method, RoundingOptions, RoundingReport, RoundingStep, WeightReport, round_weights},
     },
@@ -116,11 +117,7 @@ impl WeightArgs {
         Ok(Some(RoundingOptions {
             scheme,
             head: head_is_narrow.then_some(scheme),
-            embedding: match grouping {
-                Grouping::PerChannel => Scheme::PerChannel { bits: Bits::Eight },
-                Grouping::Block(block_size) => Scheme::Block { bits: Bits::Eight, block_size },
-                Grouping::Default => Scheme::Block { bits: Bits::Eight, block_size: DEFAULT_BLOCK },
-            },
+            embedding: embedding(grouping),
             fit_blocks: grouping == Grouping::Default,
             method: match method {
                 RoundingName::Nearest => Method::Nearest,
@@ -132,12 +129,12 @@ impl WeightArgs {
         }))
     }
 
-    /// How the matrices of the layers will be rounded; `None`: they stay floats.
-    pub(crate) fn layer_scheme(&self, weights: WeightType) -> Option<Scheme> {
-        match weights {
-            WeightType::Int { bits, grouping } => Some(self.scheme(bits, grouping)),
-            _ => None,
-        }
+    /// How matrices will be rounded; `None`: they stay floats.
+    pub(crate) fn schemes(&self, weights: WeightType) -> Option<Schemes> {
+        let WeightType::Int { bits, grouping } = weights else { return None };
+        let layers = self.scheme(bits, grouping);
+        let head = if self.head_bitwidth == HeadBits::Four { layers } else { embedding(grouping) };
+        Some(Schemes { layers, head })
     }
 
     fn scheme(&self, bits: Bits, grouping: Grouping) -> Scheme {
@@ -165,6 +162,15 @@ impl WeightArgs {
             || self.use_block_steps
             || self.head_bitwidth == HeadBits::Four
             || self.wide_share > 0.0
+    }
+}
+
+/// How an embedding is rounded, and a head with a weight of its own.
+fn embedding(grouping: Grouping) -> Scheme {
+    match grouping {
+        Grouping::PerChannel => Scheme::PerChannel { bits: Bits::Eight },
+        Grouping::Block(block_size) => Scheme::Block { bits: Bits::Eight, block_size },
+        Grouping::Default => Scheme::Block { bits: Bits::Eight, block_size: DEFAULT_BLOCK },
     }
 }
 

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use htp_sim::{Cx, Part, Rows, WeightFormat, Write, pack_float};
 
-use super::{ChannelScales, Group, Matrix, SCALES_KEY, ScalesError, apply, groups, permute};
+use super::{ChannelScales, Group, Matrix, SCALES_KEY, ScalesError, Schemes, apply, groups, permute};
 use crate::{
     backend::HtpBackend,
     graph::Graph,
@@ -31,7 +31,7 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub struct SmoothOptions {
     /// How the matrices will be rounded; `None`: they stay floats.
-    pub weights: Option<Scheme>,
+    pub weights: Option<Schemes>,
     /// Inputs that lose more than this at 8 bits even when scaled (dB) will get more bits: their channels stay as they are, and
     /// the weights keep the sizes that round best. `None`: none will.
     pub least_sqnr_db: Option<f64>,
@@ -90,8 +90,9 @@ pub fn smooth(
         progress(number, groups.len());
         let weights: Vec<Matrix> = group.readers.iter().map(|reader| Matrix::read(graph, reader.weight)).collect();
         let source = group.source_matrix().map(|matrix| Matrix::read(graph, matrix.weight));
+        let scheme = options.weights.map(|schemes| schemes.of(graph, group));
         // Without weights to judge by the group stays as it is; who rounds the one that is not finite names it.
-        let Some(site) = Site::new(backend.cx(), group, (&weights, source), &seen, options) else { continue };
+        let Some(site) = Site::new(backend.cx(), group, (&weights, source), &seen, scheme) else { continue };
         let (error_before, best) = site.search();
         let fits = |best: &Candidate| options.least_sqnr_db.is_none_or(|least| site.input_sqnr_db(best) >= least);
         let best = best.filter(fits);
@@ -250,7 +251,7 @@ impl<'a> Site<'a> {
         group: &'a Group,
         (readers, source): (&[Matrix], Option<Matrix>),
         seen: &'a Seen,
-        options: SmoothOptions,
+        scheme: Option<Scheme>,
     ) -> Option<Site<'a>> {
         let k = group.n_columns();
         let weights: Vec<f32> = readers.iter().flat_map(|reader| reader.values.iter().copied()).collect();
@@ -260,8 +261,8 @@ impl<'a> Site<'a> {
         }
         let exact = product(&cx, &seen.rows, &weights, k)?;
         let shares = shares(&exact, weights.len() / k, seen, readers.iter().map(|reader| reader.values.len() / k));
-        let scheme = options.weights.map(|scheme| scheme.fitting(k));
-        let source_scheme = source.as_ref().and_then(|source| options.weights.map(|scheme| scheme.fitting(source.k)));
+        let source_scheme = source.as_ref().and_then(|source| scheme.map(|scheme| scheme.fitting(source.k)));
+        let scheme = scheme.map(|scheme| scheme.fitting(k));
         Some(Site { cx, group, weights, weight_tops, seen, exact, shares, scheme, source, source_scheme, k })
     }
 

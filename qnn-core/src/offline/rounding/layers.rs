@@ -90,4 +90,4 @@ fn is_table(graph: &Graph, id: TensorId) -> bool {
 }
 
 /// Name of an untied head's weight.
-const HEAD: &str = "lm_head.weight";
+pub(in crate::offline) const HEAD: &str = "lm_head.weight";
