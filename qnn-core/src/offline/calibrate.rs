@@ -26,7 +26,7 @@ mod float;
 mod windows;
 
 pub use float::float_graph;
-pub use windows::spread_windows;
+pub use windows::{opened_windows, spread_windows};
 
 /// Why a graph cannot be run over calibration text.
 #[derive(Debug, thiserror::Error)]

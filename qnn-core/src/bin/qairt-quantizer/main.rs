@@ -12,7 +12,7 @@ use qnn_core::{
     backend::HtpBackend,
     offline::{
         arch::{CacheType, Grouping, WeightType},
-        calibrate::spread_windows,
+        calibrate::opened_windows,
         dlc::{read_dlc, write_dlc},
         encodings::{EncodingsFile, FileVersion, dump},
         equalize::{SmoothOptions, SmoothReport, smooth},
@@ -64,7 +64,8 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
 
-    /// Token ids of one run, each from an empty cache.
+    /// Token ids of one run, each from an empty cache. Every run begins with what a text begins with in a dialog: the
+    /// tokenizer's BOS, if it adds one.
     #[arg(long, value_name = "N", default_value_t = 512)]
     calibration_window: usize,
 
@@ -228,14 +229,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Some(path) if !cli.ignore_quantization_overrides => Some(EncodingsFile::open(path)?),
         _ => None,
     };
-    let ids = cli.ids()?;
-    let windows = match ids.is_empty() {
-        true if !cli.float_fallback => {
-            bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback")
-        }
-        true => Vec::new(),
-        false => spread_windows(&ids, cli.calibration_window, cli.calibration_windows)?,
-    };
+    let windows = cli.windows()?;
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let (backend, workers) = (HtpBackend::new(threads)?, Workers::new(threads.max(1))?);
     let mut display = Display::new();
@@ -418,13 +413,33 @@ impl Cli {
         self.lora_output_dir.clone().unwrap_or_else(|| self.output_dlc.with_file_name("lora"))
     }
 
+    /// What to calibrate with, window by window.
+    fn windows(&self) -> anyhow::Result<Vec<Vec<u32>>> {
+        let ids = self.ids()?;
+        if ids.is_empty() && !self.float_fallback {
+            bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback");
+        }
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Files of ids need no tokenizer, and without one nobody knows what a text opens with.
+        let tokenizer = self.tokenizer();
+        let is_known = self.tokenizer.is_some() || tokenizer.is_file();
+        let opening = if is_known { text::opening(&tokenizer)? } else { Vec::new() };
+        Ok(opened_windows(&ids, &opening, self.calibration_window, self.calibration_windows)?)
+    }
+
+    fn tokenizer(&self) -> PathBuf {
+        self.tokenizer.clone().unwrap_or_else(|| self.input_dlc.with_file_name("tokenizer.json"))
+    }
+
     /// Token ids of everything to calibrate with.
     fn ids(&self) -> anyhow::Result<Vec<u32>> {
         let mut files = self.calibration_text.clone();
         if let Some(list) = &self.input_list {
             files.extend(text::read_list(list)?);
         }
-        let tokenizer = self.tokenizer.clone().unwrap_or_else(|| self.input_dlc.with_file_name("tokenizer.json"));
+        let tokenizer = self.tokenizer();
         let mut ids = Vec::new();
         for file in files {
             match text::read_ids(&file)? {

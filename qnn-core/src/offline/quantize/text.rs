@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use tokenizers::Tokenizer;
+use serde::Deserialize;
+use tokenizers::{Encoding, Token, Tokenizer};
 
 use super::QuantizeError;
 
@@ -22,6 +23,55 @@ pub fn read_texts(files: &[PathBuf], tokenizer: &Path) -> Result<Vec<u32>, Quant
         ids.extend_from_slice(encoded.get_ids());
     }
     Ok(ids)
+}
+
+/// The ids that a text of its own opens with, as in a dialog: what the post-processor of `tokenizer` (a `tokenizer.json`) puts
+/// there, unless `add_bos_token` in the `tokenizer_config.json` beside it says otherwise.
+///
+/// # Errors
+/// [`QuantizeError::Text`] naming the file, and the BOS that is to be added and that there is not.
+pub fn opening(tokenizer: &Path) -> Result<Vec<u32>, QuantizeError> {
+    let loaded = Tokenizer::from_file(tokenizer).map_err(|why| refused(tokenizer)(why.to_string()))?;
+    let path = tokenizer.with_file_name("tokenizer_config.json");
+    let config = match std::fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|why| refused(&path)(why.to_string()))?,
+        Err(why) if why.kind() == std::io::ErrorKind::NotFound => TokenizerConfig::default(),
+        Err(why) => return Err(refused(&path)(why.to_string())),
+    };
+    let opening = of_post_processor(&loaded).map_err(refused(tokenizer))?;
+    match (config.add_bos_token, config.bos_token) {
+        (Some(false), _) => Ok(Vec::new()),
+        (Some(true), bos) if opening.is_empty() => {
+            let bos = bos.map(|(Bos::Text(text) | Bos::Token { content: text })| text);
+            let id = bos.as_ref().and_then(|text| loaded.token_to_id(text));
+            let have = || format!("add_bos_token is true, bos_token is {bos:?}, need one of the tokenizer's tokens");
+            id.map(|id| vec![id]).ok_or_else(|| refused(&path)(have()))
+        }
+        _ => Ok(opening),
+    }
+}
+
+/// What the post-processor of `tokenizer` puts before a text.
+fn of_post_processor(tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
+    let text = Encoding::from_tokens(vec![Token::new(TEXT, String::new(), (0, 0))], 0);
+    let whole = tokenizer.post_process(text, None, true).map_err(|why| why.to_string())?;
+    let ids = whole.get_ids();
+    Ok(ids.iter().position(|id| *id == TEXT).map_or_else(Vec::new, |at| ids[..at].to_vec()))
+}
+
+/// The keys of `tokenizer_config.json` that matter here.
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    add_bos_token: Option<bool>,
+    bos_token: Option<Bos>,
+}
+
+/// A token by its text, alone or with properties.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Bos {
+    Text(String),
+    Token { content: String },
 }
 
 /// The files of an input list, one a line and relative to its folder: `name`, or `input_ids:=name`. Empty lines and lines
@@ -76,3 +126,39 @@ fn refused(path: &Path) -> impl Fn(String) -> QuantizeError {
 }
 
 const NO_IDS: &str = "no token ids in it, nothing to calibrate with";
+/// Id that stands for the text: no tokenizer has as many.
+const TEXT: u32 = u32::MAX;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    // Guards: calibration opens a text with what a dialog opens it with, and a BOS that there is not is refused by its file.
+    #[test]
+    fn a_text_opens_as_in_a_dialog() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tokenizer.json");
+        let opening = |post_processor: &Value, config: &str| {
+            let model = json!({"type": "WordLevel", "vocab": {"<s>": 0, "a": 1}, "unk_token": "a"});
+            let file = json!({"version": "1.0", "model": model, "added_tokens": [], "post_processor": post_processor});
+            std::fs::write(&path, file.to_string()).expect("it can be written");
+            std::fs::write(path.with_file_name("tokenizer_config.json"), config).expect("it can be written");
+            opening(&path).map_err(|error| error.to_string())
+        };
+        let (bos, text) =
+            (json!({"SpecialToken": {"id": "<s>", "type_id": 0}}), json!({"Sequence": {"id": "A", "type_id": 0}}));
+        let template = json!({"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}});
+        let (none, yes, no) =
+            (Value::Null, r#"{"add_bos_token": true, "bos_token": "<s>"}"#, r#"{"add_bos_token": false}"#);
+        assert_eq!(opening(&template, "{}"), Ok(vec![0]));
+        assert_eq!(opening(&template, yes), Ok(vec![0]));
+        assert_eq!(opening(&template, no), Ok(vec![]));
+        assert_eq!(opening(&none, "{}"), Ok(vec![]));
+        assert_eq!(opening(&none, yes), Ok(vec![0]));
+        let error = opening(&none, r#"{"add_bos_token": true, "bos_token": "<x>"}"#).expect_err("no such token");
+        assert!(error.contains("tokenizer_config.json") && error.contains("<x>"), "{error}");
+    }
+}
