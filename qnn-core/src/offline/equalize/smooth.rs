@@ -22,6 +22,7 @@ use crate::{
     graph::Graph,
     offline::{
         calibrate::{CalibrateError, Calibrator, Feed, Finite, Probe},
+        quantize::range::signal,
         quantize_weights::{Scheme, SchemeGrid},
     },
     tensor::TensorId,
@@ -373,20 +374,20 @@ impl<'a> Site<'a> {
         self.seen.rows.iter().enumerate().map(value).collect()
     }
 
-    /// Signal to noise of the sampled rows, scaled, on their grid of 8 bits.
+    /// Signal to noise of the sampled rows, scaled, on their grid of 8 bits: by the measure that decides about their bits.
     fn input_sqnr_db(&self, candidate: &Candidate) -> f64 {
         let by_column: Vec<f32> = (0..self.k).map(|column| candidate.factors[self.group.channel(column)]).collect();
         let rounded = self.rounded_inputs(&self.seen.all_ends, &by_column, &vec![1.0; candidate.factors.len()]);
-        let (mut signal, mut noise) = (0.0, 0.0);
+        let (mut values, mut noise) = (Vec::with_capacity(self.seen.rows.len()), 0.0);
         for (number, (row, rounded)) in
             self.seen.rows.chunks_exact(self.k).zip(rounded.chunks_exact(self.k)).enumerate()
         {
             let scaled: Vec<f32> = row.iter().zip(&by_column).map(|(v, factor)| v * factor).collect();
             let stands_for = self.seen.stands_for(number);
-            signal += stands_for * squared_distance(&scaled, &[]);
+            values.extend(scaled.iter().map(|v| (f64::from(*v), stands_for)));
             noise += stands_for * squared_distance(rounded, &scaled);
         }
-        10.0 * (signal / noise.max(f64::MIN_POSITIVE)).log10()
+        10.0 * (signal(values).max(f64::MIN_POSITIVE) / noise.max(f64::MIN_POSITIVE)).log10()
     }
 
     /// The weights, scaled and as their scheme will round them in this order; columns are back in their places.

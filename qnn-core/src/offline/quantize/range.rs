@@ -57,20 +57,26 @@ pub fn encoding(observer: &Observer, bits: u8, calibration: Calibration, schema:
 /// Signal to noise of the encoding for what was seen, in decibels. The signal is that of all but the largest thousandth of
 /// the values: a few massive ones, as language models have them, would hide that the others are lost.
 pub fn sqnr_db(observer: &Observer, encoding: &(DataType, Encoding)) -> f64 {
-    let mut cells = observer.cells();
+    let cells = observer.cells();
     let noise = error(&cells, encoding.clone(), 1.0);
-    cells.sort_by(|a, b| a.middle.abs().total_cmp(&b.middle.abs()));
-    let most = observer.count() as f64 * 0.999;
+    let values = cells.iter().map(|cell| (cell.middle, cell.count as f64)).collect();
+    10.0 * (signal(values).max(f64::MIN_POSITIVE) / noise.max(f64::MIN_POSITIVE)).log10()
+}
+
+/// Energy of all but the largest thousandth of `values`, each with how often it was there: what noise is compared with.
+pub(in crate::offline) fn signal(mut values: Vec<(f64, f64)>) -> f64 {
+    values.sort_by(|a, b| a.0.abs().total_cmp(&b.0.abs()));
+    let most = values.iter().map(|(_, count)| count).sum::<f64>() * 0.999;
     let (mut seen, mut signal) = (0.0, 0.0);
-    for cell in cells {
-        let count = (cell.count as f64).min(most - seen);
-        signal += count * cell.middle * cell.middle;
+    for (value, count) in values {
+        let count = count.min(most - seen);
+        signal += count * value * value;
         seen += count;
         if seen >= most {
             break;
         }
     }
-    10.0 * (signal.max(f64::MIN_POSITIVE) / noise.max(f64::MIN_POSITIVE)).log10()
+    signal
 }
 
 /// The encoding that covers `range`, which contains zero.
