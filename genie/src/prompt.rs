@@ -1,9 +1,12 @@
 //! Roles to prompt: the model's own chat template.
 //!
-//! A template is a program that came with the model. It runs in a bounded interpreter: so many instructions, so much
-//! output, so deep, and no files, network or environment. What it renders is cut into control tokens, which only the
-//! template can have written, and text, in which nothing becomes a control token, but for the markup that the role
-//! `assistant` may use ([`ChatTemplate::render`]).
+//! A template is a program that came with the model. It runs in an interpreter that bounds its instructions, its output and how
+//! deep it nests, and that gives it no files, network or environment. Not bounded is the memory of what it builds on the way: a
+//! text that is joined to itself doubles with each instruction, before any of it is output, and minijinja has no place to stop
+//! that. A template that means harm can use up memory; take models from where you trust.
+//!
+//! What it renders is cut into control tokens, which only the template can have written, and text, in which nothing becomes a
+//! control token, but for the markup that the role `assistant` may use ([`ChatTemplate::render`]).
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

@@ -83,7 +83,7 @@ fn assistant_markup_keeps_its_meaning() {
     assert!(CONTROL.contains(&"<think>"));
 }
 
-// Guards: a hostile template ends in an error within its limits.
+// Guards: a template that does not end, nests or renders without end, or asks for files ends in an error.
 #[test]
 fn bounded() {
     let check = |source: &str, want: &str| {
