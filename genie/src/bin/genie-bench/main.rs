@@ -18,14 +18,14 @@ use report::Report;
 
 /// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
 ///
-/// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms), `pp<N>` and `tg<n>_d<depth>` (tok/s),
-/// rss_after_first and peak_rss (MB), and large_pages (MB of all that lie on pages of 2 MiB, where the system tells: weights
-/// are read fastest from them). With --lora also the rates with the adapter (`pp<N>_lora1`, `tg<n>_d<depth>_lora1`), switch
-/// (ms to go over to another loaded adapter; needs two in the config), alpha_change (ms to set another strength),
-/// adapter_load (ms, files cached by the system), adapter_load_cold (ms, files not cached; adapter_read_cold is the time to
-/// do no more than read them) and rss_per_adapter (MB of each adapter of the config, loaded and used). Each is the median
-/// of the rounds, with the least and the greatest; in JSON, rates also have the bytes that a token reads, its products with
-/// weights, and the kernels in use.
+/// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms; `_p<N>` with the size of a context below 128), `pp<N>`
+/// and `tg<n>_d<depth>` (tok/s), rss_after_first and peak_rss (MB), and large_pages (MB of all that lie on pages of 2 MiB,
+/// where the system tells: weights are read fastest from them). With --lora also the rates with the adapter
+/// (`pp<N>_lora1`, `tg<n>_d<depth>_lora1`), switch (ms to go over to another loaded adapter; needs two in the config),
+/// alpha_change (ms to set another strength), adapter_load (ms, files cached by the system), adapter_load_cold (ms, files
+/// not cached; adapter_read_cold is the time to do no more than read them) and rss_per_adapter (MB of each adapter of the
+/// config, loaded and used). Each is the median of the rounds, with the least and the greatest; in JSON, rates also have the
+/// bytes that a token reads, its products with weights, and the kernels in use.
 #[derive(Parser)]
 #[command(name = "genie-bench", version, rename_all = "snake_case")]
 struct Arguments {
@@ -41,7 +41,7 @@ struct Arguments {
     /// Tokens of one decode measurement.
     #[arg(short, long, default_value_t = 48)]
     n_tokens: usize,
-    /// Worker threads; the config's if absent.
+    /// Worker threads; the config's if broken.
     #[arg(short, long)]
     threads: Option<usize>,
     /// Rounds of each measurement.
@@ -78,17 +78,19 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(threads) = arguments.threads {
         config.engine.n_threads = threads;
     }
-    check_lengths(arguments, config.engine.context_size)?;
+    // The second process is told none of the other lengths: their defaults need not fit the context.
     if let Some(prompt) = arguments.first_token {
         return measure::first_token_child(&config, prompt);
     }
+    check_lengths(arguments, config.engine.context_size)?;
     let mut report = Report::new(std::io::stdout().is_terminal() && !arguments.json);
     let child = measure::Child { config: &arguments.config, threads: arguments.threads };
+    let first = FIRST_PROMPT.min(config.engine.context_size);
     report.add("load_model", "ms", measure::load(&config, arguments.rounds)?);
-    let (start, rss) = child.start_to_first_token(FIRST_PROMPT, arguments.rounds)?;
-    report.add(&format!("start_to_first_token_p{FIRST_PROMPT}"), "ms", start);
+    let (start, rss) = child.start_to_first_token(first, arguments.rounds)?;
+    report.add(&format!("start_to_first_token_p{first}"), "ms", start);
     let mut bench = Bench::open(&config)?;
-    report.add(&format!("ttft_p{FIRST_PROMPT}"), "ms", bench.time_to_first_token(FIRST_PROMPT, arguments.rounds)?);
+    report.add(&format!("ttft_p{first}"), "ms", bench.time_to_first_token(first, arguments.rounds)?);
     rates(arguments, &mut bench, &mut report, "")?;
     if let Some(choice) = &arguments.lora {
         let mut lora = lora::LoraBench::new(&mut bench, &config.engine, choice)?;
@@ -138,5 +140,38 @@ fn rates(arguments: &Arguments, bench: &mut Bench, report: &mut Report, suffix: 
     Ok(())
 }
 
-/// Prompt length of the first-token figures.
+/// Prompt length of the first-token figures, where the context holds as many.
 const FIRST_PROMPT: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: a model whose context does not hold the default lengths can be measured: the process that measures the start is
+    // not refused for lengths that it does not use, and comes as far as the model; others are refused before any work.
+    #[test]
+    fn small_context() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = serde_json::json!({"dialog": {"version": 1, "type": "basic",
+            "context": {"version": 1, "size": 64, "n-vocab": 300, "bos-token": 1, "eos-token": 2},
+            "tokenizer": {"version": 1, "path": "broken.json"},
+            "engine": {"version": 1, "n-threads": 1,
+                "backend": {"version": 1, "type": "QnnHtp", "QnnHtp": {"version": 1, "use-mmap": true, "poll": false,
+                    "spill-fill-bufsize": 0, "mmap-budget": 0, "cpu-mask": "0xe0", "allow-async-init": true,
+                    "enable-graph-switching": true}},
+                "model": {"version": 1, "type": "binary", "binary": {"version": 1, "ctx-bins": ["broken.bin"]}}}}});
+        for file in ["broken.json", "broken.bin"] {
+            std::fs::write(folder.path().join(file), "x").unwrap();
+        }
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let error = |more: &[&str]| {
+            let start = ["genie-bench", "--config", path.to_str().unwrap()];
+            format!("{:#}", run(&Arguments::parse_from(start.iter().chain(more))).unwrap_err())
+        };
+        let child = error(&["--first_token", "64"]);
+        assert!(child.contains("broken."), "{child}");
+        let parent = error(&[]);
+        assert!(parent.contains("--prompts is 128, need 1 to 64"), "{parent}");
+    }
+}
