@@ -14,6 +14,7 @@ use tokenizers::{
 
 mod bpe;
 mod decoder;
+mod growth;
 mod mask;
 mod model;
 mod opening;
@@ -263,6 +264,7 @@ fn parse(bytes: &[u8]) -> Result<Inner, String> {
     }
     // First what is wrong with it as JSON: the library says only that no kind of model fits.
     serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|why| why.to_string())?;
+    serde_json::from_slice::<growth::Parts>(bytes).map_err(|why| why.to_string())?.check()?;
     serde_json::from_slice(bytes).map_err(|why| why.to_string())
 }
 

@@ -165,6 +165,48 @@ fn refused_files() {
     assert!(matches!(&absent, TokenizerError::Read { path, .. } if path.ends_with("absent.json")), "{absent}");
 }
 
+// Guards: no file's steps, however many, make memory full of a short text; those of published tokenizers are far from that.
+#[test]
+fn steps_that_grow_are_refused() {
+    let replace =
+        |pattern: serde_json::Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+    let text = |pattern: &str, content: &str| replace(json!({"String": pattern}), content);
+    let normalizers = |steps: &[serde_json::Value]| json!({"normalizer": {"type": "Sequence", "normalizers": steps}});
+    let decoders = |steps: &[serde_json::Value]| json!({"decoder": {"type": "Sequence", "decoders": steps}});
+    let load = |parts: &serde_json::Value, more: &serde_json::Value| {
+        let mut json = sentencepiece_json();
+        for (part, value) in [parts, more].into_iter().flat_map(|parts| parts.as_object().unwrap()) {
+            json[part] = value.clone();
+        }
+        Tokenizer::from_bytes(json.to_string().as_bytes(), "t.json").map(drop).map_err(|why| why.to_string())
+    };
+    // One that our own reader takes, and one that it leaves to the library.
+    let (pairs, words) = (json!({}), json!({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}));
+    let refuse = |parts: serde_json::Value, want: &str| {
+        for model in [&pairs, &words] {
+            let error = load(&parts, model).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    };
+    let doubling = vec![text("a", "aa"); 50];
+    refuse(normalizers(&doubling), "pre_tokenizer could make a text 1125899906842624 times as long, need at most 1024");
+    refuse(decoders(&doubling), "decoder could make a text 1125899906842624 times");
+    refuse(normalizers(&[replace(json!({"Regex": "x?"}), &"y".repeat(1024))]), " 2049 times");
+    refuse(normalizers(&[json!({"type": "Prepend", "prepend": "y".repeat(1024)})]), " 1025 times");
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    refuse(
+        json!({"pre_tokenizer": {"type": "Sequence", "pretokenizers": vec![byte_level; 64]}}),
+        "pre_tokenizer could",
+    );
+    // No trie, "x", and a text of 1026 bytes.
+    let charsmap = format!("AAAAAHgA{}", "eXl5".repeat(342));
+    refuse(json!({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap}}), "text 1026 times");
+
+    let spaces = [json!({"type": "NFKC"}), json!({"type": "Prepend", "prepend": "▁"}), text(" ", "▁")];
+    assert_eq!(load(&normalizers(&spaces), &pairs), Ok(()));
+    assert_eq!(load(&decoders(&vec![text("aa", "a"); 50]), &pairs), Ok(()));
+}
+
 // Guards: a raw prompt opens as transformers and llama.cpp open it: what the post-processor puts before a text, nothing of
 // what it puts behind one, unless the configuration says otherwise.
 #[test]

@@ -9,7 +9,7 @@ use tokenizers::{
 
 use super::vocabulary::{Texts, Vocabulary};
 use super::{Bpe, Merge, Merges};
-use crate::tokenizer::{Inner, TokenModel};
+use crate::tokenizer::{Inner, TokenModel, growth};
 
 /// The tokenizer in `bytes`, or `None` if it is not one with a BPE model as today's are written: the library knows more
 /// forms, and what to say of a damaged file.
@@ -62,6 +62,7 @@ impl File {
     /// As the library does it: the tokens are added last, when model and normalizer are there.
     fn build(self) -> Option<Inner> {
         let Version::One = self.version;
+        growth::check(self.normalizer.as_ref(), self.pre_tokenizer.as_ref(), self.decoder.as_ref()).ok()?;
         let mut tokenizer = TokenizerBuilder::new()
             .with_model(TokenModel::Bpe(self.model.build()?))
             .with_normalizer(self.normalizer)
