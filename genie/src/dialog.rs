@@ -27,6 +27,7 @@ mod signal;
 
 use output::Output;
 pub use report::{AppliedLora, Finish, Flow, QueryOptions, QueryReport, SentenceCode, Timings};
+use signal::Running;
 pub use signal::Signal;
 
 /// A conversation with one model.
@@ -69,6 +70,8 @@ struct Call<'a> {
     code: SentenceCode,
     options: &'a QueryOptions,
     started: Instant,
+    /// From before the prompt is made into ids: whoever sees a call under way can end it.
+    running: Running<'a>,
 }
 
 impl Dialog {
@@ -173,13 +176,14 @@ impl Dialog {
         options: &QueryOptions,
         mut callback: impl FnMut(&str, SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
-        let started = Instant::now();
+        let (started, signal) = (Instant::now(), self.signal());
+        let running = signal.begin();
         let ids = match code {
             SentenceCode::Abort => Vec::new(),
             _ => self.raw_ids(prompt, code)?,
         };
         let output = Output::text(&mut callback, &self.settings.stop_sequences);
-        self.run(Call { ids, code, options, started }, output)
+        self.run(Call { ids, code, options, started, running }, output)
     }
 
     /// Gives the model a prompt of token ids and streams the ids of its answer. (`GenieDialog_tokenQuery`)
@@ -209,9 +213,11 @@ impl Dialog {
         options: &QueryOptions,
         mut callback: impl FnMut(&[u32], SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
-        let (started, ids) = (Instant::now(), ids.to_vec());
+        let (started, signal) = (Instant::now(), self.signal());
+        let running = signal.begin();
+        let ids = ids.to_vec();
         let output = Output::ids(&mut callback, &self.settings.stop_sequences);
-        self.run(Call { ids, code, options, started }, output)
+        self.run(Call { ids, code, options, started, running }, output)
     }
 
     /// Renders a whole conversation with the model's chat template and streams the answer to it.
@@ -240,10 +246,11 @@ impl Dialog {
         options: &QueryOptions,
         mut callback: impl FnMut(&str, SentenceCode) -> Flow,
     ) -> Result<QueryReport, Error> {
-        let started = Instant::now();
-        let prompt = self.render(messages)?;
+        let (started, signal) = (Instant::now(), self.signal());
+        let running = signal.begin();
+        let ids = self.render(messages)?.ids;
         let output = Output::text(&mut callback, &self.settings.stop_sequences);
-        self.run(Call { ids: prompt.ids, code: SentenceCode::Rewind, options, started }, output)
+        self.run(Call { ids, code: SentenceCode::Rewind, options, started, running }, output)
     }
 
     /// The prompt that [`Dialog::chat`] would give the model.
@@ -358,7 +365,7 @@ impl Dialog {
 
     /// One call, from ids to report.
     fn run(&mut self, call: Call<'_>, mut output: Output<'_>) -> Result<QueryReport, Error> {
-        let Call { ids, code, options, started } = call;
+        let Call { ids, code, options, started, running } = call;
         self.undo();
         self.check_order(code)?;
         if code == SentenceCode::Abort {
@@ -367,8 +374,6 @@ impl Dialog {
         self.bind(options.adapter.as_ref())?;
         let mut report = QueryReport::new(started);
         self.append(ids, code, &mut report)?;
-        let signal = self.signal.clone();
-        let running = signal.begin();
         let done = match code {
             SentenceCode::Begin | SentenceCode::Continue => self.prefill(running.cancel(), &mut report),
             _ => self.generate(running.cancel(), &mut output, &mut report),

@@ -13,7 +13,7 @@ pub struct Signal {
 struct Shared {
     /// Read by the engine, at every token and inside a long prompt.
     cancel: AtomicBool,
-    /// Taken at the start and the end of a query only, so that an abort hits the query it was meant for or none.
+    /// Taken at the start and the end of a call only, so that an abort hits the query it was meant for or none.
     is_running: Mutex<bool>,
 }
 
@@ -28,8 +28,8 @@ impl Signal {
         Self { shared: Arc::new(Shared { cancel: AtomicBool::new(false), is_running: Mutex::new(false) }) }
     }
 
-    /// Ends the running query within one token, inside its prompt too. Returns whether a query was running; if none
-    /// was, nothing happens, and the next query is not touched.
+    /// Ends the running query within one token, inside its prompt too, and before its prompt if that is still being made.
+    /// Returns whether a query was running; if none was, nothing happens, and the next query is not touched.
     pub fn abort(&self) -> bool {
         let is_running = self.shared.lock();
         if *is_running {

@@ -4,7 +4,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::adapters::AdapterChoice;
 use crate::config::{ContextConfig, SamplerConfig, TokenPenalty};
+use crate::engine::AdapterSource;
 use crate::engine::scripted::Scripted;
 use crate::testing::{END, bytes, bytes_after_bos};
 use crate::{Code, sampler::SamplerError};
@@ -415,6 +417,29 @@ fn abort_inside_prefill() {
         fresh.token_query(&before.0, SentenceCode::Begin, |_, _| Flow::Continue).unwrap();
         assert_eq!(next, ask(&mut fresh, "!", SentenceCode::End).unwrap().0);
     }
+}
+
+// Guards: an abort that comes before the first token is fed, while an adapter is loaded, ends the call; it is not lost.
+#[test]
+fn abort_before_the_prompt() {
+    let signal = Arc::new(std::sync::OnceLock::<Signal>::new());
+    let theirs = Arc::clone(&signal);
+    let engine = Scripted::replying(N_VOCAB, CONTEXT, &[97], END)
+        .with_load_hook(move || assert!(theirs.get().unwrap().abort(), "a query runs"));
+    let consumed = engine.consumed();
+    let mut dialog = dialog_over(engine, settings(greedy()));
+    signal.set(dialog.signal()).unwrap();
+    let mut check = |call: fn(&mut Dialog, &QueryOptions) -> Result<QueryReport, Error>| {
+        dialog.add_adapter("law", AdapterSource::Peft("law".into())).unwrap();
+        let adapter = Some(AdapterChoice::Named { name: "law".to_owned(), strengths: Vec::new() });
+        let report = call(&mut dialog, &QueryOptions { adapter, ..QueryOptions::default() }).unwrap();
+        assert_eq!((report.finish, report.n_generated, dialog.context_occupancy()), (Finish::Aborted, 0, 0));
+        dialog.remove_adapter("law").unwrap();
+    };
+    check(|dialog, options| dialog.query_with("?", SentenceCode::Complete, options, |_, _| Flow::Continue));
+    check(|dialog, options| dialog.token_query_with(&[5], SentenceCode::Begin, options, |_, _| Flow::Continue));
+    check(|dialog, options| dialog.chat_with(&[Message::new("user", "?")], options, |_, _| Flow::Continue));
+    assert_eq!(consumed.load(Ordering::Relaxed), 0);
 }
 
 // Guards: text that was held back as a possible stop sequence is not lost by an abort.

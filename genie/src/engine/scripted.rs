@@ -22,6 +22,7 @@ pub struct Scripted {
     n_loads: u64,
     /// What the selected adapter and its strengths add to every token: as if it changed the cache row.
     mark: u32,
+    on_load: Box<dyn FnMut() + Send>,
     consumed: Arc<AtomicUsize>,
 }
 
@@ -61,6 +62,7 @@ impl Scripted {
             adapters: Vec::new(),
             n_loads: 0,
             mark: 0,
+            on_load: Box::new(|| ()),
             consumed: Arc::new(AtomicUsize::new(0)),
         }
     }
@@ -68,6 +70,12 @@ impl Scripted {
     /// Makes every token take `delay`, so that a test can cancel in the middle.
     pub fn with_delay(mut self, delay: Duration) -> Self {
         self.step_delay = delay;
+        self
+    }
+
+    /// Calls `hook` before an adapter is loaded, so that a test can come in between.
+    pub fn with_load_hook(mut self, hook: impl FnMut() + Send + 'static) -> Self {
+        self.on_load = Box::new(hook);
         self
     }
 
@@ -127,6 +135,7 @@ impl Engine for Scripted {
             let why = AdapterError::SectionCount { have: 0, want: 1 };
             return Err(EngineError::Adapter { name: name.to_owned(), path: None, why: Box::new(why) });
         }
+        (self.on_load)();
         self.unload_adapter(name);
         self.n_loads += 1;
         self.adapters.push((name.to_owned(), hash(7, format!("{name} {source:?}").bytes().map(u32::from))));
