@@ -25,7 +25,7 @@ pub struct SamplerConfig {
 /// Penalties on tokens that occur among the last tokens of the conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct TokenPenalty {
-    /// How many of the last tokens count; 0 means no penalty at all. (`penalize-last-n`)
+    /// How many of the last tokens count; 0, the default, means no penalty at all. (`penalize-last-n`)
     pub last_n: usize,
     /// Divides positive logits and multiplies negative ones; 0 and 1 are off. (`repetition-penalty`)
     pub repetition: f32,
@@ -33,6 +33,13 @@ pub struct TokenPenalty {
     pub presence: f32,
     /// Subtracted for each time a token occurs. (`frequency-penalty`)
     pub frequency: f32,
+}
+
+impl TokenPenalty {
+    /// Whether a penalty would change anything if tokens counted.
+    fn is_set(&self) -> bool {
+        (self.repetition != 0.0 && self.repetition != 1.0) || self.presence != 0.0 || self.frequency != 0.0
+    }
 }
 
 impl Default for SamplerConfig {
@@ -144,6 +151,11 @@ fn merge_penalty(entry: &Entry<'_>, base: TokenPenalty) -> Result<TokenPenalty, 
         if let Some(entry) = fields.get(key) {
             *value = PENALTY.read(&entry)?;
         }
+    }
+    // As Genie has it, whose default is 0, so it is no error; but hardly what somebody wanted who wrote a penalty down.
+    if penalty.last_n == 0 && penalty.is_set() {
+        let place = entry.pointer();
+        tracing::warn!("config {place}: penalize-last-n is 0: these penalties have no effect, need 1 or more");
     }
     Ok(penalty)
 }
