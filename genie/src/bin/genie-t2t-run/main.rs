@@ -34,8 +34,8 @@ enum Input {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     start_log(args.log);
-    if let Some(path) = args.profile.as_deref().filter(|path| path.exists()) {
-        bail!("profile {}: there is such a file already, need a new name", path.display());
+    if let Some(path) = &args.profile {
+        check_place(path)?;
     }
     let input = read_input(args)?;
     writeln!(io::stdout(), "Using genie version {}\n", genie::VERSION)?;
@@ -240,6 +240,18 @@ fn spaced(ids: &[u32]) -> String {
     words.join(" ")
 }
 
+/// Refuses a profile that cannot be written, before the work that it tells of.
+fn check_place(path: &Path) -> anyhow::Result<()> {
+    if path.exists() {
+        bail!("profile {}: there is such a file already, need a new name", path.display());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        bail!("profile {}: {} is no folder, need one that is there", path.display(), folder.display());
+    }
+    Ok(())
+}
+
 /// Nobody reads on: no reason to complain.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
@@ -248,3 +260,25 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Longest prompt file that is read.
 const MAX_INPUT_BYTES: u64 = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: an answer is not computed for a profile that cannot be written behind it.
+    #[test]
+    fn profile_is_checked_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = folder.path().join("there.json");
+        std::fs::write(&there, "x").unwrap();
+        let check = |path: &Path, want: &str| {
+            let error = check_place(path).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        };
+        check(&there, "there is such a file");
+        check(&folder.path().join("absent/profile.json"), "absent is no folder");
+        check(&there.join("profile.json"), "there.json is no folder");
+        assert!(check_place(&folder.path().join("profile.json")).is_ok());
+        assert!(check_place(Path::new("profile.json.absent")).is_ok());
+    }
+}
