@@ -12,13 +12,15 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind};
 use thiserror::Error;
 
 use crate::tokenizer::{Mask, Tokenizer, TokenizerError};
 
 mod date;
+mod json;
+mod methods;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,10 +120,10 @@ impl ChatTemplate {
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_fuel(Some(MAX_INSTRUCTIONS));
         environment.set_recursion_limit(MAX_RECURSION);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(methods::call);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: &str| date::format_now(format));
-        environment.add_filter("tojson", to_json);
+        environment.add_filter("tojson", json::to_json);
         environment.add_template_owned(NAME, without_generation_blocks(&source))?;
         Ok(Self { environment, source, variables })
     }
@@ -227,31 +229,6 @@ fn special_tokens(config: &serde_json::Value) -> Vec<(String, String)> {
 
 fn raise_exception(message: &str) -> Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("the template refuses: {message}")))
-}
-
-/// JSON as Python's `json.dumps(…, ensure_ascii=False)` writes it: the built-in filter without its HTML escapes.
-fn to_json(value: &Value, indent: Option<Value>, options: Kwargs) -> Result<Value, minijinja::Error> {
-    let escaped = minijinja::filters::tojson(value, indent, options)?.to_string();
-    let mut text = String::with_capacity(escaped.len());
-    let mut rest = escaped.as_str();
-    while let Some(at) = rest.find('\\') {
-        let (plain, escape) = rest.split_at(at);
-        text.push_str(plain);
-        let html = ["\\u003c", "\\u003e", "\\u0026", "\\u0027"].iter().position(|html| escape.starts_with(html));
-        let len = match html {
-            Some(which) => {
-                text.push(['<', '>', '&', '\''][which]);
-                6
-            }
-            None => {
-                text.push_str(&escape[..2]);
-                2
-            }
-        };
-        rest = &escape[len..];
-    }
-    text.push_str(rest);
-    Ok(Value::from(text))
 }
 
 /// A text that may not grow without end.

@@ -11,11 +11,6 @@ pub(super) fn format_now(format: &str) -> Result<String, Error> {
 }
 
 fn format_utc(seconds: u64, format: &str) -> Result<String, Error> {
-    let days = seconds / 86_400;
-    let (year, month, day) = date_of(days);
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let weekday = WEEKDAYS[(days + 4) as usize % 7];
-    let month_name = MONTHS[month as usize - 1];
     let mut text = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -23,34 +18,54 @@ fn format_utc(seconds: u64, format: &str) -> Result<String, Error> {
             text.push(c);
             continue;
         }
-        match chars.next() {
-            Some('Y') => text += &format!("{year:04}"),
-            Some('y') => text += &format!("{:02}", year % 100),
-            Some('m') => text += &format!("{month:02}"),
-            Some('d') => text += &format!("{day:02}"),
-            Some('e') => text += &format!("{day:2}"),
-            Some('B') => text += month_name,
-            Some('b' | 'h') => text += &month_name[..3],
-            Some('A') => text += weekday,
-            Some('a') => text += &weekday[..3],
-            Some('H') => text += &format!("{hour:02}"),
-            Some('I') => text += &format!("{:02}", (hour + 11) % 12 + 1),
-            Some('p') => text += if hour < 12 { "AM" } else { "PM" },
-            Some('M') => text += &format!("{minute:02}"),
-            Some('S') => text += &format!("{second:02}"),
-            Some('F') => text += &format!("{year:04}-{month:02}-{day:02}"),
-            Some('T') => text += &format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('Z') => text += "UTC",
-            Some('z') => text += "+0000",
-            Some('%') => text.push('%'),
-            other => {
-                let found = other.map(String::from).unwrap_or_default();
-                let why = format!("strftime_now: %{found} is not supported");
-                return Err(Error::new(ErrorKind::InvalidOperation, why));
-            }
+        let conversion = chars.next();
+        let (dash, conversion) = if conversion == Some('-') { ("-", chars.next()) } else { ("", conversion) };
+        let Some(written) = conversion.and_then(|conversion| field(seconds, conversion)) else {
+            let found = conversion.map(String::from).unwrap_or_default();
+            let why = format!("strftime_now: %{dash}{found} is not supported");
+            return Err(Error::new(ErrorKind::InvalidOperation, why));
+        };
+        // As in glibc: no zeros or spaces before a number.
+        let is_number = written.trim_start().bytes().all(|byte| byte.is_ascii_digit());
+        match written.trim_start_matches(['0', ' ']) {
+            _ if dash.is_empty() || !is_number => text += &written,
+            "" => text.push('0'),
+            bare => text += bare,
         }
     }
     Ok(text)
+}
+
+/// What a conversion of `strftime` writes.
+fn field(seconds: u64, conversion: char) -> Option<String> {
+    let days = seconds / 86_400;
+    let (year, month, day) = date_of(days);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let weekday = WEEKDAYS[(days + 4) as usize % 7];
+    let month_name = MONTHS[month as usize - 1];
+    Some(match conversion {
+        'Y' => format!("{year:04}"),
+        'y' => format!("{:02}", year % 100),
+        'm' => format!("{month:02}"),
+        'd' => format!("{day:02}"),
+        'e' => format!("{day:2}"),
+        'j' => format!("{:03}", (0..days).rev().take_while(|day| date_of(*day).0 == year).count() + 1),
+        'B' => month_name.to_owned(),
+        'b' | 'h' => month_name[..3].to_owned(),
+        'A' => weekday.to_owned(),
+        'a' => weekday[..3].to_owned(),
+        'H' => format!("{hour:02}"),
+        'I' => format!("{:02}", (hour + 11) % 12 + 1),
+        'p' => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+        'M' => format!("{minute:02}"),
+        'S' => format!("{second:02}"),
+        'F' => format!("{year:04}-{month:02}-{day:02}"),
+        'T' => format!("{hour:02}:{minute:02}:{second:02}"),
+        'Z' => "UTC".to_owned(),
+        'z' => "+0000".to_owned(),
+        '%' => "%".to_owned(),
+        _ => return None,
+    })
 }
 
 /// Year, month and day of a day counted from 1970-01-01.
@@ -97,6 +112,9 @@ mod tests {
         check(1_735_689_599, "%d %b %Y %T", "31 Dec 2024 23:59:59");
         check(1_735_689_600, "%F %I%p %y %%", "2025-01-01 12AM 25 %");
         check(4_107_542_400, "%F", "2100-03-01");
+        check(1_709_596_860, "%-d.%-m.%-y %-H:%-M:%-S %-I %-B %-e %j %-j", "5.3.24 0:1:0 12 March 5 065 65");
+        check(1_735_689_599, "%j", "366");
+        assert!(format_utc(0, "%-").is_err());
         assert!(format_utc(0, "%Q").is_err());
     }
 }

@@ -94,6 +94,15 @@ fn bounded() {
     check("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion");
     check("{{ 'a' * 90000000 }}", "renders more than");
     check("{% include '/etc/passwd' %}", "non-existing template");
+    check(
+        "{% set ns = namespace(x=[]) %}{% for i in range(90) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+        "tojson: more than 16777216 bytes",
+    );
+    check(
+        "{% set ns = namespace(x=[]) %}{% for i in range(900) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+        "tojson: nested deeper than 100",
+    );
+    check("{{ 'a'.index('b') }}{{ 'a'.split('') }}", "substring not found");
     check("{{ raise_exception('roles must alternate') }}", "roles must alternate");
     check("{{ messages[0].content.nothing.more }}", "undefined");
     assert!(ChatTemplate::new("{% for %}".to_owned(), Vec::new()).is_err());
@@ -110,6 +119,25 @@ fn as_transformers() {
     check("{{ {'a': messages[0].content, 'b': [1, none]} | tojson }}", "<'&\"é\\u003c>", {
         r#"{"a": "<'&\"é\\u003c>", "b": [1, null]}"#
     });
+    check(
+        "{{ {'b': [], 'a': [1.5, {'é': none}]} | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
+        "",
+        r#"{"a":[1.5,{"\u00e9":null}],"b":[]}"#,
+    );
+    check(
+        "{{ {'b': {}, 'a': [1, true]} | tojson(indent=2) }}",
+        "",
+        "{\n  \"b\": {},\n  \"a\": [\n    1,\n    true\n  ]\n}",
+    );
+    check("{{ messages[0].content | tojson(ensure_ascii=True) }}", "<é😀\u{1}", r#""<\u00e9\ud83d\ude00\u0001""#);
+    check("{{ 'a.b.c'.rsplit('.', 1) }}{{ 'abc'.removeprefix('a').removesuffix('c') }}{{ 'éa'.index('a') }}", "", {
+        "['a.b', 'c']b1"
+    });
+    check(
+        "{{ 'a=b=c'.partition('=')[2] }} {{ 'a=b=c'.rpartition('=')[0] }} {{ 'x'.partition('=')[0] }}",
+        "",
+        "b=c a=b x",
+    );
     check("{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}x{% endfor %}", "", "");
     check("{% if tools %}tools{% endif %}{% if documents is none %}none{% endif %}", "", "none");
     check("{{ strftime_now('%Y') | length }}{{ eos_token }}{{ unknown }}", "", "4<end>");
