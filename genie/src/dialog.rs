@@ -182,7 +182,10 @@ impl Dialog {
             SentenceCode::Abort => Vec::new(),
             _ => self.raw_ids(prompt, code)?,
         };
-        let output = Output::text(&mut callback, &self.settings.stop_sequences);
+        let mut output = Output::text(&mut callback, &self.settings.stop_sequences);
+        if self.ends_in_text(&ids) {
+            output.go_on();
+        }
         self.run(Call { ids, code, options, started, running }, output)
     }
 
@@ -216,7 +219,11 @@ impl Dialog {
         let (started, signal) = (Instant::now(), self.signal());
         let running = signal.begin();
         let ids = ids.to_vec();
-        let output = Output::ids(&mut callback, &self.settings.stop_sequences);
+        self.undo();
+        let mut output = Output::ids(&mut callback, &self.settings.stop_sequences);
+        if self.ends_in_text(&ids) {
+            output.go_on();
+        }
         self.run(Call { ids, code, options, started, running }, output)
     }
 
@@ -361,6 +368,12 @@ impl Dialog {
             ids.splice(0..0, opening.iter().copied());
         }
         Ok(ids)
+    }
+
+    /// Whether an answer to `ids` goes on in the middle of a text: no control token is before it. Not asked for a chat, where an
+    /// answer begins whatever the template ends with.
+    fn ends_in_text(&self, ids: &[u32]) -> bool {
+        ids.last().or(self.history.last()).is_some_and(|id| !self.tokenizer.is_control(*id))
     }
 
     /// One call, from ids to report.

@@ -29,6 +29,11 @@ impl TextStream {
         }
     }
 
+    /// The text goes on behind another, as nothing that begins: some tokenizers drop a space from a beginning.
+    pub(crate) fn go_on(&mut self) {
+        self.growth.go_on();
+    }
+
     /// Adds a token and returns the text that is now certain.
     pub(crate) fn push(&mut self, id: u32, tokenizer: &Tokenizer) -> String {
         tokenizer.append_bytes(id, &mut self.growth, &mut self.bytes);

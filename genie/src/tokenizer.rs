@@ -55,6 +55,11 @@ pub(crate) struct Growth {
 }
 
 impl Growth {
+    /// The text goes on behind another: nothing is dropped from its first token.
+    pub(crate) fn go_on(&mut self) {
+        self.has_begun = true;
+    }
+
     /// Takes the text that waited: the text ends here.
     pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.waiting)
@@ -249,6 +254,11 @@ impl Tokenizer {
     /// The id of the control token with this text.
     pub fn control_token(&self, literal: &str) -> Option<u32> {
         self.control.iter().find(|control| control.literal == literal).map(|control| control.id)
+    }
+
+    /// Whether `id` is a control token: what follows it begins a text.
+    pub(crate) fn is_control(&self, id: u32) -> bool {
+        self.control.binary_search_by_key(&id, |control| control.id).is_ok()
     }
 
     /// Number of ids, added tokens included.

@@ -36,6 +36,11 @@ impl<'a> Output<'a> {
         Self { callback, stream: TextStream::new(stops), ready: String::new(), has_begun: false }
     }
 
+    /// The answer goes on in the middle of a text.
+    pub(super) fn go_on(&mut self) {
+        self.stream.go_on();
+    }
+
     /// Adds a token's text. Nothing is given out yet.
     pub(super) fn add(&mut self, id: u32, tokenizer: &Tokenizer) {
         self.ready.push_str(&self.stream.push(id, tokenizer));

@@ -8,7 +8,7 @@ use crate::adapters::AdapterChoice;
 use crate::config::{ContextConfig, SamplerConfig, TokenPenalty};
 use crate::engine::AdapterSource;
 use crate::engine::scripted::Scripted;
-use crate::testing::{END, bytes, bytes_after_bos};
+use crate::testing::{END, bytes, bytes_after_bos, sentencepiece_json, tokenizer};
 use crate::{Code, sampler::SamplerError};
 
 const N_VOCAB: usize = 261;
@@ -417,6 +417,38 @@ fn abort_inside_prefill() {
         fresh.token_query(&before.0, SentenceCode::Begin, |_, _| Flow::Continue).unwrap();
         assert_eq!(next, ask(&mut fresh, "!", SentenceCode::End).unwrap().0);
     }
+}
+
+// Guards: with sentencepiece's tokenizers a space is dropped only where an answer begins, not where it goes on in a text.
+#[test]
+fn space_in_the_middle_of_a_text() {
+    use SentenceCode::{Begin, Complete, End};
+    type Given<'a> = &'a mut dyn FnMut(&str, SentenceCode) -> Flow;
+    let check = |ask: fn(&mut Dialog, Given<'_>) -> Result<QueryReport, Error>, want: &str| {
+        let (b, eos) = (260, 263);
+        let engine = Box::new(Scripted::replying(264, CONTEXT, &[b, b], eos));
+        let context = ContextConfig { n_vocab: 264, eos_tokens: vec![eos], ..settings(greedy()).context };
+        let tokenizer = Arc::new(tokenizer(&sentencepiece_json()));
+        let template = ChatTemplate::new("{{ messages[0].content }}".to_owned(), Vec::new()).unwrap();
+        let settings = Settings { context, ..settings(greedy()) };
+        let mut dialog = Dialog::with_engine(settings, engine, tokenizer, Some(template.into())).unwrap();
+        let mut text = String::new();
+        let report = ask(&mut dialog, &mut |piece, _| {
+            text.push_str(piece);
+            Flow::Continue
+        });
+        assert_eq!((report.unwrap().finish, text.as_str()), (Finish::Eos, want));
+    };
+    check(|dialog, given| dialog.query("a", Complete, given), " b b");
+    check(|dialog, given| dialog.query("a</s>", Complete, given), "b b");
+    check(|dialog, given| dialog.chat(&[Message::new("user", "a")], given), "b b");
+    check(
+        |dialog, given| {
+            dialog.token_query(&[257], Begin, |_, _| Flow::Continue)?;
+            dialog.query("", End, given)
+        },
+        " b b",
+    );
 }
 
 // Guards: an abort that comes before the first token is fed, while an adapter is loaded, ends the call; it is not lost.
