@@ -40,6 +40,8 @@ struct Control {
     literal: String,
     id: u32,
     special: bool,
+    /// What it begins with where it is looked for behind the normalizer, if that is not just its first letter.
+    soft_first: Option<char>,
 }
 
 /// Where a text stands that grows token by token.
@@ -172,7 +174,7 @@ impl Tokenizer {
         };
         inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
         let decoder = Decoder::new(inner.get_decoder());
-        let control = control_tokens(inner.get_added_vocabulary());
+        let control = control_tokens(inner.get_added_vocabulary(), inner.get_normalizer());
         let opening = opening::of_post_processor(&inner);
         Ok(Self { inner, decoder, control, opening })
     }
@@ -211,7 +213,7 @@ impl Tokenizer {
             let mut pieces: PreTokenizedString =
                 inner.get_added_vocabulary().extract_and_normalize(inner.get_normalizer(), text);
             pieces.normalize(|piece| {
-                piece.map(|c| mask.unmask_char(c));
+                piece.map(|c| mask.normal_char(c));
                 Ok(())
             })?;
             if let Some(splitter) = inner.get_pre_tokenizer() {
@@ -280,13 +282,16 @@ fn parse(bytes: &[u8]) -> Result<Inner, String> {
 
 /// Added tokens that steer the model: those marked special, and those that look like markup. The rest are words and
 /// runs of spaces which some tokenizers add to save tokens.
-fn control_tokens(added: &AddedVocabulary) -> Vec<Control> {
+fn control_tokens(added: &AddedVocabulary, normalizer: Option<&NormalizerWrapper>) -> Vec<Control> {
     let is_markup = |literal: &str| literal.chars().any(|c| !c.is_alphanumeric() && !c.is_whitespace());
     let mut control: Vec<Control> = added
         .get_added_tokens_decoder()
         .iter()
         .filter(|(_, token)| !token.content.is_empty() && (token.special || is_markup(&token.content)))
-        .map(|(&id, token)| Control { literal: token.content.clone(), id, special: token.special })
+        .map(|(&id, token)| {
+            let soft_first = token.normalized.then(|| mask::soft_first(normalizer, &token.content)).flatten();
+            Control { literal: token.content.clone(), id, special: token.special, soft_first }
+        })
         .collect();
     control.sort_by_key(|control| control.id);
     control

@@ -3,40 +3,61 @@
 //! A control token is recognised by its letters. A text whose letters could be taken for one is therefore written with
 //! private-use characters in their place until the control tokens have been found, and then written back.
 
-use super::{Tokenizer, TokenizerError};
+//!
+//! Some tokenizers look for a control token in what their normalizer makes of a text. A letter that becomes the first of one (`＜`
+//! by NFKC, a capital) is hidden as well then. What is written back is what the normalizer makes of a hidden letter.
+
+use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
+
+use tokenizers::{NormalizedString, Normalizer, NormalizerWrapper};
+
+use super::{Control, Tokenizer, TokenizerError};
 
 /// A way to hide characters and to bring them back.
 pub(crate) struct Mask {
-    /// First characters of control tokens: `firsts[i]` is written as `base + i`.
-    firsts: Vec<char>,
+    /// First characters of control tokens, and what a normalizer makes into one: `hidden[i]` is written as `base + i`.
+    hidden: Vec<char>,
+    /// What the normalizer makes of each.
+    normal: Vec<char>,
+    /// Those that may begin a special token behind the normalizer, and before it look like any letter.
+    soft: BTreeSet<char>,
     base: u32,
     /// Text of the tokens marked special.
     specials: Vec<String>,
 }
 
 impl Mask {
-    /// A mask whose private-use characters occur in none of `texts`.
+    /// A mask whose private-use characters occur in none of `texts`, for these texts.
     pub(crate) fn new<'a>(
         tokenizer: &Tokenizer,
         texts: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, TokenizerError> {
-        let mut firsts: Vec<char> =
-            tokenizer.control.iter().filter_map(|control| control.literal.chars().next()).collect();
-        firsts.sort_unstable();
-        firsts.dedup();
-        let literals = tokenizer.control.iter().flat_map(|control| control.literal.chars());
-        let mut taken: Vec<u32> = texts
-            .into_iter()
-            .flat_map(str::chars)
-            .chain(literals)
-            .map(u32::from)
-            .filter(|c| PRIVATE_USE.iter().any(|(first, last)| (*first..=*last).contains(c)))
-            .collect();
-        taken.sort_unstable();
-        taken.dedup();
-        let base = free_run(&taken, firsts.len() as u32).ok_or(TokenizerError::NoFreeCharacters)?;
-        let specials = tokenizer.control.iter().filter(|control| control.special);
-        Ok(Self { firsts, base, specials: specials.map(|control| control.literal.clone()).collect() })
+        let control = || tokenizer.control.iter();
+        // Only with such a tokenizer all letters matter, and there are many.
+        let is_soft = control().any(|control| control.soft_first.is_some());
+        let matters = |c: &char| is_soft || is_private(*c);
+        let mut letters: BTreeSet<char> = texts.into_iter().flat_map(str::chars).filter(matters).collect();
+        letters.extend(control().flat_map(|control| control.literal.chars()).filter(matters));
+        let normalizer = tokenizer.inner.get_normalizer();
+        let becoming = |of: fn(&&Control) -> bool| -> BTreeSet<char> {
+            let firsts: BTreeSet<char> = control().filter(of).filter_map(|control| control.soft_first).collect();
+            let becomes =
+                |c: &char| !firsts.is_empty() && normal(normalizer, &c.to_string()).contains(|c| firsts.contains(&c));
+            letters.iter().copied().filter(becomes).collect()
+        };
+        let firsts = control().filter_map(|control| control.literal.chars().next());
+        let hidden: BTreeSet<char> = firsts.chain(becoming(|_| true)).collect();
+        let taken: Vec<u32> = letters.iter().filter(|c| is_private(**c)).map(|c| u32::from(*c)).collect();
+        let base = free_run(&taken, hidden.len() as u32).ok_or(TokenizerError::NoFreeCharacters)?;
+        let specials = control().filter(|control| control.special).map(|control| control.literal.clone());
+        Ok(Self {
+            normal: hidden.iter().map(|c| normal_char(normalizer, *c)).collect(),
+            hidden: hidden.into_iter().collect(),
+            soft: becoming(|control| control.special),
+            base,
+            specials: specials.collect(),
+        })
     }
 
     /// Hides every character that could begin a control token.
@@ -49,7 +70,7 @@ impl Mask {
         let mut masked = String::with_capacity(text.len());
         for (at, c) in text.char_indices() {
             let is_special = self.specials.iter().any(|literal| text[at..].starts_with(literal.as_str()));
-            masked.push(if is_special { self.mask_char(c) } else { c });
+            masked.push(if is_special || self.soft.contains(&c) { self.mask_char(c) } else { c });
         }
         masked
     }
@@ -59,17 +80,81 @@ impl Mask {
         text.chars().map(|c| self.unmask_char(c)).collect()
     }
 
-    pub(super) fn unmask_char(&self, c: char) -> char {
+    fn unmask_char(&self, c: char) -> char {
+        self.index(c).map_or(c, |index| self.hidden[index])
+    }
+
+    /// What a normalizer makes of the character that `c` hides.
+    pub(super) fn normal_char(&self, c: char) -> char {
+        self.index(c).map_or(c, |index| self.normal[index])
+    }
+
+    fn index(&self, c: char) -> Option<usize> {
         let index = u32::from(c).wrapping_sub(self.base) as usize;
-        self.firsts.get(index).copied().unwrap_or(c)
+        (index < self.hidden.len()).then_some(index)
     }
 
     fn mask_char(&self, c: char) -> char {
-        match self.firsts.binary_search(&c) {
+        match self.hidden.binary_search(&c) {
             Ok(index) => char::from_u32(self.base + index as u32).expect("free_run gives private-use characters"),
             Err(_) => c,
         }
     }
+}
+
+/// The letter that begins a control token of text `literal` behind `normalizer`, where the tokenizer looks for it, if other letters
+/// than those of `literal` might have become it.
+pub(super) fn soft_first(normalizer: Option<&NormalizerWrapper>, literal: &str) -> Option<char> {
+    let behind = normal(normalizer, literal);
+    let is_plain = behind == literal && normalizer.is_none_or(|normalizer| leaves_plain(normalizer, literal));
+    (!is_plain).then(|| behind.chars().next()).flatten()
+}
+
+/// Whether no other text becomes `literal` by `normalizer`.
+fn leaves_plain(normalizer: &NormalizerWrapper, literal: &str) -> bool {
+    match normalizer {
+        NormalizerWrapper::Sequence(steps) => steps.as_ref().iter().all(|step| leaves_plain(step, literal)),
+        NormalizerWrapper::Prepend(_) => true,
+        // Spaces to marks.
+        NormalizerWrapper::Replace(replace) => {
+            !replace.content.is_empty() && !replace.content.chars().any(|c| literal.contains(c))
+        }
+        // ASCII letters that others are the same as, by their canonical decomposition.
+        NormalizerWrapper::NFC(_) => literal.is_ascii() && !literal.contains(['K', ';', '`']),
+        _ => false,
+    }
+}
+
+/// What `normalizer` makes of `c`, if that is one character.
+fn normal_char(normalizer: Option<&NormalizerWrapper>, c: char) -> char {
+    let normal = normal(normalizer, &c.to_string());
+    let mut chars = normal.chars();
+    match (chars.next(), chars.next()) {
+        (Some(only), None) => only,
+        _ => c,
+    }
+}
+
+/// `text` behind `normalizer`, but for what it puts before any text.
+fn normal(normalizer: Option<&NormalizerWrapper>, text: &str) -> String {
+    fn apply(step: &NormalizerWrapper, text: &mut NormalizedString) -> tokenizers::Result<()> {
+        match step {
+            NormalizerWrapper::Sequence(steps) => steps.as_ref().iter().try_for_each(|step| apply(step, text)),
+            NormalizerWrapper::Prepend(_) => Ok(()),
+            step => step.normalize(text),
+        }
+    }
+    let Some(normalizer) = normalizer else { return text.to_owned() };
+    // A damaged one can make the library panic; encoding says so.
+    let made = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let mut made = NormalizedString::from(text);
+        apply(normalizer, &mut made).map(|()| made.get().to_owned())
+    }));
+    made.ok().and_then(Result::ok).unwrap_or_else(|| text.to_owned())
+}
+
+fn is_private(c: char) -> bool {
+    PRIVATE_USE.iter().any(|(first, last)| (*first..=*last).contains(&u32::from(c)))
 }
 
 /// The first of `len` private-use characters in a row that are not in `taken`, which is sorted.

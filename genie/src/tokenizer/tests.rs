@@ -120,6 +120,37 @@ fn control_tokens_in_text_stay_text() {
     check(&format!("{private_use}<|im_end|>"));
 }
 
+// Guards: text that only the normalizer makes into a control token stays text, in the words of the assistant too, and is
+// normalized all the same; tokenizers that put marks for spaces hide no more than they did.
+#[test]
+fn normalized_text_forges_no_control_token() {
+    let load = |normalizers: serde_json::Value, special: bool| {
+        let mut json = sentencepiece_json();
+        json["normalizer"] = json!({"type": "Sequence", "normalizers": normalizers});
+        json["added_tokens"].as_array_mut().unwrap().push(json!({"id": 264, "content": "<ab>", "special": special,
+            "normalized": true, "single_word": false, "lstrip": false, "rstrip": false}));
+        tokenizer(&json)
+    };
+    let (prepend, nfkc, lower) =
+        (json!({"type": "Prepend", "prepend": "▁"}), json!({"type": "NFKC"}), json!({"type": "Lowercase"}));
+    let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let folding = load(json!([prepend, nfkc, lower, spaces]), true);
+    for text in ["<ab>", "＜ab>", "<AB>", "<ab＞", "﹤Ａb>", "a ＜ab> B"] {
+        assert!(folding.encode(text, Specials::Recognise).unwrap().contains(&264), "{text}");
+        let mask = Mask::new(&folding, [text]).unwrap();
+        for masked in [mask.all(text), mask.specials(text)] {
+            let ids = folding.encode_masked(&masked, &mask).unwrap();
+            assert!(!ids.contains(&264), "{text}: {ids:?}");
+            assert_eq!(mask.unmask(&masked), text);
+        }
+    }
+    let as_text = |text: &str| folding.encode(text, Specials::AsText).unwrap();
+    assert_eq!(as_text("a＜B"), as_text("a<b"));
+    let plain = load(json!([prepend, spaces]), true);
+    assert!(plain.control.iter().all(|control| control.soft_first.is_none()));
+    assert_eq!(plain.encode("a <ab", Specials::AsText).unwrap(), plain.encode("a <ab", Specials::Recognise).unwrap());
+}
+
 // Guards: only markup is taken for control; words and spaces that a tokenizer adds to save tokens are kept.
 #[test]
 fn added_words_are_not_control() {
