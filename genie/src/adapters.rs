@@ -242,7 +242,7 @@ impl Adapters {
         Some((info, alphas.into_iter().zip(strengths).collect()))
     }
 
-    /// Sets a strength of the applied adapter, or, if none is, of every adapter that has it.
+    /// Sets a strength of the applied adapter, or, if none is, of every adapter that has it or may turn out to.
     pub(crate) fn set_strength(&mut self, alpha: &str, value: f32) -> Result<(), LoraError> {
         let tensor = self.alpha_tensor.clone();
         if let Some(name) = self.applied.clone() {
@@ -260,7 +260,7 @@ impl Adapters {
             return Err(LoraError::UnknownAlpha { alpha: alpha.to_owned(), known });
         }
         for entry in &mut self.entries {
-            if entry.known_alphas(&tensor).iter().any(|name| name == alpha) {
+            if entry.may_have(alpha, &tensor) {
                 entry.strengths.set(alpha, value, &tensor);
             }
         }
@@ -325,6 +325,12 @@ impl Entry {
             known.extend(info.slots.iter().map(|slot| slot.name.clone()));
         }
         known
+    }
+
+    /// Whether this adapter has the strength, or may turn out to: its slots have names only once it is loaded.
+    fn may_have(&self, alpha: &str, tensor: &str) -> bool {
+        let is_open = self.loaded.is_none() && self.alphas.is_empty();
+        is_open || self.known_alphas(tensor).iter().any(|name| name == alpha)
     }
 
     /// Whether the config's alphas can be told apart as names of the slots: all of their own, or as many new ones.

@@ -40,6 +40,9 @@ impl Dialog {
     /// Sets a strength of the applied adapter, or, if none is applied, of every adapter that has it.
     /// (`GenieDialog_setLoraStrength`)
     ///
+    /// An adapter without `alphas` in the config shows its slots' names when it is loaded: until then a strength that some other
+    /// adapter has is kept for it, too, and takes effect if it has a slot of that name.
+    ///
     /// `alpha` names one slot of an adapter; the alpha tensor's name (`lora_alpha` unless the config says otherwise)
     /// means all of them. Strengths belong to their adapter and stay with it until it is removed. The next query runs
     /// with them. 0 is the base (with the encodings of the adapter, if it brings any), 1 what the adapter was trained for.

@@ -395,7 +395,7 @@ fn refusals() {
     assert_eq!(dialog.context_occupancy(), 0);
 }
 
-// Guards: before anything is applied a strength goes to every adapter that has it; it stays with the adapter over
+// Guards: before anything is applied a strength goes to every adapter that has it, loaded or not; it stays with the adapter over
 // swaps, and a query's own choice leaves it alone.
 #[test]
 fn strengths_belong_to_adapters() {
@@ -404,7 +404,8 @@ fn strengths_belong_to_adapters() {
         alphas: alphas.iter().map(|alpha| (*alpha).to_owned()).collect(),
         source: peft(name),
     };
-    let adapters = vec![config("a", &["x", "y"]), config("b", &["y", "z"]), config("c", &["second", "first"])];
+    let adapters =
+        vec![config("a", &["x", "y"]), config("b", &["y", "z"]), config("c", &["second", "first"]), config("d", &[])];
     let lora = LoraConfig { alpha_tensor_name: "all".to_owned(), adapters, kv_reuse: KvReuse::Keep };
     let mut dialog = dialog();
     dialog.set_lora(&lora, "target".to_owned());
@@ -415,12 +416,14 @@ fn strengths_belong_to_adapters() {
     };
     dialog.set_lora_strength("target", "all", 0.5).unwrap();
     dialog.set_lora_strength("target", "y", 2.0).unwrap();
+    dialog.set_lora_strength("target", "second", 0.25).unwrap();
     let error = dialog.set_lora_strength("target", "lora_alpha", 1.0).unwrap_err();
     assert!(error.chain().contains(r#"["all", "first", "second", "x", "y", "z"]"#), "{}", error.chain());
     assert_eq!(at(&mut dialog, "a"), "x 0.5, y 2");
     assert_eq!(at(&mut dialog, "b"), "y 2, z 0.5");
     dialog.set_lora_strength("target", "y", 3.0).unwrap();
-    assert_eq!(at(&mut dialog, "c"), "first 0.5, second 0.5");
+    assert_eq!(at(&mut dialog, "c"), "first 0.5, second 0.25");
+    assert_eq!(at(&mut dialog, "d"), "first 0.5, second 0.25");
     assert_eq!(at(&mut dialog, "b"), "y 3, z 0.5");
     let options = QueryOptions::default().with_adapter(AdapterChoice::named("b").at("all", 7.0));
     dialog.query_with("x", SentenceCode::Begin, &options, |_, _| Flow::Continue).unwrap();
