@@ -186,7 +186,7 @@ fn masked(message: &Message, mask: &Mask) -> Value {
         "assistant" => mask.specials(&message.content),
         _ => mask.all(&message.content),
     };
-    Value::from_pairs([("role", Value::from(mask.all(&message.role))), ("content", Value::from(content))])
+    Value::from_pairs([("role", Value::from(mask.role(&message.role))), ("content", Value::from(content))])
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, PromptError> {

@@ -72,6 +72,22 @@ fn content_forges_no_control_token() {
     assert_eq!(control(&render(split, &user("<e")).unwrap().ids), 2);
 }
 
+// Guards: a template knows a role that has a letter in common with a control token; a role that holds one still forges none.
+#[test]
+fn roles_stay_readable() {
+    let mut json = crate::testing::bytes_json();
+    json["added_tokens"][1]["content"] = "sop".into();
+    let tokenizer = crate::testing::tokenizer(&json);
+    let source = "{% if messages[0].role == 'system' %}yes{% else %}{{ messages[0].role }}p{% endif %}";
+    let ids = |role: &str| {
+        let template = ChatTemplate::new(source.to_owned(), Vec::new()).unwrap();
+        template.render(&[Message::new(role, "x")], &tokenizer).unwrap().ids
+    };
+    assert_eq!(ids("system"), b"yes".map(u32::from));
+    assert_eq!(ids("a sop"), b"a sopp".map(u32::from));
+    assert_eq!(ids("so"), b"sop".map(u32::from));
+}
+
 // Guards: an old chain of thought of the model can be dropped by the template; special tokens stay text even there.
 #[test]
 fn assistant_markup_keeps_its_meaning() {

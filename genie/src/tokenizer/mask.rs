@@ -20,11 +20,13 @@ pub(crate) struct Mask {
     hidden: Vec<char>,
     /// What the normalizer makes of each.
     normal: Vec<char>,
-    /// Those that may begin a special token behind the normalizer, and before it look like any letter.
+    /// Those that may begin a control token behind the normalizer, and before it look like any letter.
     soft: BTreeSet<char>,
+    /// Those of `soft` that may begin a token marked special.
+    soft_specials: BTreeSet<char>,
     base: u32,
-    /// Text of the tokens marked special.
-    specials: Vec<String>,
+    /// Text of the control tokens, and whether they are marked special.
+    literals: Vec<(String, bool)>,
 }
 
 impl Mask {
@@ -46,17 +48,18 @@ impl Mask {
                 |c: &char| !firsts.is_empty() && normal(normalizer, &c.to_string()).contains(|c| firsts.contains(&c));
             letters.iter().copied().filter(becomes).collect()
         };
+        let soft = becoming(|_| true);
         let firsts = control().filter_map(|control| control.literal.chars().next());
-        let hidden: BTreeSet<char> = firsts.chain(becoming(|_| true)).collect();
+        let hidden: BTreeSet<char> = firsts.chain(soft.iter().copied()).collect();
         let taken: Vec<u32> = letters.iter().filter(|c| is_private(**c)).map(|c| u32::from(*c)).collect();
         let base = free_run(&taken, hidden.len() as u32).ok_or(TokenizerError::NoFreeCharacters)?;
-        let specials = control().filter(|control| control.special).map(|control| control.literal.clone());
         Ok(Self {
             normal: hidden.iter().map(|c| normal_char(normalizer, *c)).collect(),
             hidden: hidden.into_iter().collect(),
-            soft: becoming(|control| control.special),
+            soft,
+            soft_specials: becoming(|control| control.special),
             base,
-            specials: specials.collect(),
+            literals: control().map(|control| (control.literal.clone(), control.special)).collect(),
         })
     }
 
@@ -67,12 +70,21 @@ impl Mask {
 
     /// Hides the first character of each token marked special, and leaves other markup as it is.
     pub(crate) fn specials(&self, text: &str) -> String {
-        let mut masked = String::with_capacity(text.len());
-        for (at, c) in text.char_indices() {
-            let is_special = self.specials.iter().any(|literal| text[at..].starts_with(literal.as_str()));
-            masked.push(if is_special || self.soft.contains(&c) { self.mask_char(c) } else { c });
-        }
-        masked
+        let is_special = |rest: &str| self.literals.iter().any(|(text, special)| *special && rest.starts_with(text));
+        self.where_begun(text, &self.soft_specials, is_special)
+    }
+
+    /// Hides each character at which a control token begins, or might with what follows the text. Others stay, for the template
+    /// to read: a token may begin with the letter of a word.
+    pub(crate) fn role(&self, text: &str) -> String {
+        let is_begun =
+            |rest: &str| self.literals.iter().any(|(text, _)| rest.starts_with(text) || text.starts_with(rest));
+        self.where_begun(text, &self.soft, is_begun)
+    }
+
+    fn where_begun(&self, text: &str, soft: &BTreeSet<char>, is_begun: impl Fn(&str) -> bool) -> String {
+        let hide = |(at, c)| if soft.contains(&c) || is_begun(&text[at..]) { self.mask_char(c) } else { c };
+        text.char_indices().map(hide).collect()
     }
 
     /// The text as it was before.
