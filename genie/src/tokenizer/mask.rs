@@ -2,7 +2,6 @@
 //!
 //! A control token is recognised by its letters. A text whose letters could be taken for one is therefore written with
 //! private-use characters in their place until the control tokens have been found, and then written back.
-
 //!
 //! Some tokenizers look for a control token in what their normalizer makes of a text. A letter that becomes the first of one (`＜`
 //! by NFKC, a capital) is hidden as well then. What is written back is what the normalizer makes of a hidden letter.

@@ -41,7 +41,7 @@ struct Arguments {
     /// Tokens of one decode measurement.
     #[arg(short, long, default_value_t = 48)]
     n_tokens: usize,
-    /// Worker threads; the config's if broken.
+    /// Worker threads; the config's if absent.
     #[arg(short, long)]
     threads: Option<usize>,
     /// Rounds of each measurement.
