@@ -14,7 +14,7 @@ use qnn_core::{
     offline::{
         arch::{Grouping, WeightType},
         dlc::{read_dlc, write_dlc},
-        encodings::EncodingsFile,
+        encodings::{EncodingsFile, override_encodings},
         quantize::{
             Activations, Calibration, QuantizeError, QuantizeOptions, Schema, Tools, encode, matrix_inputs, observe,
             quantize,
@@ -115,6 +115,11 @@ fn what_a_file_has_as_floats_stays_floats() {
     }
     let (htp, reference) = (logits(&quantized, true, None), logits(&quantized, false, None));
     assert!(distance(&htp, &reference) < 1e-3, "{}", distance(&htp, &reference));
+    // What is integers already is not called floats.
+    let rounded = with_tools(|tools| quantize(&graph, &[&text], &options(8), None, tools)).expect("it can be").0;
+    let (_, report) = override_encodings(&rounded, &file).expect("it is for this model");
+    assert!(report.passed_over[0].1.contains("here it is integers"), "{report:?}");
+    assert_eq!(report.passed_over[1].1, "the file has it as floats");
 }
 
 // Broken if a section loses an adapter's encodings, if they do not hold after an apply, or if they stay after it is gone.

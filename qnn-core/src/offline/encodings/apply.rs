@@ -54,7 +54,9 @@ pub fn override_encodings(graph: &Graph, file: &EncodingsFile) -> Result<(Graph,
         let tensor = graph.tensor(id);
         let pass = |why, report: &mut OverrideReport| report.passed_over.push((entry.name.clone(), why));
         let Numbers::Integer(integers) = &entry.numbers else {
-            pass("the file has it as floats", &mut report);
+            let is_rounded = tensor.tensor_type.is_static() && !tensor.data_type.is_float();
+            let why = if is_rounded { ROUNDED_ALREADY } else { "the file has it as floats" };
+            pass(why, &mut report);
             report.floats.push(tensor.name.clone());
             continue;
         };
@@ -343,3 +345,7 @@ fn integers(tensor: &Tensor, encoding: &Encoding) -> Option<Integers> {
         }
     })
 }
+
+/// Said of weights that were floats once.
+const ROUNDED_ALREADY: &str =
+    "the file has it as floats, here it is integers; convert with --weights_bitwidth 32 and then use qairt-quantizer";
