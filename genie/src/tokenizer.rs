@@ -6,6 +6,7 @@
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
+use qnn_core::offline::opening;
 use thiserror::Error;
 use tokenizers::{
     AddedVocabulary, DecoderWrapper, Model, NormalizerWrapper, OffsetType, PostProcessorWrapper, PreTokenizedString,
@@ -17,7 +18,6 @@ mod decoder;
 mod growth;
 mod mask;
 mod model;
-mod opening;
 
 use decoder::Decoder;
 pub(crate) use mask::Mask;
@@ -155,7 +155,9 @@ impl Tokenizer {
         let config_path = path.with_file_name("tokenizer_config.json");
         if config_path.is_file() {
             let fail = |why| TokenizerError::Format { path: config_path.clone(), why };
-            tokenizer.opening = opening::configured(&tokenizer, &read(&config_path)?).map_err(fail)?;
+            let (opening, id_of) =
+                (std::mem::take(&mut tokenizer.opening), |text: &str| tokenizer.inner.token_to_id(text));
+            tokenizer.opening = opening::configured(&read(&config_path)?, opening, id_of).map_err(fail)?;
         }
         Ok(tokenizer)
     }
@@ -175,7 +177,9 @@ impl Tokenizer {
         inner.with_padding(None).with_truncation(None).map_err(|why| fail(why.to_string()))?;
         let decoder = Decoder::new(inner.get_decoder());
         let control = control_tokens(inner.get_added_vocabulary(), inner.get_normalizer());
-        let opening = opening::of_post_processor(&inner);
+        // As elsewhere: a damaged file can make the library panic; such a tokenizer opens texts with nothing.
+        let opening = std::panic::catch_unwind(|| opening::of_post_processor(&inner));
+        let opening = opening.ok().and_then(Result::ok).unwrap_or_default();
         Ok(Self { inner, decoder, control, opening })
     }
 

@@ -17,6 +17,7 @@ pub mod generate;
 pub mod gguf;
 pub mod int4;
 pub mod lora;
+pub mod opening;
 pub mod quantize;
 pub mod quantize_weights;
 pub mod rounding;

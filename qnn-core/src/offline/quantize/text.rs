@@ -1,11 +1,11 @@
-//! Text to token ids. The only place of this crate that knows of a tokenizer.
+//! Text to token ids.
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use tokenizers::{Encoding, Token, Tokenizer};
+use tokenizers::Tokenizer;
 
 use super::QuantizeError;
+use crate::offline::opening;
 
 /// The ids of the texts in `files`, one after the other, without special tokens; `tokenizer` is a `tokenizer.json`.
 ///
@@ -33,45 +33,12 @@ pub fn read_texts(files: &[PathBuf], tokenizer: &Path) -> Result<Vec<u32>, Quant
 pub fn opening(tokenizer: &Path) -> Result<Vec<u32>, QuantizeError> {
     let loaded = Tokenizer::from_file(tokenizer).map_err(|why| refused(tokenizer)(why.to_string()))?;
     let path = tokenizer.with_file_name("tokenizer_config.json");
-    let config = match std::fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|why| refused(&path)(why.to_string()))?,
-        Err(why) if why.kind() == std::io::ErrorKind::NotFound => TokenizerConfig::default(),
-        Err(why) => return Err(refused(&path)(why.to_string())),
-    };
-    let opening = of_post_processor(&loaded).map_err(refused(tokenizer))?;
-    match (config.add_bos_token, config.bos_token) {
-        (Some(false), _) => Ok(Vec::new()),
-        (Some(true), bos) if opening.is_empty() => {
-            let bos = bos.map(|(Bos::Text(text) | Bos::Token { content: text })| text);
-            let id = bos.as_ref().and_then(|text| loaded.token_to_id(text));
-            let have = || format!("add_bos_token is true, bos_token is {bos:?}, need one of the tokenizer's tokens");
-            id.map(|id| vec![id]).ok_or_else(|| refused(&path)(have()))
-        }
-        _ => Ok(opening),
+    let opening = opening::of_post_processor(&loaded).map_err(|why| refused(tokenizer)(why.to_string()))?;
+    match std::fs::read(&path) {
+        Ok(config) => opening::configured(&config, opening, |text| loaded.token_to_id(text)).map_err(refused(&path)),
+        Err(why) if why.kind() == std::io::ErrorKind::NotFound => Ok(opening),
+        Err(why) => Err(refused(&path)(why.to_string())),
     }
-}
-
-/// What the post-processor of `tokenizer` puts before a text.
-fn of_post_processor(tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
-    let text = Encoding::from_tokens(vec![Token::new(TEXT, String::new(), (0, 0))], 0);
-    let whole = tokenizer.post_process(text, None, true).map_err(|why| why.to_string())?;
-    let ids = whole.get_ids();
-    Ok(ids.iter().position(|id| *id == TEXT).map_or_else(Vec::new, |at| ids[..at].to_vec()))
-}
-
-/// The keys of `tokenizer_config.json` that matter here.
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    add_bos_token: Option<bool>,
-    bos_token: Option<Bos>,
-}
-
-/// A token by its text, alone or with properties.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Bos {
-    Text(String),
-    Token { content: String },
 }
 
 /// The files of an input list, one a line and relative to its folder: `name`, or `input_ids:=name`. Empty lines and lines
@@ -126,8 +93,6 @@ fn refused(path: &Path) -> impl Fn(String) -> QuantizeError {
 }
 
 const NO_IDS: &str = "no token ids in it, nothing to calibrate with";
-/// Id that stands for the text: no tokenizer has as many.
-const TEXT: u32 = u32::MAX;
 
 #[cfg(test)]
 mod tests {
