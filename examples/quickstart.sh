@@ -35,17 +35,18 @@ main() {
     build_tools
     step "3/6 convert: $out/$name.dlc"
     # Room for 24 rank columns: json (8) and pirate (16) at once.
-    make_if_old "$out/$name.dlc" "$gguf" "$bin/qairt-converter" "$adapters"/*/adapter_model.safetensors -- \
+    make_if_old "$out/$name.dlc" "$out"/{tokenizer,tokenizer_config,generation_config}.json \
+        : "$gguf" "$bin/qairt-converter" "$adapters"/*/adapter_{config.json,model.safetensors} -- \
         "$bin/qairt-converter" --input_network "$gguf" --output_path "$out/$name.dlc" --lora_max_rank 24 \
         --lora_adapter "$adapters/json" --lora_adapter "$adapters/pirate" --lora_adapter "$adapters/sql"
     step "4/6 adapters: $out/lora"
-    make_if_old "$out/lora/lora_output_files.yaml" "$out/$name.dlc" "$bin/qairt-lora-importer" \
-        "$adapters/use_cases.yaml" -- \
+    make_if_old "$out/lora/lora_output_files.yaml" "$out/lora"/{json,pirate,json_pirate,sql}.safetensors \
+        : "$out/$name.dlc" "$bin/qairt-lora-importer" "$adapters/use_cases.yaml" -- \
         "$bin/qairt-lora-importer" --lora_config "$adapters/use_cases.yaml" --input_dlc "$out/$name.dlc" \
         --output_dir "$out/lora"
     step "5/6 context binary and a section for each adapter: $out/$name.bin"
-    make_if_old "$out/$name.bin" "$out/$name.dlc" "$out/lora/lora_output_files.yaml" \
-        "$bin/qnn-context-binary-generator" -- \
+    make_if_old "$out/$name.bin" "$out/$name"_{json,pirate,json_pirate,sql}.bin \
+        : "$out/$name.dlc" "$out/lora/lora_output_files.yaml" "$bin/qnn-context-binary-generator" -- \
         "$bin/qnn-context-binary-generator" --dlc_path "$out/$name.dlc" --output_dir "$out" --binary_file "$name" \
         --ar 128,1 --cl "$context_length" --adapter_weight_config "$out/lora/lora_output_files.yaml"
     copy_config "$root/configs/$name-lora.json" "$out/genie_config.json"
@@ -123,16 +124,19 @@ build_tools() {
         python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release
 }
 
-# make_if_old OUTPUT INPUT... -- COMMAND...: runs the command unless it made the output after every input last changed.
-# The stamp beside the output is written last, so what a stopped command left behind is not taken for the whole.
+# make_if_old OUTPUT... : INPUT... -- COMMAND...: runs the command unless it made the outputs after every input last changed.
+# The stamp beside the first output is written last, so what a stopped command left behind is not taken for the whole.
 make_if_old() {
-    local output="$1" stamp="$1.made" input old=0
-    shift
-    [ -f "$output" ] && [ -f "$stamp" ] || old=1
-    while [ "$1" != -- ]; do
-        input="$1"
+    local stamp="$1.made" old=0
+    [ -f "$stamp" ] || old=1
+    while [ "$1" != : ]; do
+        [ -f "$1" ] || old=1
         shift
-        [ "$old" = 1 ] || ! [ "$input" -nt "$stamp" ] || old=1
+    done
+    shift
+    while [ "$1" != -- ]; do
+        ! [ "$1" -nt "$stamp" ] || old=1
+        shift
     done
     shift
     if [ "$old" = 0 ]; then

@@ -1,5 +1,5 @@
 """What genie reads for the comparison: bundles (context binary, config, tokenizer) of the GGUF that the peers read."""
-import json, os, subprocess
+import json, os, shutil, subprocess, sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -13,8 +13,7 @@ class Bundles:
     """Bundles of one GGUF, made when first asked for, in a folder of its own; made again when a tool has changed."""
 
     def __init__(self, gguf, build, tools):
-        self.gguf, self.tools = gguf, tools
-        self.folder = os.path.join(build, "models", os.path.splitext(os.path.basename(gguf))[0])
+        self.gguf, self.tools, self.folder = gguf, tools, folder_of(gguf, build)
 
     def plain(self):
         """16-bit activations, no adapters."""
@@ -41,7 +40,10 @@ class Bundles:
         folder = os.path.join(self.folder, name)
         config, context = os.path.join(folder, "genie_config.json"), os.path.join(folder, "model.bin")
         tools = ["qairt-converter", *(["qairt-quantizer"] if quantize else []), "qnn-context-binary-generator"]
+        if lora:
+            tools.append("qairt-lora-importer")
         sources = [self.gguf, *(self.tool(tool) for tool in tools)]
+        sources += [os.path.join(self.adapter(rank), "adapter_model.safetensors") for rank in RANKS] if lora else []
         if is_newer(config, sources):
             return config
         os.makedirs(folder, exist_ok=True)
@@ -82,6 +84,21 @@ class Bundles:
         return made.stdout
 
 
+def folder_of(gguf, build):
+    """The folder of all that is made of a GGUF, for genie and for its peers; emptied when another file has that name."""
+    folder = os.path.join(build, "models", os.path.splitext(os.path.basename(gguf))[0])
+    state = os.stat(gguf)
+    made_of, stamp = f"{os.path.realpath(gguf)} {state.st_size} {state.st_mtime_ns}", os.path.join(folder, "made_of")
+    if os.path.realpath(gguf).startswith(os.path.realpath(folder) + os.sep):
+        raise SystemExit(f"{gguf} lies in {folder}, which is for what is made of it; move it elsewhere")
+    if os.path.exists(folder) and not (os.path.exists(stamp) and open(stamp).read() == made_of):
+        shutil.rmtree(folder)
+    os.makedirs(folder, exist_ok=True)
+    with open(stamp, "w") as file:
+        file.write(made_of)
+    return folder
+
+
 def write_config(path, n_vocab, lora):
     """The sample config, for this model and the longest context that is measured."""
     with open(os.path.join(ROOT, "configs", "smollm2-135m-instruct.json")) as file:
@@ -100,3 +117,8 @@ def write_config(path, n_vocab, lora):
 
 def is_newer(path, sources):
     return os.path.exists(path) and all(os.path.getmtime(source) <= os.path.getmtime(path) for source in sources)
+
+
+if __name__ == "__main__":
+    # For run.sh: bundles.py GGUF BUILD
+    print(folder_of(*sys.argv[1:]))

@@ -33,7 +33,7 @@ def main():
         print(f"warning: other processes used up to {max(busy):.0%} of a core between runs; figures are too low and uneven", file=sys.stderr)
     header = {
         "date": time.strftime("%Y-%m-%d"), "machine": machine(), "model": os.path.basename(args.model), "threads": args.threads,
-        "rounds": args.rounds, "others_used_cores": round(max(busy), 3), "limits": limits, "failed": failed,
+        "peers": peers(args.build), "rounds": args.rounds, "others_used_cores": round(max(busy), 3), "limits": limits, "failed": failed,
     }
     costs = {name: contender.costs for name, contender in contenders.items() if isinstance(contender, Genie)}
     lines = [header, *report.lines(figures, costs, limits)]
@@ -112,7 +112,8 @@ def worth(figures, name):
 
 
 def measure_limits(args, bundles):
-    """What the machine can do at most, on the same cores, with a buffer of the model's size."""
+    """What the machine can do, on the same cores, with a buffer of the model's size: medians, as all figures are. Where its speed
+    changes from minute to minute, a share of it may be above 1."""
     try:
         size_bytes = os.path.getsize(os.path.join(os.path.dirname(bundles.plain()), "model.bin"))
         command = ["cargo", "bench", "--locked", "--quiet", "--manifest-path", os.path.join(ROOT, "Cargo.toml"),
@@ -122,6 +123,12 @@ def measure_limits(args, bundles):
     except (subprocess.SubprocessError, OSError, ValueError) as why:
         print(f"the limits were not measured: {why}", file=sys.stderr)
         return {}
+
+
+def peers(build):
+    """The packages that run.sh took the peers from."""
+    stamps = [os.path.join(build, folder, "complete") for folder in ("bin", "openvino")]
+    return [open(stamp).read().strip() for stamp in stamps if os.path.exists(stamp)]
 
 
 def others_load():

@@ -57,7 +57,7 @@ class Genie:
 
 
 class LlamaCpp:
-    """llama.cpp of one build, with flash attention on and off, and each of `ggufs` (name: path)."""
+    """llama.cpp of one build, with each of `ggufs` (name: path) and each of ATTENTIONS."""
 
     def __init__(self, args, binaries, ggufs, lora=None):
         self.args, self.binaries, self.ggufs, self.lora = args, binaries, ggufs, lora
@@ -73,19 +73,19 @@ class LlamaCpp:
             yield from self.adapters(worth)
 
     def variants(self):
-        return [(f"{name}, flash attention {'on' if flash else 'off'}", path, flash) for name, path in self.ggufs.items() for flash in (1, 0)]
+        return [(f"{name}, {words}", path, flags) for name, path in self.ggufs.items() for words, flags in ATTENTIONS.items()]
 
     def rates(self, metric, flags, worth):
-        for variant, path, flash in self.variants():
+        for variant, path, attention in self.variants():
             if worth(metric, variant):
-                command = [f"{self.binaries}/llama-bench", "-m", path, "-t", str(self.args.threads), "-r", "1", "-fa", str(flash), "-o", "jsonl"]
+                command = [f"{self.binaries}/llama-bench", "-m", path, "-t", str(self.args.threads), "-r", "1", "-o", "jsonl", *attention]
                 yield metric, variant, json.loads(output(command + flags).splitlines()[-1])["avg_ts"]
 
     def first_token(self, n_words):
-        for name, path in self.ggufs.items():
+        for variant, path, attention in self.variants():
             command = [f"{self.binaries}/llama-completion", "-m", path, "-t", str(self.args.threads), "-c", str(DEPTH), "-n", "2", "-p",
-                       (WORD * n_words).strip(), "-no-cnv", "--no-warmup", "--no-display-prompt", "--temp", "0", "--ignore-eos"]
-            yield name, first_output(command)
+                       (WORD * n_words).strip(), "-no-cnv", "--no-warmup", "--no-display-prompt", "--temp", "0", "--ignore-eos", *attention]
+            yield variant, first_output(command)
 
     def adapters(self, worth):
         """Through a program over its library: llama-bench knows no adapters."""
@@ -94,10 +94,11 @@ class LlamaCpp:
         rates = [f"pp{prompt}_lora1" for prompt in numbers(prompts)] + [f"tg{args.tokens}_d{depth}_lora1" for depth in numbers(depths)]
         for rank in RANKS:
             other = RANKS[RANKS.index(rank) - 1]
-            for variant, path, flash in self.variants():
+            for variant, path, attention in self.variants():
                 if not any(worth(f"{rate}_r{rank}", variant) for rate in rates):
                     continue
-                command = [f"{self.binaries}/llama-lora", path, str(args.threads), str(flash), prompts, depths, str(args.tokens)]
+                flash, cache = int("on" in attention), "q8_0" if "q8_0" in attention else "f16"
+                command = [f"{self.binaries}/llama-lora", path, str(args.threads), str(flash), cache, prompts, depths, str(args.tokens)]
                 for figure in json_lines(command + [self.lora(rank) + ".gguf", self.lora(other) + ".gguf"]):
                     yield f"{figure['metric']}_r{rank}", variant, figure["median"]
 
@@ -151,8 +152,9 @@ def first_output(command, behind=b"", environment=None):
 
 
 def up_to_512(args):
-    """The prompts and depths that are measured where there is much else to measure."""
-    return tuple(",".join(word for word in text.split(",") if word and int(word) <= 512) for text in (args.prompts, args.depths))
+    """The prompts and depths that are measured where there is much else to measure; the least ones where all are longer."""
+    return tuple(",".join(map(str, [n for n in lengths if n <= 512] or lengths[:1])) for lengths in
+                 (sorted(numbers(args.prompts)), sorted(numbers(args.depths))))
 
 
 def json_lines(command, environment=None):
@@ -171,4 +173,9 @@ def numbers(text):
     return [int(word) for word in text.split(",") if word]
 
 
-LORA_COSTS = ("switch", "alpha_change", "adapter_load", "rss_per_adapter")
+# What a user of llama.cpp could choose: genie's cache has 8 bits, so theirs may, which needs flash attention.
+EIGHT_BITS = ["-ctk", "q8_0", "-ctv", "q8_0"]
+ATTENTIONS = {"flash attention on": ["-fa", "on"], "flash attention off": ["-fa", "off"],
+              "flash attention on, cache q8_0": ["-fa", "on", *EIGHT_BITS]}
+# Not the memory of an adapter: genie-bench tells the mean over all that a config has.
+LORA_COSTS = ("switch", "alpha_change", "adapter_load")

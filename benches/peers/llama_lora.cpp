@@ -1,8 +1,8 @@
 // llama.cpp with a LoRA adapter, measured as genie-bench measures: one JSON line per figure. Its own llama-bench knows no adapters.
 //
-//   llama-lora MODEL.gguf THREADS FLASH PROMPTS DEPTHS TOKENS ADAPTER.gguf OTHER.gguf
+//   llama-lora MODEL.gguf THREADS FLASH CACHE PROMPTS DEPTHS TOKENS ADAPTER.gguf OTHER.gguf
 //
-// FLASH is 1 or 0, PROMPTS and DEPTHS are numbers with commas between. A change of adapter or strength is charged with what the next
+// FLASH is 1 or 0, CACHE is f16 or q8_0, PROMPTS and DEPTHS are numbers with commas between. A change of adapter or strength is charged with what the next
 // token takes longer than the tokens around it, since llama.cpp does the work then.
 #include "llama.h"
 
@@ -35,17 +35,6 @@ static std::vector<int> numbers(const std::string & text) {
         if (!word.empty()) out.push_back(std::stoi(word));
     }
     return out;
-}
-
-static double memory_mb() {
-    FILE * file = fopen("/proc/self/status", "r");
-    char line[256];
-    double kib = 0;
-    while (file && fgets(line, sizeof line, file)) {
-        if (sscanf(line, "VmRSS: %lf", &kib) == 1) break;
-    }
-    if (file) fclose(file);
-    return kib * 1024 / 1e6;
 }
 
 static void fail(const std::string & what) {
@@ -110,13 +99,13 @@ struct Bench {
 };
 
 int main(int argc, char ** argv) {
-    if (argc != 9) fail("need MODEL THREADS FLASH PROMPTS DEPTHS TOKENS ADAPTER OTHER");
+    if (argc != 10) fail("need MODEL THREADS FLASH CACHE PROMPTS DEPTHS TOKENS ADAPTER OTHER");
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) fail(std::string("cannot load ") + argv[1]);
-    const auto prompts = numbers(argv[4]), depths = numbers(argv[5]);
-    const int n_tokens = std::atoi(argv[6]);
+    const auto prompts = numbers(argv[5]), depths = numbers(argv[6]);
+    const int n_tokens = std::atoi(argv[7]);
     int longest = 64;
     for (int n : prompts) longest = std::max(longest, n);
     for (int n : depths) longest = std::max(longest, n + n_tokens + 1);
@@ -126,16 +115,16 @@ int main(int argc, char ** argv) {
     params.n_batch = longest;
     params.n_threads = params.n_threads_batch = std::atoi(argv[2]);
     params.flash_attn_type = std::atoi(argv[3]) ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    if (std::string(argv[4]) == "q8_0") params.type_k = params.type_v = GGML_TYPE_Q8_0;
     Bench bench{llama_init_from_model(model, params), llama_vocab_n_tokens(llama_model_get_vocab(model))};
     if (!bench.context) fail("no context");
 
-    double start = now_ms(), before = memory_mb();
-    llama_adapter_lora * adapter = llama_adapter_lora_init(model, argv[7]);
-    if (!adapter) fail(std::string("cannot load ") + argv[7]);
+    double start = now_ms();
+    llama_adapter_lora * adapter = llama_adapter_lora_init(model, argv[8]);
+    if (!adapter) fail(std::string("cannot load ") + argv[8]);
     figure("adapter_load", now_ms() - start);
-    figure("rss_per_adapter", memory_mb() - before);
-    llama_adapter_lora * other = llama_adapter_lora_init(model, argv[8]);
-    if (!other) fail(std::string("cannot load ") + argv[8]);
+    llama_adapter_lora * other = llama_adapter_lora_init(model, argv[9]);
+    if (!other) fail(std::string("cannot load ") + argv[9]);
 
     bench.select(adapter, 1.0f);
     for (int n : prompts) figure("pp" + std::to_string(n) + "_lora1", bench.prompt_rate(n));

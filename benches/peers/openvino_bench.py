@@ -18,7 +18,8 @@ def main():
     model, threads, what, *rest = sys.argv[1:]
     pipe = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=int(threads))
     if what == "first":
-        print(pipe.generate(rest[0], max_new_tokens=1, ignore_eos=True, do_sample=False), flush=True)
+        # The others get the text as it is, too.
+        print(pipe.generate(rest[0], max_new_tokens=1, ignore_eos=True, do_sample=False, apply_chat_template=False), flush=True)
     else:
         rates(pipe, *rest)
 

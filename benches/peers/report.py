@@ -33,7 +33,7 @@ def lines(figures, costs, limits):
                 line[name] = {"median": value, "min": min(values), "max": max(values)} | ({"variant": variant} if variant else {})
         for name in (name for name in line if name.startswith("genie")):
             own = line[name]
-            if peers := [line[peer]["median"] for peer in line if is_peer(peer, name)]:
+            if (peers := [line[peer]["median"] for peer in line if is_peer(peer, name)]) and not metric.startswith(UNLIKE):
                 own["to_best_peer"] = own["median"] / (min(peers) if is_cost(metric) else max(peers))
             if name != "genie" and "genie" in line:
                 own["to_genie"] = own["median"] / line["genie"]["median"]
@@ -140,6 +140,8 @@ def short(value, digits=0):
     return f"{value:.{digits}f}" if 10**-digits <= abs(value) or value == 0 else f"{value:.1g}"
 
 
+# What a change costs: genie's until the next step's first kernel, llama.cpp's as what the next token takes longer.
+UNLIKE = ("switch", "alpha_change")
 TITLES = {"genie": "genie", "genie lpbq": "genie, LPBQ", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
 README = (
     ("decode behind", r"tg\d+_d\d+", "tokens/s"),

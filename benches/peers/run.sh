@@ -17,15 +17,17 @@
 # in turn, prints one JSON line per figure (medians, ranges, ratios, shares of the machine's limits) and a table, and says so
 # if the machine was busy. `report.py RECORD.jsonl` makes the table of the README of such lines.
 #
-# llama.cpp is measured with flash attention on and off, with the GGUF as it is and requantized to Q4_0, and counts with the
-# best of them, figure by figure. OpenVINO reads Q4_0 alone of these formats, and finds no layer for an adapter in a model that
+# llama.cpp is measured with flash attention on and off, with its cache at 16 and at 8 bits (genie's has 8), with the GGUF as it
+# is and requantized to Q4_0, and counts with the best of them, figure by figure. OpenVINO reads Q4_0 alone of these formats, and finds no layer for an adapter in a model that
 # it read from a GGUF. ONNX Runtime GenAI is not here: it reads no GGUF, and its exporter wants torch, transformers and the
 # model's original directory.
 #
 # On two cores, once everything is built, a round takes about two minutes, the first some more; with --adapters about four.
 set -euo pipefail
 
-readonly package="llama-cpp-python==0.3.36"
+readonly llama_cpp="llama-cpp-python==0.3.36"
+readonly llama_cpp_sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+readonly openvino="openvino-genai==2026.4.1.0"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 models="${GENIE_MODELS:-$root/models}"
@@ -45,27 +47,29 @@ main() {
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p genie -p qnn-core --bins
     cargo bench --locked --quiet --manifest-path "$root/Cargo.toml" -p genie-workspace --bench limits --no-run
     mkdir -p "$build"
-    # Each `complete` is written last, so that what an interrupted or failed step left is not taken for whole.
-    [ -f "$build/bin/complete" ] || attempt llama.cpp build_llama_cpp "$build" -DGGML_NATIVE=ON
-    [ -f "$build/openvino/complete" ] || attempt "OpenVINO GenAI" install_openvino
+    is_complete "$build/bin" "$llama_cpp" || attempt llama.cpp build_llama_cpp "$build" -DGGML_NATIVE=ON
+    is_complete "$build/openvino" "$openvino" || attempt "OpenVINO GenAI" install_openvino
     local own
-    own="$build/models/$(basename "$gguf" .gguf)"
-    mkdir -p "$own"
+    own=$(python3 "$here/bundles.py" "$gguf" "$build")
     if [ -x "$build/bin/llama-quantize" ] && [ ! -f "$own/Q4_0.gguf" ]; then
         attempt "the Q4_0 file" quantize "$own/Q4_0.gguf"
     fi
     case " $* " in *" --avx2 "*)
-        [ -f "$build/avx2/bin/complete" ] || attempt "llama.cpp for AVX2" build_llama_cpp "$build/avx2" -DGGML_NATIVE=OFF \
+        is_complete "$build/avx2/bin" "$llama_cpp" || attempt "llama.cpp for AVX2" build_llama_cpp "$build/avx2" -DGGML_NATIVE=OFF \
             -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
         ;;
     esac
     case " $* " in *" --adapters "*)
         [ -f "$own/adapters/r64/adapter_config.json" ] || make_adapters "$own/adapters"
-        [ -x "$build/bin/llama-lora" ] || attempt "llama.cpp with adapters" build_llama_lora
+        [ "$build/bin/llama-lora" -nt "$here/llama_lora.cpp" ] || attempt "llama.cpp with adapters" build_llama_lora
         ;;
     esac
     exec python3 "$here/compare.py" --ours "$target" --build "$build" --model "$gguf" "$@"
 }
+
+# is_complete FOLDER PACKAGE: its file `complete` names the package and is written last, so that what an interrupted or failed step
+# left is not taken for whole, nor another version for this one.
+is_complete() { [ -f "$1/complete" ] && [ "$(cat "$1/complete")" = "$2" ]; }
 
 # attempt WHAT FUNCTION...: a peer that fails is reported, not fatal. The function ends at its first command that fails.
 attempt() {
@@ -82,13 +86,14 @@ attempt() {
 # get_llama_source: unpacks it into $build/source.
 get_llama_source() {
     local source="$build/source.part"
-    [ ! -f "$build/source/vendor/llama.cpp/CMakeLists.txt" ] || return 0
+    ! grep -qsF "$llama_cpp_sha256" "$build/source/requirement" || return 0
     rm -rf "$source" "$build/source"
     mkdir -p "$source"
     python3 -m venv "$build/tools"
     "$build/tools/bin/pip" --quiet --disable-pip-version-check install cmake ninja
+    echo "$llama_cpp --hash=sha256:$llama_cpp_sha256" >"$source/requirement"
     "$build/tools/bin/pip" --quiet --disable-pip-version-check download --no-deps --no-binary llama-cpp-python \
-        --dest "$source" "$package"
+        --require-hashes --requirement "$source/requirement" --dest "$source"
     tar -xf "$source"/llama_cpp_python-*.tar.gz -C "$source" --strip-components=1
     # gcc 12 drops stores to the AMX tile configuration unless it is told that the memory is read.
     find "$source/vendor/llama.cpp/ggml" -name mmq.cpp -exec sed -i \
@@ -105,7 +110,7 @@ build_llama_cpp() {
     cmake -S "$build/source/vendor/llama.cpp" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF "$@"
     cmake --build "$folder" --target llama-bench llama-completion llama-quantize
-    touch "$folder/bin/complete"
+    echo "$llama_cpp" >"$folder/bin/complete"
 }
 
 # The program that measures llama.cpp with adapters, over the library that was built.
@@ -122,11 +127,11 @@ quantize() {
 
 install_openvino() {
     python3 -m venv "$build/openvino.part"
-    "$build/openvino.part/bin/pip" --quiet --disable-pip-version-check install openvino-genai
+    "$build/openvino.part/bin/pip" --quiet --disable-pip-version-check install "$openvino"
     rm -rf "$build/openvino"
     # Not moved: a virtual environment keeps its path.
     ln -s openvino.part "$build/openvino"
-    touch "$build/openvino/complete"
+    echo "$openvino" >"$build/openvino/complete"
 }
 
 # make_adapters FOLDER: random adapters for all contenders, as PEFT directories and as GGUF files.

@@ -7,13 +7,14 @@ writes one page of HTML about all of them.
 Needs the model's Hugging Face directory (tests/golden/make_hf_dir.sh makes SmolLM2's), cargo and Python; no packages. Every
 figure of the page comes from this run: genie-accuracy writes one JSON file a variant, and genie-accuracy --report makes the
 page of them. What is there already is not made again; --fresh starts anew. A folder holds results of one set of options,
-which are in its options.json: with others it is refused.
+which are in its options.json: with others, or when a text has changed, it is refused.
 
 The defaults calibrate on two documents of this repository and score a third, so that a run needs nothing else. For figures
 to quote, bring a longer calibration text and a text that was not calibrated on.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -85,13 +86,20 @@ def arguments():
     parser.add_argument("--fresh", action="store_true", help="make everything again")
     options = parser.parse_args()
     if options.adapter is None:
-        default_model = options.model == parser.get_default("model")
+        default_model = options.model.resolve() == parser.get_default("model").resolve()
         options.adapter = adapters_of_examples() if default_model else []
     if not options.calibration_text:
         options.calibration_text = [ROOT / "ARCHITECTURE.md", ROOT / "qnn-core/FORMAT.md"]
     if not options.model.is_dir():
         parser.error(f"--model {options.model}: no such folder; tests/golden/make_hf_dir.sh makes that of SmolLM2")
+    for path in files(options):
+        if not path.is_file():
+            parser.error(f"no file {path}")
     return options
+
+
+def files(options):
+    return [options.config, options.text, *options.calibration_text]
 
 
 def adapters_of_examples():
@@ -105,9 +113,10 @@ def chosen(variants, options):
 
 
 def options_text(options):
-    """The options that results depend on, as JSON."""
+    """What results depend on, as JSON: the options, and what the files that they name say."""
     names = ("model", "config", "adapter", "calibration_text", "text", "window", "windows")
     chosen = {name: getattr(options, name) for name in names}
+    chosen["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files(options)}
     return json.dumps(chosen, indent=1, default=lambda path: str(path.resolve())) + "\n"
 
 
@@ -156,7 +165,7 @@ class Run:
         folder = self.out / "source"
         self.log = []
         # A rerun has to tell the same commands, so they are told whether or not the file is there.
-        if not (folder / "model.dlc").is_file():
+        if not all((folder / name).is_file() for name in ("model.dlc", "commands.txt")):
             self.say("float model to quantize")
             self.convert(folder, "--lora_weights_bitwidth", "8", "--quant_updatable_mode", "all")
             (folder / "commands.txt").write_text("\n".join(self.log) + "\n")
