@@ -1,8 +1,9 @@
 //! Files that appear as a whole or not at all.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
+use std::path::{Component, Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
@@ -18,7 +19,7 @@ impl AtomicFile {
     /// device or a pipe would lose its name.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
         if std::fs::metadata(path).is_ok_and(|old| !old.is_file()) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "what is there is no regular file"));
+            return Err(io::Error::new(ErrorKind::InvalidInput, "what is there is no regular file"));
         }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".genie-").suffix(".tmp");
@@ -86,7 +87,7 @@ impl Seek for PieceWriter<'_> {
 /// # Errors
 /// What `fill` or the system says. `path` is then unchanged.
 pub fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
-    if std::fs::metadata(path).is_ok_and(|old| !old.is_file() && !old.is_dir()) {
+    if is_special(path) {
         let special = File::options().write(true).open(path)?;
         let mut out = BufWriter::new(&special);
         fill(&mut out)?;
@@ -98,6 +99,54 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> io::Result
     out.flush()?;
     drop(out);
     new.commit()
+}
+
+/// Refuses outputs, each the option that names it and its path, that are one of `inputs` or another output: what is there would
+/// be lost. However their paths are spelled, and also where the file is not there yet; a device or a pipe loses nothing.
+///
+/// # Errors
+/// `InvalidInput` with both names and the path.
+pub fn check_outputs(outputs: &[(&str, &Path)], inputs: &[(&str, &Path)]) -> io::Result<()> {
+    let mut taken: HashMap<PathBuf, &str> = inputs.iter().map(|(name, path)| (place(path), *name)).collect();
+    for (name, path) in outputs.iter().filter(|(_, path)| !is_special(path)) {
+        if let Some(other) = taken.insert(place(path), name) {
+            let why = format!("{name} {}: it is the file of {other} too, need another one", path.display());
+            return Err(io::Error::new(ErrorKind::InvalidInput, why));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a path where no file can be written, as far as that shows before the work whose result it is for: its folder, or the
+/// nearest one above it that is there, has to take new files. Leaves nothing behind.
+///
+/// # Errors
+/// What the system says, with the folder.
+pub fn check_place(path: &Path) -> io::Result<()> {
+    if is_special(path) {
+        return Ok(());
+    }
+    let above = folder_of(path).ancestors().find(|folder| folder.exists());
+    let folder = above.unwrap_or(Path::new("."));
+    let refused = |why: io::Error| io::Error::new(why.kind(), format!("no new file in {}: {why}", folder.display()));
+    tempfile::tempfile_in(folder).map(drop).map_err(refused)
+}
+
+/// Where `path` is, or will be: links and `..` are followed as far as there are files.
+pub(crate) fn place(path: &Path) -> PathBuf {
+    if let Ok(found) = path.canonicalize() {
+        return found;
+    }
+    match path.components().next_back() {
+        Some(Component::Normal(name)) => place(folder_of(path)).join(name),
+        Some(Component::ParentDir) => place(folder_of(path)).parent().unwrap_or(Path::new("")).to_owned(),
+        _ => path.to_owned(),
+    }
+}
+
+/// A device, a pipe or a socket.
+fn is_special(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| !file.is_file() && !file.is_dir())
 }
 
 /// The folder that `path` is in.
@@ -141,6 +190,52 @@ mod tests {
         let mut found = Vec::new();
         File::open(&path).unwrap().read_to_end(&mut found).unwrap();
         assert!(found == expected, "{} bytes, need {}", found.len(), expected.len());
+    }
+
+    /// No file is taken for an output where it is an input, however it is spelled, and none that is not there yet for two
+    /// outputs; other files, and devices, are left to the user.
+    #[test]
+    fn outputs_are_files_of_their_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("sub")).unwrap();
+        std::fs::write(at("model.dlc"), "x").unwrap();
+        let check = |output: &str, input: &str| check_outputs(&[("--out", &at(output))], &[("--in", &at(input))]);
+        for same in ["model.dlc", "./model.dlc", "sub/../model.dlc", "none/../model.dlc"] {
+            let error = check(same, "model.dlc").unwrap_err().to_string();
+            assert!(error.starts_with("--out ") && error.contains(same) && error.contains("--in too"), "{error}");
+        }
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(at("model.dlc"), at("link")).unwrap();
+            assert!(check("link", "model.dlc").is_err() && check("model.dlc", "link").is_err());
+            std::os::unix::fs::symlink(folder.path(), at("sub/home")).unwrap();
+            assert!(check("sub/home/new", "new").is_err());
+            let null = Path::new("/dev/null");
+            assert!(check_outputs(&[("--out", null), ("--more", null)], &[("--in", null)]).is_ok());
+        }
+        assert!(check("sub/model.dlc", "model.dlc").is_ok() && check("new", "model.dlc").is_ok());
+        let (a, b) = (at("none/new"), at("./none/new"));
+        assert!(check_outputs(&[("--out", &a), ("--more", &b)], &[]).is_err());
+        assert!(check_outputs(&[("--out", Path::new("new")), ("--more", Path::new("./new"))], &[]).is_err());
+    }
+
+    /// Work is not done for a file that cannot be written in the end, and asking leaves no file and no folder.
+    #[test]
+    fn a_place_is_tried_before_the_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for good in ["new", "none/deeper/new"] {
+            check_place(&at(good)).unwrap();
+        }
+        check_place(Path::new("none/new")).unwrap();
+        check_place(Path::new("new")).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        std::fs::write(at("file"), "x").unwrap();
+        let error = check_place(&at("file/none/new")).unwrap_err().to_string();
+        assert!(error.contains(&at("file").display().to_string()), "{error}");
+        #[cfg(target_os = "linux")]
+        assert!(check_place(Path::new("/proc/new")).is_err());
     }
 
     /// What is no regular file keeps its name.

@@ -25,7 +25,7 @@ pub mod tensor;
 pub mod types;
 
 pub use adapter::{Adapter, AdapterGroup};
-pub use atomic_file::write as write_atomic;
+pub use atomic_file::{check_outputs, check_place, write as write_atomic};
 pub use backend::{Backend, Bindings, Executable, State};
 pub use context::{Context, ContextBuilder, ContextEditor, OpenOptions, SectionError, StateError};
 pub use encoding::{BlockOffsets, Encoding, Floats};

@@ -79,6 +79,26 @@ fn tools_refuse_in_one_readable_line() {
     assert_eq!(message.lines().count(), 1, "{message}");
 }
 
+// Broken if a tool writes over the file that it reads: the model is then gone.
+#[test]
+fn inputs_are_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, model) = (dlc(dir.path()), path(dir.path(), "model.bin"));
+    std::fs::rename(from, model).unwrap();
+    let before = std::fs::read(model).unwrap();
+    let (out, spelled) = (path(dir.path(), ""), path(dir.path(), "none/../model.bin"));
+    let refused = generator(&["--dlc_path", model, "--output_dir", out, "--ar", "8"]);
+    assert!(!refused.status.success() && std::fs::read(model).unwrap() == before);
+    let message = text(&refused.stderr);
+    assert!(message.contains("model.bin: it is the file of the DLC too, need another one"), "{message}");
+    for json in [model, spelled] {
+        let refused = utility(&["--context_binary", model, "--json_file", json]);
+        assert!(!refused.status.success() && std::fs::read(model).unwrap() == before);
+        let message = text(&refused.stderr);
+        assert!(message.contains("--json_file") && message.contains("of --context_binary too"), "{message}");
+    }
+}
+
 // Broken if a user has to guess: every option that works is in the help, those that do not are not.
 #[test]
 fn help_lists_what_works() {

@@ -120,6 +120,28 @@ fn a_model_survives_a_dlc_in_its_folder() {
     assert!(names.map(read) == before);
 }
 
+/// Guards: an output that cannot be is refused before the weights are converted, a name that the tokenizer's files would take
+/// from the DLC at once included; nothing is written.
+#[test]
+fn impossible_outputs_are_refused_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(place("file"), "x").unwrap();
+    let input = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/families/phi3");
+    for (output, want) in [
+        ("tokenizer.json", "the name of a file that is written beside a DLC"),
+        ("none/generation_config.json", "the name of a file that is written beside a DLC"),
+        ("file/none/model.dlc", "no new file in "),
+        (".", "is a folder; name the file"),
+    ] {
+        let (code, _, error) = run(&["-i", input, "-o", &place(output)]);
+        assert_eq!(code, Some(1), "{error}");
+        assert!(error.contains(output) && error.contains(want), "{error}");
+        assert!(!error.contains("converting"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
 /// Guards: a dry run says on standard output what there is to know, and writes nothing; families are listed by name.
 #[test]
 fn dry_run_and_list() {

@@ -349,6 +349,57 @@ fn a_folder_as_output_is_refused_first() {
     assert!(!done.status.success() && error.contains("is a folder; name the file"), "{error}");
 }
 
+// Guards: no output replaces an input, nor is replaced by the tokenizer's files, and that is found before any work.
+#[test]
+fn outputs_replace_no_inputs() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    write_dlc(&path("m.dlc"), &model(false)).expect("it can be written");
+    std::fs::write(path("m_encodings.json"), "{}").expect("it can be written");
+    std::fs::write(path("list.txt"), "ids.json").expect("it can be written");
+    std::fs::write(path("ids.json"), "[1]").expect("it can be written");
+    let before = ["m.dlc", "m_encodings.json", "list.txt", "ids.json"].map(|name| (name, std::fs::read(path(name))));
+    let cases: [(&[&str], &str); 5] = [
+        (&["-o", "./m.dlc"], "--output_dlc ./m.dlc: it is the file of --input_dlc too"),
+        (&["-o", "ids.json", "--input_list", "list.txt"], "the calibration set too"),
+        (&["-o", "list.txt", "--input_list", "list.txt"], "--input_list too"),
+        (
+            &["-o", "none/../m.bin", "--quantization_overrides", "m_encodings.json", "--dump_encoding_json"],
+            "--quantization_overrides too",
+        ),
+        (&["-o", "tokenizer_config.json"], "the name of a file that is written beside a DLC"),
+    ];
+    for (arguments, want) in cases {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+        command.current_dir(folder.path()).args(["-i", "m.dlc", "--float_fallback"]).args(arguments);
+        let done = command.output().expect("the tool starts");
+        let error = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && error.contains(want), "{arguments:?}: {error}");
+    }
+    for (name, content) in before {
+        assert_eq!(std::fs::read(path(name)).expect("it is there"), content.expect("it was there"), "{name}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).expect("it is there").count(), 4);
+}
+
+// Guards: ids that the model does not have are refused by their file before weights are rounded for nothing.
+#[test]
+fn foreign_ids_are_refused_first() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    write_dlc(&path("m.dlc"), &model(false)).expect("it can be written");
+    std::fs::write(path("list.txt"), "good.json\nforeign.json").expect("it can be written");
+    let good: Vec<usize> = (0..VOCAB).collect();
+    std::fs::write(path("good.json"), format!("{good:?}")).expect("it can be written");
+    std::fs::write(path("foreign.json"), format!("[1, {VOCAB}]")).expect("it can be written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+    command.current_dir(folder.path()).args(["-i", "m.dlc", "--input_list", "list.txt", "--calibration_window", "32"]);
+    let done = command.output().expect("the tool starts");
+    let error = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && error.contains("foreign.json: token id 40, the model has 40: need 0 to 39"));
+    assert_eq!(error.lines().count(), 1, "work was done: {error}");
+}
+
 // Guards: a number of nothing is refused before any work, by its flag.
 #[test]
 fn no_windows_are_refused_by_their_flags() {

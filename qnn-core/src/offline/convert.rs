@@ -81,7 +81,7 @@ pub enum Progress<'a> {
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Import`] naming the source and what is wrong or not supported, or an output that is one of its
-/// files; [`Error::Dlc`].
+/// files; [`Error::Dlc`], an output that would be no DLC included.
 pub fn convert(options: &ConvertOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<ConvertReport, Error> {
     convert_with_lora(options, None, progress)
 }
@@ -171,13 +171,12 @@ pub(super) fn with_branches(
 
 /// A DLC in place of a file of its own source would leave the user without the model.
 pub(super) fn check_output(output: &Path, source: &Source, overrides: Option<&Path>) -> Result<(), Error> {
-    // What is not there yet is no input.
-    let Ok(output_file) = output.canonicalize() else { return Ok(()) };
     let mut inputs = source.files.iter().map(PathBuf::as_path).chain(overrides);
-    if inputs.any(|input| input.canonicalize().is_ok_and(|input| input == output_file)) {
+    let own = atomic_file::place(output);
+    if inputs.any(|input| atomic_file::place(input) == own) {
         return Err(Error::import(output)(ImportError::OutputIsInput));
     }
-    Ok(())
+    dlc::check_output(output)
 }
 
 fn write_sidecars(source: &Source, options: &ConvertOptions) -> Result<Vec<PathBuf>, Error> {

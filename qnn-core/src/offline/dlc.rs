@@ -15,7 +15,10 @@ use crate::{
     error::Error,
     graph::Graph,
     map::Bytes,
-    offline::safetensors::{LayoutError, MAX_HEADER_BYTES, SafetensorsFile},
+    offline::{
+        generate::SIDECARS,
+        safetensors::{LayoutError, MAX_HEADER_BYTES, SafetensorsFile},
+    },
     record::{self, BlockOffsetsRecord, DimRecord, EncodingRecord, GraphRecord, Part, RecordError, TensorRecord},
     types::DataType,
 };
@@ -43,6 +46,25 @@ pub enum DlcError {
     Tensor { name: String, have: String, want: String },
     #[error("two blobs are called {name}")]
     Duplicate { name: String },
+    #[error("it is a folder; name the file, as in model.dlc")]
+    Folder,
+    #[error("the name of a file that is written beside a DLC, need another one, as model.dlc")]
+    SidecarName,
+}
+
+/// Refuses a path where no DLC can be written, before the work that it is for: a folder, a file that the tokenizer's would
+/// replace at once, or a folder that takes no new files.
+///
+/// # Errors
+/// [`Error::Dlc`]; [`Error::Io`] with what the system says.
+pub fn check_output(path: &Path) -> Result<(), Error> {
+    if path.is_dir() {
+        return Err(Error::dlc(path)(DlcError::Folder));
+    }
+    if SIDECARS.iter().any(|name| path.file_name() == Some(name.as_ref())) {
+        return Err(Error::dlc(path)(DlcError::SidecarName));
+    }
+    atomic_file::check_place(path).map_err(Error::io(path))
 }
 
 /// Writes `graph` to `path`: into a temporary file beside it, which takes its name when complete and on disk.

@@ -121,6 +121,8 @@ pub enum GenerateError {
     },
     #[error("metadata of the model")]
     Meta(#[source] BinaryError),
+    #[error(transparent)]
+    Output(std::io::Error),
     #[error("start the worker threads")]
     Threads(#[source] std::io::Error),
 }
@@ -145,6 +147,7 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
         let want = "--adapter_weight_config: without a section the context could never run".to_owned();
         return Err(refuse(GenerateError::Option { option: "lora_weight_sharing", have, want }));
     }
+    check_outputs(options, &splits, adapters.as_ref()).map_err(|why| refuse(GenerateError::Output(why)))?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::new(cores).map_err(|why| refuse(GenerateError::Threads(why)))?;
     let meta = meta_of(&graph, options.lora_weight_sharing);
@@ -181,6 +184,19 @@ pub fn generate(options: &GenerateOptions, progress: &mut dyn FnMut(Progress<'_>
     }
     let sidecars = copy_sidecars(&options.dlc_path, &options.output_dir)?;
     Ok(Report { files, sections, sidecars })
+}
+
+/// Refuses to write over what is read.
+fn check_outputs(options: &GenerateOptions, splits: &[Split], adapters: Option<&Adapters>) -> std::io::Result<()> {
+    let sections = splits.iter().zip(adapters.iter().cycle()).flat_map(|(split, adapters)| {
+        adapters.places(&split.path, split.records.iter().map(|record| record.name.as_str()))
+    });
+    let sections: Vec<PathBuf> = sections.collect();
+    let files = splits.iter().map(|split| ("context binary", split.path.as_path()));
+    let outputs: Vec<_> = files.chain(sections.iter().map(|path| ("section", path.as_path()))).collect();
+    let list = options.adapter_weight_config.iter().map(|path| ("the list of adapters", path.as_path()));
+    let inputs: Vec<_> = [("the DLC", options.dlc_path.as_path())].into_iter().chain(list).collect();
+    atomic_file::check_outputs(&outputs, &inputs)
 }
 
 /// What the META section says of a model. Channel scales are in the graphs' records, which have room for those of large models.
@@ -447,4 +463,4 @@ fn size_bytes(tensor: &Tensor) -> u64 {
 const MAX_POSITIONS: &str = "max_position_embeddings";
 
 /// Files beside a DLC that belong to the model.
-const SIDECARS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+pub(super) const SIDECARS: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];

@@ -11,7 +11,7 @@ use genie::adapters::{Adapters, Selection};
 use genie::engine::Engine;
 use genie::tokenizer::Specials;
 use genie::{AdapterChoice, DialogConfig, Model};
-use qnn_core::write_atomic;
+use qnn_core::{check_outputs, write_atomic};
 
 mod adapters;
 mod machine;
@@ -101,8 +101,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.windows == 0 {
         bail!("--windows 0, need at least 1");
     }
-    check_place("--output", arguments.output.as_deref())?;
-    check_place("--report", arguments.report.as_deref())?;
+    arguments.check_outputs()?;
     let mut records = arguments.results.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
     if let (Some(config), Some(text)) = (&arguments.config, &arguments.text) {
         let model = Model::open(DialogConfig::from_file(config)?)?;
@@ -211,11 +210,30 @@ impl Arguments {
 
 /// Shows how far the work with `choice` is: window by window on a terminal, else when it is done.
 fn progress(choice: &AdapterChoice) -> impl FnMut(usize, usize) {
+    /// Refuses files that cannot be written, and those that would replace what is read.
+    fn check_outputs(&self) -> anyhow::Result<()> {
+        let outputs = given(&[("--output", &self.output), ("--report", &self.report)]);
+        outputs.iter().try_for_each(|(flag, path)| check_place(flag, path))?;
+        let mut inputs = given(&[
+            ("--config", &self.config),
+            ("--text", &self.text),
+            ("--reference", &self.reference),
+            ("--commands", &self.commands),
+        ]);
+        inputs.extend(self.results.iter().map(|path| ("--results", path.as_path())));
+        Ok(check_outputs(&outputs, &inputs)?)
+    }
+
     let name = adapters::name(choice).unwrap_or("base").to_owned();
     let is_terminal = std::io::stderr().is_terminal();
     move |done, all| match (is_terminal, done == all) {
         (true, _) => eprint!("\r{name}: window {done} of {all}{}", if done == all { "\n" } else { "" }),
         (false, true) => eprintln!("{name}: {all} windows"),
+/// The files that were named.
+fn given<'a>(files: &[(&'a str, &'a Option<PathBuf>)]) -> Vec<(&'a str, &'a Path)> {
+    files.iter().filter_map(|(flag, path)| Some((*flag, path.as_deref()?))).collect()
+}
+
         (false, false) => {}
     }
 }
@@ -226,8 +244,7 @@ fn folder_name(config: &Path) -> String {
 }
 
 /// Refuses a file that cannot be written, before the work whose result it is for.
-fn check_place(flag: &str, path: Option<&Path>) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
+fn check_place(flag: &str, path: &Path) -> anyhow::Result<()> {
     if path.is_dir() {
         bail!("{flag} {}: it is a folder, need the name of a file", path.display());
     }
@@ -235,7 +252,7 @@ fn check_place(flag: &str, path: Option<&Path>) -> anyhow::Result<()> {
     if !folder.is_dir() {
         bail!("{flag} {}: {} is no folder, need one that is there", path.display(), folder.display());
     }
-    Ok(())
+    qnn_core::check_place(path).with_context(|| format!("{flag} {}", path.display()))
 }
 
 fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
@@ -300,3 +317,10 @@ mod tests {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
+            for (input, name) in [("nowhere.json", "--reference"), ("nowhere", "--text")] {
+                let error = refused(flag, &format!("./{input}"));
+                assert!(error.starts_with(flag) && error.contains(&format!("it is the file of {name} too")), "{error}");
+            }
+        let words = ["genie-accuracy", "--results", "a.json", "--report", "./a.json"];
+        let error = run(&Arguments::try_parse_from(words).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("--report ./a.json: it is the file of --results too"), "{error}");

@@ -169,9 +169,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         precision: cli.precision()?,
         threads: cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
     };
-    if options.output.is_dir() {
-        bail!("{} is a folder; name the file, as in {0}/model.dlc", options.output.display());
-    }
     let lora = cli.lora()?;
     if cli.dry_run {
         let found = dry_run(&options, lora.as_ref());

@@ -10,10 +10,11 @@ use htp_sim::Workers;
 use qnn_core::{
     Graph,
     backend::HtpBackend,
+    check_outputs, check_place,
     offline::{
         arch::{CacheType, Grouping, WeightType},
         calibrate::opened_windows,
-        dlc::{read_dlc, write_dlc},
+        dlc::{check_output, read_dlc, write_dlc},
         encodings::{EncodingsFile, FileVersion, dump},
         equalize::{SmoothOptions, SmoothReport, smooth},
         generate::copy_sidecars,
@@ -221,15 +222,13 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let Some(version) = FileVersion::from_name(&cli.encoding_version) else {
         bail!("--encoding_version {}, need 0.6.1, 1.0.0 or 2.0.0", cli.encoding_version);
     };
-    if cli.output_dlc.is_dir() {
-        bail!("{} is a folder; name the file, as in {0}/model.dlc", cli.output_dlc.display());
-    }
+    cli.check_outputs()?;
     let graph = read_dlc(&cli.input_dlc)?;
     let overrides = match &cli.quantization_overrides {
         Some(path) if !cli.ignore_quantization_overrides => Some(EncodingsFile::open(path)?),
         _ => None,
     };
-    let windows = cli.windows()?;
+    let windows = cli.windows(&graph)?;
     let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let (backend, workers) = (HtpBackend::new(threads)?, Workers::new(threads.max(1))?);
@@ -413,9 +412,37 @@ impl Cli {
         self.lora_output_dir.clone().unwrap_or_else(|| self.output_dlc.with_file_name("lora"))
     }
 
-    /// What to calibrate with, window by window.
-    fn windows(&self) -> anyhow::Result<Vec<Vec<u32>>> {
-        let ids = self.ids()?;
+    /// Refuses files that cannot be written, and those that would replace what is read.
+    fn check_outputs(&self) -> anyhow::Result<()> {
+        check_output(&self.output_dlc)?;
+        let (texts, dump) = (self.texts()?, self.dump_path());
+        let mut inputs = vec![("--input_dlc", self.input_dlc.as_path())];
+        inputs.extend(texts.iter().map(|path| ("the calibration set", path.as_path())));
+        let others = [
+            ("--input_list", &self.input_list),
+            ("--tokenizer", &self.tokenizer),
+            ("--quantization_overrides", &self.quantization_overrides),
+            ("--lora_output_files", &self.lora_output_files),
+        ];
+        inputs.extend(others.iter().filter_map(|(name, path)| Some((*name, path.as_deref()?))));
+        let mut outputs = vec![("--output_dlc", self.output_dlc.as_path())];
+        if let Some(path) = &dump {
+            check_place(path).with_context(|| path.display().to_string())?;
+            outputs.push(("--dump_encoding_json", path));
+        }
+        Ok(check_outputs(&outputs, &inputs)?)
+    }
+
+    /// Where the encodings go, if they are asked for.
+    fn dump_path(&self) -> Option<PathBuf> {
+        let stem = self.output_dlc.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
+        self.dump_encoding_json.then(|| self.output_dlc.with_file_name(format!("{stem}_encodings.json")))
+    }
+
+    /// What to calibrate `graph` with, window by window.
+    fn windows(&self, graph: &Graph) -> anyhow::Result<Vec<Vec<u32>>> {
+        let ids = self.ids(graph)?;
+        text::check_ids(&tokenizer, &opening, graph)?;
         if ids.is_empty() && !self.float_fallback {
             bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback");
         }
@@ -433,19 +460,23 @@ impl Cli {
         self.tokenizer.clone().unwrap_or_else(|| self.input_dlc.with_file_name("tokenizer.json"))
     }
 
-    /// Token ids of everything to calibrate with.
-    fn ids(&self) -> anyhow::Result<Vec<u32>> {
-        let mut files = self.calibration_text.clone();
-        if let Some(list) = &self.input_list {
-            files.extend(text::read_list(list)?);
-        }
+    /// The files to calibrate with.
+    fn texts(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let listed = self.input_list.as_deref().map(text::read_list).transpose()?;
+        Ok(self.calibration_text.iter().cloned().chain(listed.unwrap_or_default()).collect())
+    }
+
+    /// Token ids of everything to calibrate with, all of which `graph` knows.
+    fn ids(&self, graph: &Graph) -> anyhow::Result<Vec<u32>> {
         let tokenizer = self.tokenizer();
         let mut ids = Vec::new();
-        for file in files {
-            match text::read_ids(&file)? {
-                Some(own) => ids.extend(own),
-                None => ids.extend(text::read_texts(&[file], &tokenizer)?),
-            }
+        for file in self.texts()? {
+            let own = match text::read_ids(&file)? {
+                Some(own) => own,
+                None => text::read_texts(std::slice::from_ref(&file), &tokenizer)?,
+            };
+            text::check_ids(&file, &own, graph)?;
+            ids.extend(own);
         }
         Ok(ids)
     }

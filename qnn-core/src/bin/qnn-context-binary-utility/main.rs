@@ -9,7 +9,7 @@ use clap::Parser;
 use qnn_core::{
     Bytes, Error,
     binary::{FileInfo, Verify},
-    write_atomic,
+    check_outputs, write_atomic,
 };
 
 /// Prints what a context binary or an adapter section contains as JSON. Of a context binary: versions, identity, graphs
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
     }
 }
 
+    if let Some(json) = &cli.json_file {
+        check_outputs(&[("--json_file", json)], &[("--context_binary", path)])?;
+    }
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let verify = if cli.verify { Verify::Checksums } else { Verify::Headers };
     let path = &cli.context_binary;

@@ -191,12 +191,9 @@ impl Adapters {
     pub(super) fn write(&self, context_path: &Path) -> Result<Vec<SectionReport>, Error> {
         let options = OpenOptions { use_mmap: true, verify: Verify::Headers };
         let context = Context::open(context_path, &options)?;
-        let folder = context_path.parent().unwrap_or(Path::new(""));
-        let stem = context_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("context");
-        let graphs: Vec<Option<&str>> = if self.share { vec![None] } else { context.graphs().map(Some).collect() };
         let mut reports = Vec::new();
-        for graph in &graphs {
-            let place = |name: &str| folder.join(format!("{}_{name}.bin", graph.unwrap_or(stem)));
+        for graph in &self.graphs(context.graphs()) {
+            let place = |name: &str| place(context_path, *graph, name);
             let mut groups = Vec::new();
             for prepared in &self.groups {
                 let path = place(&prepared.name);
@@ -218,6 +215,25 @@ impl Adapters {
         }
         Ok(reports)
     }
+
+    /// Where the sections of a context binary with these graphs go.
+    pub(super) fn places<'a>(&self, context_path: &Path, graphs: impl Iterator<Item = &'a str>) -> Vec<PathBuf> {
+        let groups = self.groups.iter().map(|group| &group.name);
+        let names: Vec<&String> = groups.chain(self.adapters.iter().map(|adapter| &adapter.name)).collect();
+        let graphs = self.graphs(graphs);
+        graphs.iter().flat_map(|graph| names.iter().map(|name| place(context_path, *graph, name))).collect()
+    }
+
+    /// The graphs that have sections of their own; `None` is one section for all.
+    fn graphs<'a>(&self, graphs: impl Iterator<Item = &'a str>) -> Vec<Option<&'a str>> {
+        if self.share { vec![None] } else { graphs.map(Some).collect() }
+    }
+}
+
+/// Where a section of the context binary at `context_path`, or of one of its graphs, goes.
+fn place(context_path: &Path, graph: Option<&str>, name: &str) -> PathBuf {
+    let stem = context_path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("context");
+    context_path.with_file_name(format!("{}_{name}.bin", graph.unwrap_or(stem)))
 }
 
 impl SectionReport {

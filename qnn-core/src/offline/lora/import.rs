@@ -132,9 +132,8 @@ fn check_outputs(config: &yaml::LoraConfig, options: &ImportOptions) -> Result<(
         outputs.extend(output_files(&options.folder_of(case), &case.name));
     }
     inputs.extend(config.group.iter().filter_map(|group| Some(options.base().join(group.encodings.as_ref()?))));
-    let inputs: BTreeSet<PathBuf> = inputs.iter().filter_map(|path| path.canonicalize().ok()).collect();
-    // What is not there yet is no input.
-    match outputs.into_iter().find(|path| path.canonicalize().is_ok_and(|path| inputs.contains(&path))) {
+    let inputs: BTreeSet<PathBuf> = inputs.iter().map(|path| atomic_file::place(path)).collect();
+    match outputs.into_iter().find(|path| inputs.contains(&atomic_file::place(path))) {
         Some(output) => Err(Error::lora(&output)(LoraError::OutputIsInput)),
         None => Ok(()),
     }

@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
 use super::QuantizeError;
-use crate::offline::opening;
+use crate::{
+    graph::{Graph, Node},
+    offline::opening,
+    op::OpKind,
+};
 
 /// The ids of the texts in `files`, one after the other, without special tokens; `tokenizer` is a `tokenizer.json`.
 ///
@@ -85,6 +89,21 @@ pub fn read_ids(file: &Path) -> Result<Option<Vec<u32>>, QuantizeError> {
     match ids.is_empty() {
         true => Err(refused(file)(NO_IDS.to_owned())),
         false => Ok(Some(ids)),
+    }
+}
+
+/// Refuses ids of `file` that `graph` has no embedding for, before work that such an id would end.
+///
+/// # Errors
+/// [`QuantizeError::Text`] naming the file, the id and how many the model has.
+pub fn check_ids(file: &Path, ids: &[u32], graph: &Graph) -> Result<(), QuantizeError> {
+    let takes_ids = |node: &&Node| graph.find("input_ids").is_some_and(|ids| node.inputs.get(1) == Some(&ids));
+    let mut lookups = graph.nodes().iter().filter(|node| node.op == OpKind::Gather);
+    let Some(embedding) = lookups.find(takes_ids) else { return Ok(()) };
+    let n_vocab = graph.tensor(embedding.inputs[0]).shape.max_dims()[0];
+    match ids.iter().find(|id| **id as usize >= n_vocab) {
+        Some(id) => Err(refused(file)(format!("token id {id}, the model has {n_vocab}: need 0 to {}", n_vocab - 1))),
+        None => Ok(()),
     }
 }
 
