@@ -58,13 +58,15 @@ fn tools_refuse_in_one_readable_line() {
     let dir = tempfile::tempdir().unwrap();
     let (dlc, out) = (dlc(dir.path()), path(dir.path(), "out"));
     let base = ["--dlc_path", dlc, "--output_dir", out];
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 8] = [
         (&["--ar", "8", "--adapter_weight_config", "no.yaml"], "no.yaml: cannot be read"),
         (&["--config_file", "x.json"], "x.json"),
         (&["--enable_intermediate_outputs"], "--enable_intermediate_outputs is not supported yet"),
         (&["--backend", "gpu"], "possible values: htp"),
         (&["--ar", "64"], "ar: 64, need 1 to 32 rows"),
-        (&["--num_splits", "9"], "9 splits of a model with 2 layers"),
+        (&["--cl", "0"], "cl: 0, need at least 1 position"),
+        (&["--num_splits", "0"], "0 splits of a model with 2 layers that can be told apart, need 1 to 2"),
+        (&["--num_splits", "9"], "9 splits of a model with 2 layers that can be told apart, need 1 to 2"),
     ];
     for (args, want) in cases {
         let refused = generator(&[&base, args].concat());

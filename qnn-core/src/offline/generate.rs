@@ -103,7 +103,7 @@ pub enum GenerateError {
     Unpackable { tensor: String, have: String, want: String },
     #[error(transparent)]
     Pack(#[from] PrepareError),
-    #[error("{have} splits of a model with {layers} layers that can be told apart")]
+    #[error("{have} splits of a model with {layers} layers that can be told apart, need 1 to {}", layers.max(&1))]
     TooManySplits { have: usize, layers: usize },
     #[error("cannot cut at tensor {tensor}: {why}")]
     Cut { tensor: String, why: String },
@@ -409,6 +409,9 @@ fn check(options: &GenerateOptions) -> Result<(), GenerateError> {
         if let Some((_, twice)) = list.iter().enumerate().find(|(i, n)| list[..*i].contains(n)) {
             return refuse(option, format!("{twice} twice"), "each number once");
         }
+    }
+    if options.cl.contains(&0) {
+        return refuse("cl", "0".to_owned(), "at least 1 position");
     }
     let n_graphs = options.ar.len().saturating_mul(options.cl.len().max(1));
     if n_graphs > MAX_GRAPHS {
