@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use qnn_core::{Context, OpenOptions, offline::dlc::write_dlc};
-use support::{FORMS, Tiny, tiny};
+use support::{FORMS, Tiny, check_stdout, tiny};
 
 fn generator(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_qnn-context-binary-generator")).args(args).output().expect("the tool starts")
@@ -99,6 +99,24 @@ fn inputs_are_not_overwritten() {
         let message = text(&refused.stderr);
         assert!(message.contains("--json_file") && message.contains("of --context_binary too"), "{message}");
     }
+}
+
+// Broken if a closed or full standard output ends a tool in a panic, or costs a file.
+#[test]
+fn standard_output_may_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dlc, out, binary) = (dlc(dir.path()), path(dir.path(), "out"), path(dir.path(), "out/tiny.bin"));
+    check_stdout(|| {
+        let _ = std::fs::remove_file(binary);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qnn-context-binary-generator"));
+        command.args(["--dlc_path", dlc, "--output_dir", out, "--ar", "8,1"]);
+        command
+    });
+    check_stdout(|| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qnn-context-binary-utility"));
+        command.args(["--context_binary", binary]);
+        command
+    });
 }
 
 // Broken if a user has to guess: every option that works is in the help, those that do not are not.

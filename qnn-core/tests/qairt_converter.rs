@@ -5,6 +5,8 @@ use std::process::{Command, Output};
 
 use qnn_core::offline::generate::copy_sidecars;
 
+mod support;
+
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } =
         Command::new(env!("CARGO_BIN_EXE_qairt-converter")).args(arguments).output().unwrap();
@@ -140,6 +142,24 @@ fn impossible_outputs_are_refused_first() {
         assert!(!error.contains("converting"), "{error}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// Guards: a closed or full standard output ends in no panic, and costs no file.
+#[test]
+fn standard_output_may_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/families/phi3"),
+        folder.path().join("model.dlc").to_str().unwrap().to_owned(),
+    );
+    for arguments in [&["--list_architectures"][..], &["-i", input, "--dry_run"], &["-i", input, "-o", &output]] {
+        support::check_stdout(|| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-converter"));
+            command.args(arguments);
+            command
+        });
+    }
+    assert!(Path::new(&output).is_file());
 }
 
 /// Guards: a dry run says on standard output what there is to know, and writes nothing; families are listed by name.

@@ -23,7 +23,7 @@ use qnn_core::{
         quantize_weights::Bits,
     },
 };
-use support::{Rng, Runner, Tiny, VOCAB, random_adapter, tiny};
+use support::{Rng, Runner, Tiny, VOCAB, check_stdout, random_adapter, tiny};
 
 const RANK: usize = 4;
 
@@ -398,6 +398,25 @@ fn foreign_ids_are_refused_first() {
     let error = String::from_utf8_lossy(&done.stderr);
     assert!(!done.status.success() && error.contains("foreign.json: token id 40, the model has 40: need 0 to 39"));
     assert_eq!(error.lines().count(), 1, "work was done: {error}");
+}
+
+// Guards: a closed or full standard output ends in no panic, and costs none of the files.
+#[test]
+fn standard_output_may_fail() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    write_dlc(&path("m.dlc"), &model(false)).expect("it can be written");
+    std::fs::write(path("tokenizer.json"), "{}").expect("it can be written");
+    check_stdout(|| {
+        let _ = std::fs::remove_dir_all(path("out"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-quantizer"));
+        command.current_dir(folder.path()).args(["-i", "m.dlc", "-o", "out/q.dlc", "--float_fallback"]);
+        command.arg("--dump_encoding_json");
+        command
+    });
+    for name in ["q.dlc", "tokenizer.json", "q_encodings.json"] {
+        assert!(path("out").join(name).is_file(), "{name}");
+    }
 }
 
 // Guards: a number of nothing is refused before any work, by its flag.

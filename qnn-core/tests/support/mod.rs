@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
 use std::io::Cursor;
+use std::process::Command;
 use std::sync::{Arc, atomic::AtomicBool};
 
 use qnn_core::{
@@ -373,4 +374,21 @@ pub(crate) fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
     let text = std::str::from_utf8(bytes).expect("JSON");
     assert!(text.contains(from), "{text}");
     *bytes = text.replacen(from, to, 1).into_bytes();
+}
+
+/// A tool has to end well where nobody reads what it prints, and with an error where there is no room for it; `command` makes
+/// a call that succeeds.
+pub(crate) fn check_stdout(command: impl Fn() -> Command) {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let done = command().stdout(writer).output().expect("the tool starts");
+    assert!(done.status.success(), "nobody reads: {}", String::from_utf8_lossy(&done.stderr));
+    #[cfg(target_os = "linux")]
+    {
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("every Linux has it");
+        let done = command().stdout(full).output().expect("the tool starts");
+        let error = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{error}");
+        assert!(error.contains(": standard output: ") && !error.contains("panicked"), "{error}");
+    }
 }

@@ -1,6 +1,6 @@
 //! `genie-accuracy`: perplexity of a model on a text; how far it is from a float model, and where; a report of such results.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,6 +14,8 @@ use genie::{AdapterChoice, DialogConfig, Model};
 use qnn_core::{check_outputs, write_atomic};
 
 mod adapters;
+#[path = "../shared/exit.rs"]
+mod exit;
 mod machine;
 mod record;
 mod report;
@@ -82,13 +84,7 @@ const EXAMPLES: &str = "Examples:
   genie-accuracy --results w8.json w4.json --report all.html";
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("genie-accuracy: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("genie-accuracy", run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -103,6 +99,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     arguments.check_outputs()?;
     let mut records = arguments.results.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
+    let mut table = String::new();
     if let (Some(config), Some(text)) = (&arguments.config, &arguments.text) {
         let model = Model::open(DialogConfig::from_file(config)?)?;
         let text_path = text;
@@ -113,18 +110,28 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 let reference = Side { config: reference, model: Model::open(DialogConfig::from_file(reference)?)? };
                 let tested = Side { config, model };
                 let record = compare(arguments, &reference, &tested, (text_path, &text))?;
-                print!("{}", table::text(&record));
-                if let Some(output) = &arguments.output {
-                    write_file(output, &record.to_json()?)?;
-                }
+                table = table::text(&record);
                 records.push(record);
             }
         }
     }
-    match &arguments.report {
-        Some(path) => write_file(path, &report::html(&records)?),
+    // What took long to find is kept in one place where the other one fails.
+    let written = write_results(arguments, &records);
+    let printed = io::stdout().write_all(table.as_bytes()).context(exit::STDOUT);
+    written.and(printed)
+}
+
+/// Writes the files that were asked for; the last record is the one of this run.
+fn write_results(arguments: &Arguments, records: &[Record]) -> anyhow::Result<()> {
+    let output = match (&arguments.output, records.last()) {
+        (Some(path), Some(record)) => write_file(path, &record.to_json()?),
+        _ => Ok(()),
+    };
+    let report = match &arguments.report {
+        Some(path) => write_file(path, &report::html(records)?),
         None => Ok(()),
-    }
+    };
+    output.and(report)
 }
 
 /// A model of a comparison and the config that it was opened with.
@@ -157,7 +164,7 @@ fn perplexities(arguments: &Arguments, model: &Model, text: &str) -> anyhow::Res
         if arguments.nll {
             line["nll"] = serde_json::json!(result.nll);
         }
-        println!("{line}");
+        writeln!(io::stdout(), "{line}").context(exit::STDOUT)?;
     }
     Ok(())
 }
@@ -203,13 +210,6 @@ fn compare(
 }
 
 impl Arguments {
-    fn cut(&self) -> Windows {
-        Windows { window: self.window, windows: self.windows }
-    }
-}
-
-/// Shows how far the work with `choice` is: window by window on a terminal, else when it is done.
-fn progress(choice: &AdapterChoice) -> impl FnMut(usize, usize) {
     /// Refuses files that cannot be written, and those that would replace what is read.
     fn check_outputs(&self) -> anyhow::Result<()> {
         let outputs = given(&[("--output", &self.output), ("--report", &self.report)]);
@@ -224,16 +224,23 @@ fn progress(choice: &AdapterChoice) -> impl FnMut(usize, usize) {
         Ok(check_outputs(&outputs, &inputs)?)
     }
 
-    let name = adapters::name(choice).unwrap_or("base").to_owned();
-    let is_terminal = std::io::stderr().is_terminal();
-    move |done, all| match (is_terminal, done == all) {
-        (true, _) => eprint!("\r{name}: window {done} of {all}{}", if done == all { "\n" } else { "" }),
-        (false, true) => eprintln!("{name}: {all} windows"),
+    fn cut(&self) -> Windows {
+        Windows { window: self.window, windows: self.windows }
+    }
+}
+
 /// The files that were named.
 fn given<'a>(files: &[(&'a str, &'a Option<PathBuf>)]) -> Vec<(&'a str, &'a Path)> {
     files.iter().filter_map(|(flag, path)| Some((*flag, path.as_deref()?))).collect()
 }
 
+/// Shows how far the work with `choice` is: window by window on a terminal, else when it is done.
+fn progress(choice: &AdapterChoice) -> impl FnMut(usize, usize) {
+    let name = adapters::name(choice).unwrap_or("base").to_owned();
+    let is_terminal = std::io::stderr().is_terminal();
+    move |done, all| match (is_terminal, done == all) {
+        (true, _) => eprint!("\r{name}: window {done} of {all}{}", if done == all { "\n" } else { "" }),
+        (false, true) => eprintln!("{name}: {all} windows"),
         (false, false) => {}
     }
 }
@@ -313,14 +320,14 @@ mod tests {
             assert!(error.starts_with(flag) && error.ends_with("none is no folder, need one that is there"), "{error}");
             let error = refused(flag, &place("result"));
             assert!(error.contains("nowhere.json"), "{error}");
-        }
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    }
-}
             for (input, name) in [("nowhere.json", "--reference"), ("nowhere", "--text")] {
                 let error = refused(flag, &format!("./{input}"));
                 assert!(error.starts_with(flag) && error.contains(&format!("it is the file of {name} too")), "{error}");
             }
+        }
         let words = ["genie-accuracy", "--results", "a.json", "--report", "./a.json"];
         let error = run(&Arguments::try_parse_from(words).unwrap()).unwrap_err().to_string();
         assert!(error.contains("--report ./a.json: it is the file of --results too"), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

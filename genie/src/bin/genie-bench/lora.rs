@@ -50,18 +50,18 @@ impl<'a> LoraBench<'a> {
         match other {
             Some(other) => {
                 let other = self.selection(&AdapterChoice::named(&other.name))?;
-                report.add("switch", "ms", self.alternate(&other, &chosen, rounds)?);
+                report.add("switch", "ms", self.alternate(&other, &chosen, rounds)?)?;
             }
             None => eprintln!("switch is left out: it needs two adapters in the config, there is one"),
         }
         let half = AdapterChoice::named(name).at(&self.config.lora.alpha_tensor_name, 0.5);
         let half = self.selection(&half)?;
-        report.add("alpha_change", "ms", self.alternate(&half, &chosen, rounds)?);
-        report.add("adapter_load", "ms", self.load(name, rounds)?);
+        report.add("alpha_change", "ms", self.alternate(&half, &chosen, rounds)?)?;
+        report.add("adapter_load", "ms", self.load(name, rounds)?)?;
         match self.load_cold(name, rounds) {
             Ok((load, read)) => {
-                report.add("adapter_load_cold", "ms", load);
-                report.add("adapter_read_cold", "ms", read);
+                report.add("adapter_load_cold", "ms", load)?;
+                report.add("adapter_read_cold", "ms", read)?;
             }
             Err(why) => eprintln!("adapter_load_cold is left out: {why:#}"),
         }

@@ -9,6 +9,8 @@ use clap::Parser;
 use genie::AdapterChoice;
 use genie::config::DialogConfig;
 
+#[path = "../shared/exit.rs"]
+mod exit;
 mod lora;
 mod measure;
 mod report;
@@ -62,13 +64,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("genie-bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("genie-bench", run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -86,11 +82,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut report = Report::new(std::io::stdout().is_terminal() && !arguments.json);
     let child = measure::Child { config: &arguments.config, threads: arguments.threads };
     let first = FIRST_PROMPT.min(config.engine.context_size);
-    report.add("load_model", "ms", measure::load(&config, arguments.rounds)?);
+    report.add("load_model", "ms", measure::load(&config, arguments.rounds)?)?;
     let (start, rss) = child.start_to_first_token(first, arguments.rounds)?;
-    report.add(&format!("start_to_first_token_p{first}"), "ms", start);
+    report.add(&format!("start_to_first_token_p{first}"), "ms", start)?;
     let mut bench = Bench::open(&config)?;
-    report.add(&format!("ttft_p{first}"), "ms", bench.time_to_first_token(first, arguments.rounds)?);
+    report.add(&format!("ttft_p{first}"), "ms", bench.time_to_first_token(first, arguments.rounds)?)?;
     rates(arguments, &mut bench, &mut report, "")?;
     if let Some(choice) = &arguments.lora {
         let mut lora = lora::LoraBench::new(&mut bench, &config.engine, choice)?;
@@ -131,11 +127,11 @@ fn check_lengths(arguments: &Arguments, context: usize) -> anyhow::Result<()> {
 fn rates(arguments: &Arguments, bench: &mut Bench, report: &mut Report, suffix: &str) -> anyhow::Result<()> {
     let kernels = bench.engine.kernels();
     for prompt in &arguments.prompts {
-        report.add_rates(&format!("pp{prompt}{suffix}"), bench.prefill(*prompt, arguments.rounds)?, kernels);
+        report.add_rates(&format!("pp{prompt}{suffix}"), bench.prefill(*prompt, arguments.rounds)?, kernels)?;
     }
     for depth in &arguments.depths {
         let rates = bench.decode(*depth, arguments.n_tokens, arguments.rounds)?;
-        report.add_rates(&format!("tg{}_d{depth}{suffix}", arguments.n_tokens), rates, kernels);
+        report.add_rates(&format!("tg{}_d{depth}{suffix}", arguments.n_tokens), rates, kernels)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The measurements. All times are wall clock; ids are pseudo-random but the same in every run.
 
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
@@ -192,9 +192,10 @@ pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow:
     let mut bench = Bench { engine: model.engine()?, never: AtomicBool::new(false) };
     let ids = bench.ids(prompt);
     bench.first_token(&ids)?;
-    println!("{}", memory_mb("VmRSS:")?);
+    let memory = memory_mb("VmRSS:").map_or_else(|_| String::new(), |mb| mb.to_string());
+    let printed = writeln!(io::stdout(), "{memory}").context(crate::exit::STDOUT);
     drop(model);
-    Ok(())
+    printed
 }
 
 /// A field of the kernel's account of this process, in MB (10⁶ bytes).

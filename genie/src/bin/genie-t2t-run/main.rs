@@ -12,18 +12,13 @@ use genie::{AdapterChoice, Dialog, DialogConfig, Finish, Flow, Message, QueryRep
 use tracing::level_filters::LevelFilter;
 
 mod args;
+#[path = "../shared/exit.rs"]
+mod exit;
 
 use args::{Args, LogLevel};
 
 fn main() -> ExitCode {
-    let outcome = Args::read().and_then(|args| args.map_or(Ok(()), |args| run(&args)));
-    match outcome {
-        Err(error) if !is_broken_pipe(&error) => {
-            eprintln!("genie-t2t-run: {error:#}");
-            ExitCode::FAILURE
-        }
-        _ => ExitCode::SUCCESS,
-    }
+    exit::code("genie-t2t-run", Args::read().and_then(|args| args.map_or(Ok(()), |args| run(&args))))
 }
 
 /// What the model is given.
@@ -38,7 +33,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         check_place(path)?;
     }
     let input = read_input(args)?;
-    writeln!(io::stdout(), "Using genie version {}\n", genie::VERSION)?;
+    writeln!(io::stdout(), "Using genie version {}\n", genie::VERSION).context(exit::STDOUT)?;
 
     let mut profile = Profile::new();
     let started = Instant::now();
@@ -62,7 +57,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     profile.add_query(&ask(&mut dialog, &input, SentenceCode::Complete, args)?);
     if let Some(prompt) = &args.rewind {
-        writeln!(io::stdout())?;
+        writeln!(io::stdout()).context(exit::STDOUT)?;
         if let Some(choice) = args.lora.get(1) {
             apply(&mut dialog, choice, role, &mut profile)?;
         }
@@ -102,8 +97,8 @@ fn apply(dialog: &mut Dialog, choice: &AdapterChoice, role: &str, profile: &mut 
         info.size_bytes as f64 / 1e6,
         applied.time.as_secs_f64() * 1e3,
         strengths.join(", ")
-    )?;
-    Ok(())
+    )
+    .context(exit::STDOUT)
 }
 
 fn start_log(level: Option<LogLevel>) {
@@ -174,8 +169,7 @@ fn ask(dialog: &mut Dialog, input: &Input, code: SentenceCode, args: &Args) -> a
             }
         }
     };
-    printer.broken?;
-    print_figures(&report)?;
+    printer.broken.and_then(|()| print_figures(&report)).context(exit::STDOUT)?;
     if report.finish == Finish::ContextExceeded {
         let size = dialog.context_size();
         eprintln!("genie-t2t-run: the context of {size} tokens is full, the answer ends here");
@@ -249,13 +243,7 @@ fn check_place(path: &Path) -> anyhow::Result<()> {
     if !folder.is_dir() {
         bail!("profile {}: {} is no folder, need one that is there", path.display(), folder.display());
     }
-    Ok(())
-}
-
-/// Nobody reads on: no reason to complain.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    io.into_iter().any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    qnn_core::check_place(path).with_context(|| format!("profile {}", path.display()))
 }
 
 /// Longest prompt file that is read.

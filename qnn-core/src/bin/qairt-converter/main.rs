@@ -1,6 +1,6 @@
 //! `qairt-converter`: a model's files in, a DLC and the tokenizer's files out.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -15,6 +15,8 @@ use qnn_core::offline::{
     quantize_weights::Bits,
 };
 
+#[path = "../shared/exit.rs"]
+mod exit;
 mod print;
 
 /// Converts a model to a DLC: one file with the graph and its weights.
@@ -149,19 +151,13 @@ enum Mode {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qairt-converter: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("qairt-converter", run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
+    let out = &mut io::stdout().lock();
     if cli.list_architectures {
-        print::architectures();
-        return Ok(());
+        return print::architectures(out).context(exit::STDOUT);
     }
     let options = ConvertOptions {
         input: cli.input_network.clone().unwrap_or_default(),
@@ -172,16 +168,15 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let lora = cli.lora()?;
     if cli.dry_run {
         let found = dry_run(&options, lora.as_ref());
-        print::dry_run(&found.with_context(|| format!("cannot convert {}", options.input.display()))?);
-        return Ok(());
+        let found = found.with_context(|| format!("cannot convert {}", options.input.display()))?;
+        return print::dry_run(&found, out).context(exit::STDOUT);
     }
     let mut display = Display::new();
     let overrides = cli.quantization_overrides.as_deref();
     let report = convert_with_overrides(&options, lora.as_ref(), overrides, &mut |progress| display.show(progress))
         .with_context(|| format!("cannot convert {}", options.input.display()));
     display.end();
-    print::summary(&report?, &options.output);
-    Ok(())
+    print::summary(&report?, &options.output, out).context(exit::STDOUT)
 }
 
 impl Cli {

@@ -1,5 +1,6 @@
 //! `qairt-lora-importer`: PEFT adapters in, weights and encodings for the context binary generator out.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -7,8 +8,11 @@ use anyhow::Context;
 use clap::Parser;
 use qnn_core::offline::lora::{
     Slot,
-    import::{ImportOptions, UseCaseReport, import},
+    import::{ImportOptions, ImportReport, UseCaseReport, import},
 };
+
+#[path = "../shared/exit.rs"]
+mod exit;
 
 /// Turns PEFT adapters into weights and encodings that fit a converted model.
 ///
@@ -34,43 +38,40 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qairt-lora-importer: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("qairt-lora-importer", run(Cli::parse()))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     let config = cli.lora_config.display().to_string();
     let options = ImportOptions { lora_config: cli.lora_config, input_dlc: cli.input_dlc, output_dir: cli.output_dir };
     let report = import(&options).with_context(|| format!("cannot import {config}"))?;
-    report.use_cases.iter().for_each(print_use_case);
-    for group in &report.groups {
-        println!("group {}: {}", group.name, group.members.join(", "));
-        if let Some(missing) = group.encodings.as_ref().filter(|path| !path.exists()) {
-            println!("  next:     qairt-quantizer --lora_output_files writes {}", missing.display());
-        }
-    }
-    println!("wrote {}", report.list.display());
-    Ok(())
+    print(&report, &mut io::stdout().lock()).context(exit::STDOUT)
 }
 
-fn print_use_case(case: &UseCaseReport) {
-    println!("{}:", case.name);
-    println!("  targets:  {} of {} layers with a branch", case.targets, case.branches);
-    println!("  rank:     {} of {}, {}", case.rank, case.max_rank, case.data_type);
+fn print(report: &ImportReport, out: &mut impl Write) -> io::Result<()> {
+    report.use_cases.iter().try_for_each(|case| print_use_case(case, out))?;
+    for group in &report.groups {
+        writeln!(out, "group {}: {}", group.name, group.members.join(", "))?;
+        if let Some(missing) = group.encodings.as_ref().filter(|path| !path.exists()) {
+            writeln!(out, "  next:     qairt-quantizer --lora_output_files writes {}", missing.display())?;
+        }
+    }
+    writeln!(out, "wrote {}", report.list.display())
+}
+
+fn print_use_case(case: &UseCaseReport, out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "{}:", case.name)?;
+    writeln!(out, "  targets:  {} of {} layers with a branch", case.targets, case.branches)?;
+    writeln!(out, "  rank:     {} of {}, {}", case.rank, case.max_rank, case.data_type)?;
     for slot in &case.slots {
         let columns = if case.slots.len() > 1 { columns(slot) } else { String::new() };
-        println!("  scaling:  {}{columns}, folded into B", scaling(slot));
+        writeln!(out, "  scaling:  {}{columns}, folded into B", scaling(slot))?;
     }
     for warning in &case.warnings {
-        println!("  warning:  {warning}");
+        writeln!(out, "  warning:  {warning}")?;
     }
-    println!("  wrote {}", case.weights.display());
-    println!("  wrote {}", case.encodings.display());
+    writeln!(out, "  wrote {}", case.weights.display())?;
+    writeln!(out, "  wrote {}", case.encodings.display())
 }
 
 fn columns(slot: &Slot) -> String {

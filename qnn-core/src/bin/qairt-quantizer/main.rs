@@ -1,6 +1,6 @@
 //! `qairt-quantizer`: a DLC and some text in, a DLC with integer weights and static encodings out.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -31,6 +31,8 @@ use qnn_core::{
 };
 
 mod display;
+#[path = "../shared/exit.rs"]
+mod exit;
 mod report;
 mod weights;
 
@@ -208,13 +210,7 @@ enum SchemaName {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qairt-quantizer: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("qairt-quantizer", run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
@@ -238,29 +234,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let done = work.quantize(graph, &mut display);
     display.end();
     let done = done?;
-    write(cli, &done.quantized, version)?;
-    if let Some(placed) = &done.placed {
-        placed.write()?;
-    }
-    if let Some(smoothing) = &done.smoothing {
-        report::print_smoothing(smoothing);
-    }
-    if let Some(rounding) = &done.rounding {
-        weights::print(rounding);
-    }
-    report::print_quantization(&done.report, windows.len());
-    for adapter in &done.adapters {
-        let what = match adapter.members.is_empty() {
-            true => format!("adapter {}", adapter.name),
-            false => format!("group {} ({})", adapter.name, adapter.members.join(", ")),
-        };
-        let (all, wide, path) = (adapter.tensors, adapter.wide, adapter.path.display());
-        println!("{what}: encodings of {all} tensors, {wide} of them 16 bits, in {path}");
-    }
-    if let Some(placed) = done.placed.as_ref().filter(|placed| placed.are_scaled) {
-        println!("adapters scaled as the model is; their list: {}", placed.list.display());
-    }
-    Ok(())
+    let written = write(cli, &done, version)?;
+    report::print(cli, &done, &written, windows.len(), &mut io::stdout().lock()).context(exit::STDOUT)
 }
 
 /// What is to be done, and with what.
@@ -282,6 +257,21 @@ struct Done {
     adapters: Vec<AdapterReport>,
     /// What is to be written of the adapters.
     placed: Option<PlacedAdapters>,
+}
+
+/// The files beside the DLC.
+struct Written {
+    sidecars: Vec<PathBuf>,
+    dump: Option<Dump>,
+}
+
+/// An encodings file.
+struct Dump {
+    path: PathBuf,
+    version: FileVersion,
+    tensors: usize,
+    /// Weights that it has no place for.
+    left_out: Vec<String>,
 }
 
 impl Work<'_> {
@@ -442,7 +432,6 @@ impl Cli {
     /// What to calibrate `graph` with, window by window.
     fn windows(&self, graph: &Graph) -> anyhow::Result<Vec<Vec<u32>>> {
         let ids = self.ids(graph)?;
-        text::check_ids(&tokenizer, &opening, graph)?;
         if ids.is_empty() && !self.float_fallback {
             bail!("nothing to calibrate with: --calibration_text, --input_list, or --float_fallback");
         }
@@ -453,6 +442,7 @@ impl Cli {
         let tokenizer = self.tokenizer();
         let is_known = self.tokenizer.is_some() || tokenizer.is_file();
         let opening = if is_known { text::opening(&tokenizer)? } else { Vec::new() };
+        text::check_ids(&tokenizer, &opening, graph)?;
         Ok(opened_windows(&ids, &opening, self.calibration_window, self.calibration_windows)?)
     }
 
@@ -482,32 +472,26 @@ impl Cli {
     }
 }
 
-fn write(cli: &Cli, graph: &Graph, version: FileVersion) -> anyhow::Result<()> {
+/// Writes all files. Only then does anything go to standard output, which may fail.
+fn write(cli: &Cli, done: &Done, version: FileVersion) -> anyhow::Result<Written> {
     let output = &cli.output_dlc;
     if let Some(folder) = output.parent() {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
-    write_dlc(output, graph)?;
-    println!("wrote {}", output.display());
+    write_dlc(output, &done.quantized)?;
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    for path in copy_sidecars(&cli.input_dlc, folder)? {
-        println!("wrote {}", path.display());
+    let sidecars = copy_sidecars(&cli.input_dlc, folder)?;
+    let dump = cli.dump_path().map(|path| write_dump(path, &done.quantized, version)).transpose()?;
+    if let Some(placed) = &done.placed {
+        placed.write()?;
     }
-    if cli.dump_encoding_json {
-        let stem = output.file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
-        let path = output.with_file_name(format!("{stem}_encodings.json"));
-        let (file, left_out) = dump(graph, version);
-        write_atomic(&path, |out| writeln!(out, "{}", file.to_json())).with_context(|| path.display().to_string())?;
-        println!("wrote {} ({} tensors)", path.display(), file.tensors.len());
-        if let Some(first) = left_out.first() {
-            let what = match version {
-                FileVersion::V0_6_1 => "with scales per block, which version 0.6.1 has no place for",
-                _ => "whose blocks have float minima",
-            };
-            println!("  without {} weights {what}, {first} the first", left_out.len());
-        }
-    }
-    Ok(())
+    Ok(Written { sidecars, dump })
+}
+
+fn write_dump(path: PathBuf, graph: &Graph, version: FileVersion) -> anyhow::Result<Dump> {
+    let (file, left_out) = dump(graph, version);
+    write_atomic(&path, |out| writeln!(out, "{}", file.to_json())).with_context(|| path.display().to_string())?;
+    Ok(Dump { path, version, tensors: file.tensors.len(), left_out })
 }
 
 const EXAMPLES: &str = "Examples:

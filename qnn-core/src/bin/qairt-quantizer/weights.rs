@@ -1,5 +1,7 @@
 //! Options for rounding weights better than to nearest.
 
+use std::io::{self, Write};
+
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use qnn_core::{
@@ -193,29 +195,31 @@ pub(crate) fn round(
 }
 
 /// Prints what became of the weights.
-pub(crate) fn print(report: &RoundingReport) {
+pub(crate) fn print(report: &RoundingReport, out: &mut impl Write) -> io::Result<()> {
     let scaled: Vec<_> = report.groups.iter().filter(|group| group.error_after < group.error_before).collect();
     if !report.groups.is_empty() {
         let mean = |error: fn(&qnn_core::offline::equalize::GroupReport) -> f64| {
             scaled.iter().map(|group| error(group)).sum::<f64>() / scaled.len().max(1) as f64
         };
         let (before, after) = (mean(|group| group.error_before), mean(|group| group.error_after));
-        println!("channels scaled: {} of {} groups", scaled.len(), report.groups.len());
+        writeln!(out, "channels scaled: {} of {} groups", scaled.len(), report.groups.len())?;
         if !scaled.is_empty() {
-            println!("  mean relative error of nearest codes {before:.2e} before, {after:.2e} after");
+            writeln!(out, "  mean relative error of nearest codes {before:.2e} before, {after:.2e} after")?;
         }
     }
     let wide: Vec<&WeightReport> = report.weights.iter().filter(|weight| weight.bits == 8).collect();
-    println!(
+    writeln!(
+        out,
         "rounded: {} weights, {} of them to 8 bits; worst signal to noise first:",
         report.weights.len(),
         wide.len()
-    );
+    )?;
     let mut weights: Vec<&WeightReport> = report.weights.iter().collect();
     weights.sort_by(|a, b| a.sqnr_db.total_cmp(&b.sqnr_db));
     for weight in weights.iter().take(super::report::WORST) {
-        println!("  {:>6.1} dB  {}: {} bits", weight.sqnr_db, weight.name, weight.bits);
+        writeln!(out, "  {:>6.1} dB  {}: {} bits", weight.sqnr_db, weight.name, weight.bits)?;
     }
+    Ok(())
 }
 
 const DEFAULT_BLOCK: usize = 32;

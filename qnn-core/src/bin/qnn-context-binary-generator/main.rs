@@ -1,14 +1,17 @@
 //! `qnn-context-binary-generator`: a DLC in, context binaries for the kernels out.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use qnn_core::binary::SectionType;
 use qnn_core::offline::generate::{ConfigFile, GenerateOptions, Progress, Report, generate};
+
+#[path = "../shared/exit.rs"]
+mod exit;
 
 /// Makes context binaries of a DLC: graphs bound to fixed sizes, weights in the layout of the kernels, ready to be mapped.
 ///
@@ -86,13 +89,7 @@ struct Later {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qnn-context-binary-generator: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("qnn-context-binary-generator", run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
@@ -116,8 +113,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let mut display = Display::new();
     let report = generate(&options, &mut |progress| display.show(progress));
     display.end();
-    print_summary(&report?);
-    Ok(())
+    print_summary(&report?, &mut io::stdout().lock()).context(exit::STDOUT)
 }
 
 impl Later {
@@ -174,35 +170,37 @@ impl Display {
     }
 }
 
-fn print_summary(report: &Report) {
+fn print_summary(report: &Report, out: &mut impl Write) -> io::Result<()> {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     for file in &report.files {
-        println!("wrote {} ({:.1} MiB)", file.path.display(), mib(file.size_bytes));
+        writeln!(out, "wrote {} ({:.1} MiB)", file.path.display(), mib(file.size_bytes))?;
         for graph in &file.graphs {
-            println!("  graph    {graph}");
+            writeln!(out, "  graph    {graph}")?;
         }
         for (format, (n, bytes)) in &file.weights {
-            println!("  weights  {n:>4} × {format:<36} {:>9.1} MiB", mib(*bytes));
+            writeln!(out, "  weights  {n:>4} × {format:<36} {:>9.1} MiB", mib(*bytes))?;
         }
-        println!("  identity {}", file.identity);
+        writeln!(out, "  identity {}", file.identity)?;
     }
     if !report.sections.is_empty() {
-        print_sections(report);
+        print_sections(report, out)?;
     }
     for path in &report.sidecars {
-        println!("wrote {}", path.display());
+        writeln!(out, "wrote {}", path.display())?;
     }
+    Ok(())
 }
 
 /// One line per section: its size beside what its weights and scales take by themselves.
-fn print_sections(report: &Report) {
+fn print_sections(report: &Report, out: &mut impl Write) -> io::Result<()> {
     let kib = |bytes: u64| bytes as f64 / 1024.0;
-    println!("sections          rank targets   file KiB  weights KiB  padding KiB  rest KiB");
+    writeln!(out, "sections          rank targets   file KiB  weights KiB  padding KiB  rest KiB")?;
     let (mut files, mut weights) = (0, 0);
     for section in &report.sections {
         files += section.size_bytes;
         weights += section.weights_bytes;
-        println!(
+        writeln!(
+            out,
             "  {:<16} {:>4} {:>7} {:>10.1} {:>12.1} {:>12.1} {:>9.1}  {}{}",
             section.adapter,
             section.rank,
@@ -219,14 +217,15 @@ fn print_sections(report: &Report) {
                     " (changes nothing in this part)",
                 SectionType::Updatable => "",
             },
-        );
+        )?;
     }
-    println!(
+    writeln!(
+        out,
         "  {} files, {:.1} KiB; their weights and scales alone: {:.1} KiB",
         report.sections.len(),
         kib(files),
         kib(weights)
-    );
+    )
 }
 
 const EXAMPLES: &str = "Examples:

@@ -12,6 +12,9 @@ use qnn_core::{
     check_outputs, write_atomic,
 };
 
+#[path = "../shared/exit.rs"]
+mod exit;
+
 /// Prints what a context binary or an adapter section contains as JSON. Of a context binary: versions, identity, graphs
 /// with their inputs, outputs and states, constants with their types and sizes. Of an adapter section: versions, its own
 /// and its base's identity, name, rank, slots, inputs and outputs of its graphs, tensors with their types and sizes.
@@ -32,28 +35,22 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("qnn-context-binary-utility: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit::code("qnn-context-binary-utility", run(&Cli::parse()))
 }
 
-    if let Some(json) = &cli.json_file {
-        check_outputs(&[("--json_file", json)], &[("--context_binary", path)])?;
-    }
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let verify = if cli.verify { Verify::Checksums } else { Verify::Headers };
     let path = &cli.context_binary;
+    if let Some(json) = &cli.json_file {
+        check_outputs(&[("--json_file", json)], &[("--context_binary", path)])?;
+    }
     let bytes = Bytes::map_file(path).map_err(Error::io(path))?;
     let contents = FileInfo::read(bytes, verify).map_err(Error::binary(path))?;
     let mut json = serde_json::to_vec_pretty(&contents).context("write JSON")?;
     json.push(b'\n');
     match &cli.json_file {
         Some(path) => write_atomic(path, |file| file.write_all(&json)).with_context(|| path.display().to_string()),
-        None => std::io::stdout().write_all(&json).context("standard output"),
+        None => std::io::stdout().write_all(&json).context(exit::STDOUT),
     }
 }
 
