@@ -236,7 +236,8 @@ fn spaced(ids: &[u32]) -> String {
 
 /// Refuses a profile that cannot be written, before the work that it tells of.
 fn check_place(path: &Path) -> anyhow::Result<()> {
-    if path.exists() {
+    // A link that leads nowhere is there, too.
+    if path.symlink_metadata().is_ok() {
         bail!("profile {}: there is such a file already, need a new name", path.display());
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -260,13 +261,22 @@ mod tests {
         let there = folder.path().join("there.json");
         std::fs::write(&there, "x").unwrap();
         let check = |path: &Path, want: &str| {
-            let error = check_place(path).unwrap_err().to_string();
+            let error = format!("{:#}", check_place(path).unwrap_err());
             assert!(error.contains(want), "{error}");
         };
         check(&there, "there is such a file");
         check(&folder.path().join("absent/profile.json"), "absent is no folder");
         check(&there.join("profile.json"), "there.json is no folder");
+        #[cfg(target_os = "linux")]
+        {
+            let link = folder.path().join("link.json");
+            std::os::unix::fs::symlink("/nowhere/profile.json", &link).unwrap();
+            check(&link, "there is such a file");
+            std::fs::remove_file(&link).unwrap();
+            check(Path::new("/proc/profile.json"), "profile /proc/profile.json: no new file in /proc: ");
+        }
         assert!(check_place(&folder.path().join("profile.json")).is_ok());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the check leaves nothing");
         assert!(check_place(Path::new("profile.json.absent")).is_ok());
     }
 }
