@@ -21,8 +21,8 @@ use report::Report;
 /// Speed and memory of a model: prefill of random ids, decode at a depth, load, start to first token, resident memory.
 ///
 /// Metrics: load_model, start_to_first_token_p128 and ttft_p128 (ms; `_p<N>` with the size of a context below 128), `pp<N>`
-/// and `tg<n>_d<depth>` (tok/s), rss_after_first and peak_rss (MB), and large_pages (MB of all that lie on pages of 2 MiB,
-/// where the system tells: weights are read fastest from them). With --lora also the rates with the adapter
+/// and `tg<n>_d<depth>` (tok/s), and where the system tells, as Linux does, rss_after_first and peak_rss (MB) and large_pages
+/// (MB of all that lie on pages of 2 MiB: weights are read fastest from them). With --lora also the rates with the adapter
 /// (`pp<N>_lora1`, `tg<n>_d<depth>_lora1`), switch (ms to go over to another loaded adapter; needs two in the config),
 /// alpha_change (ms to set another strength), adapter_load (ms, files cached by the system), adapter_load_cold (ms, files
 /// not cached; adapter_read_cold is the time to do no more than read them) and rss_per_adapter (MB of each adapter of the
@@ -98,14 +98,16 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let (prompt, depth) = (arguments.prompts.iter().max(), arguments.depths.iter().min());
         eprint!("{}", bench.operations(*prompt.unwrap_or(&0), *depth.unwrap_or(&0), arguments.n_tokens)?);
     }
-    report.add("rss_after_first", "MB", rss);
     // Not every system tells.
-    if let Ok(large) = measure::large_pages_mb() {
-        report.add("large_pages", "MB", vec![large]);
+    if let Some(rss) = rss {
+        report.add("rss_after_first", "MB", rss)?;
     }
-    report.add("peak_rss", "MB", vec![measure::memory_mb("VmHWM:")?]);
-    report.finish();
-    Ok(())
+    for (metric, found) in [("large_pages", measure::large_pages_mb()), ("peak_rss", measure::memory_mb("VmHWM:"))] {
+        if let Ok(found) = found {
+            report.add(metric, "MB", vec![found])?;
+        }
+    }
+    report.finish()
 }
 
 /// Refuses lengths that measure nothing or that the context does not hold.

@@ -162,13 +162,18 @@ pub(crate) struct Child<'a> {
 }
 
 impl Child<'_> {
-    /// Milliseconds from the start of a process to its first token, and its resident memory (MB) then.
-    pub(crate) fn start_to_first_token(&self, prompt: usize, rounds: usize) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
-        let both: Vec<(f64, f64)> = (0..rounds).map(|_| self.once(prompt)).collect::<anyhow::Result<_>>()?;
-        Ok(both.into_iter().unzip())
+    /// Milliseconds from the start of a process to its first token, and its resident memory (MB) then, where the system tells.
+    pub(crate) fn start_to_first_token(
+        &self,
+        prompt: usize,
+        rounds: usize,
+    ) -> anyhow::Result<(Vec<f64>, Option<Vec<f64>>)> {
+        let both: Vec<_> = (0..rounds).map(|_| self.once(prompt)).collect::<anyhow::Result<_>>()?;
+        let (times, memory): (Vec<f64>, Vec<Option<f64>>) = both.into_iter().unzip();
+        Ok((times, memory.into_iter().collect()))
     }
 
-    fn once(&self, prompt: usize) -> anyhow::Result<(f64, f64)> {
+    fn once(&self, prompt: usize) -> anyhow::Result<(f64, Option<f64>)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--config").arg(self.config).arg("--first_token").arg(prompt.to_string());
         if let Some(threads) = self.threads {
@@ -182,8 +187,14 @@ impl Child<'_> {
         let elapsed = milliseconds(start);
         let status = child.wait()?;
         ensure!(status.success(), "the process that measures the start ended with {status}");
-        Ok((elapsed, line.trim().parse().context("reading the second process")?))
+        Ok((elapsed, told(&line).context("reading the second process")?))
     }
+}
+
+/// What the second process says in its line: a number, or nothing where its system does not tell.
+fn told(line: &str) -> Result<Option<f64>, std::num::ParseFloatError> {
+    let number = line.trim();
+    if number.is_empty() { Ok(None) } else { number.parse().map(Some) }
 }
 
 /// The other side of [`Child`]: everything a chat does up to its first token.
@@ -224,4 +235,18 @@ fn argmax(logits: &[f32]) -> u32 {
     let best =
         logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
     best.0 as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Guards: a system that tells no memory costs that figure, not all others; a broken line is not taken for such a system.
+    #[test]
+    fn memory_is_left_out_where_nobody_tells() {
+        assert_eq!(told("12.5\n"), Ok(Some(12.5)));
+        assert_eq!(told("\n"), Ok(None));
+        assert!(told("12.5 MB\n").is_err());
+        assert!(account_mb("/nowhere/status", "VmRSS:").is_err());
+    }
 }
