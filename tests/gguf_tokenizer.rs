@@ -20,6 +20,7 @@ struct Metadata<'a> {
     scores: Vec<f32>,
     space_prefix: bool,
     bos: u32,
+    vocab: usize,
 }
 
 impl<'a> Metadata<'a> {
@@ -37,6 +38,7 @@ impl<'a> Metadata<'a> {
             scores: Vec::new(),
             space_prefix: true,
             bos: 1,
+            vocab: 440,
         }
     }
 
@@ -55,11 +57,12 @@ impl<'a> Metadata<'a> {
             scores,
             space_prefix,
             bos: 1,
+            vocab: 440,
         }
     }
 
     fn write(&self, path: &Path) {
-        let model = TinyModel { model_type: self.architecture, vocab: 440, ..TinyModel::llama(1) };
+        let model = TinyModel { model_type: self.architecture, vocab: self.vocab, ..TinyModel::llama(1) };
         let mut file: GgufWriter = model.gguf_without_tokenizer(true);
         file.string("tokenizer.ggml.model", self.model);
         file.string("tokenizer.ggml.pre", self.pre);
@@ -209,6 +212,27 @@ fn overlong_tokens_are_refused() {
     for words in ["model.gguf", "tokenizer.ggml.tokens", "token 419 of 4097 bytes", "at most 4096"] {
         assert!(error.contains(words), "{error} does not say {words}");
     }
+}
+
+/// Guards: pieces whose merges would take memory by the cube of their length, or time by its square, are refused; runs of spaces as
+/// long as any real model's are read.
+#[test]
+fn merges_stay_within_bounds() {
+    let golden: Value = serde_json::from_str(include_str!("golden/gguf_sentencepiece.json")).unwrap();
+    let open = |pieces: &[String]| {
+        let mut good = Metadata { vocab: 420 + pieces.len(), ..Metadata::of_sentencepiece(&golden[0]) };
+        good.tokens.extend(pieces.iter().map(String::as_str));
+        good.kinds.extend(pieces.iter().map(|_| 1));
+        good.scores.extend((0..pieces.len()).map(|i| -1000.0 - i as f32));
+        good.open()
+    };
+    let runs = |text: &str, lengths: std::ops::Range<usize>| lengths.map(|n| text.repeat(n)).collect::<Vec<String>>();
+    open(&[runs("▁", 20..65), runs("\t", 3..65), runs("=", 2..65)].concat()).expect("runs as in real models");
+    let error = open(&runs("\u{1}", 2..400)).expect_err("all runs up to 400");
+    assert!(error.contains("tokenizer.ggml.tokens") && error.contains("bytes in merges"), "{error}");
+    let long: Vec<String> = (0..40).map(|i| format!("{i}").repeat(2000)).collect();
+    let error = open(&long).expect_err("many long pieces");
+    assert!(error.contains("model.gguf") && error.contains("bytes to look for merges in"), "{error}");
 }
 
 /// Guards: a tokenizer that could come out wrong is refused by name.

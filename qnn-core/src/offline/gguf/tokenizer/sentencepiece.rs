@@ -56,7 +56,7 @@ pub(super) fn read(file: &GgufFile, vocab: &Vocabulary<'_>) -> Result<Parts, Imp
             "byte_fallback": n_bytes == 256,
             "ignore_merges": false,
             "vocab": vocabulary(&vocab.ids),
-            "merges": merges(vocab, &scores),
+            "merges": merges(vocab, &scores)?,
         }),
         add_bos: true,
     })
@@ -64,28 +64,43 @@ pub(super) fn read(file: &GgufFile, vocab: &Vocabulary<'_>) -> Result<Parts, Imp
 
 /// Every pair of pieces that makes a third, in the order in which SentencePiece joins them: the best score of the union
 /// first. Pairs with the same union keep the order of their ids.
-fn merges(vocab: &Vocabulary<'_>, scores: &[f32]) -> Vec<Json> {
+///
+/// # Errors
+/// [`ImportError::Gguf`] if finding or storing them takes far more than those of a real vocabulary do.
+fn merges(vocab: &Vocabulary<'_>, scores: &[f32]) -> Result<Vec<Json>, ImportError> {
     let pieces: HashMap<&str, u32> = vocab
         .ids
         .iter()
         .map(|(text, id)| (*text, *id))
         .filter(|(_, id)| vocab.kinds[*id as usize] == KIND_NORMAL)
         .collect();
-    let mut found: Vec<(u32, u32, u32)> = Vec::new();
+    let stored: usize = pieces.keys().map(|text| text.len()).sum();
+    // Every prefix and suffix is looked up.
+    let read: usize = pieces.keys().map(|text| text.len() * text.len()).sum();
+    refuse_more("to look for merges in, by the squares of lengths", read, 32 * (stored + (1 << 20)))?;
+    let (mut found, mut written): (Vec<(u32, u32, u32)>, usize) = (Vec::new(), 0);
     for (text, id) in &pieces {
         for (at, _) in text.char_indices().skip(1) {
             if let (Some(left), Some(right)) = (pieces.get(&text[..at]), pieces.get(&text[at..])) {
                 found.push((*id, *left, *right));
+                written += text.len();
             }
         }
     }
+    // As many as the splits, each with the text of its union: cubic in the length of runs of which all shorter ones are pieces.
+    refuse_more("in merges", written, 8 * (stored + (1 << 20)))?;
     let score = |id: u32| scores[id as usize];
     found.sort_unstable_by(|a, b| {
         let by_score = score(b.0).partial_cmp(&score(a.0)).unwrap_or(Ordering::Equal);
         by_score.then(a.cmp(b))
     });
     let text = |id: u32| vocab.tokens[id as usize];
-    found.into_iter().map(|(_, left, right)| json!([text(left), text(right)])).collect()
+    Ok(found.into_iter().map(|(_, left, right)| json!([text(left), text(right)])).collect())
+}
+
+fn refuse_more(what: &str, have: usize, most: usize) -> Result<(), ImportError> {
+    let refuse = || wrong(TOKENS, format!("{have} bytes {what}"), format!("at most {most} for pieces of this size"));
+    if have > most { Err(refuse()) } else { Ok(()) }
 }
 
 /// What a space is written as.
