@@ -4,34 +4,45 @@ use std::path::Path;
 
 use qnn_core::offline::arch::{ActivationBits, Precision, WeightType, build};
 use qnn_core::offline::{dlc, gguf::GgufFile, safetensors::SafetensorsFile, source::Source};
-use qnn_core::{Bytes, Graph};
+use qnn_core::{Bytes, Graph, TensorData};
+
+const SHAPES: [(&str, &[usize]); 11] = [
+    ("model.embed_tokens.weight", &[11, 8]),
+    ("model.layers.0.input_layernorm.weight", &[8]),
+    ("model.layers.0.self_attn.q_proj.weight", &[8, 8]),
+    ("model.layers.0.self_attn.k_proj.weight", &[4, 8]),
+    ("model.layers.0.self_attn.v_proj.weight", &[4, 8]),
+    ("model.layers.0.self_attn.o_proj.weight", &[8, 8]),
+    ("model.layers.0.post_attention_layernorm.weight", &[8]),
+    ("model.layers.0.mlp.gate_proj.weight", &[16, 8]),
+    ("model.layers.0.mlp.up_proj.weight", &[16, 8]),
+    ("model.layers.0.mlp.down_proj.weight", &[8, 16]),
+    ("model.norm.weight", &[8]),
+];
 
 /// One layer of width 8, as `config.json` and a safetensors file.
 fn write_model(folder: &Path) -> Vec<u8> {
+    let tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape)));
+    write_tensors(folder, &tensors)
+}
+
+fn values(shape: &[usize]) -> Vec<f32> {
+    (0..shape.iter().product::<usize>()).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect()
+}
+
+/// As [`write_model`], with these tensors.
+fn write_tensors(folder: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
     let config = serde_json::json!({
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "max_position_embeddings": 32,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": [2, 3],
     });
-    let shapes: [(&str, &[usize]); 11] = [
-        ("model.embed_tokens.weight", &[11, 8]),
-        ("model.layers.0.input_layernorm.weight", &[8]),
-        ("model.layers.0.self_attn.q_proj.weight", &[8, 8]),
-        ("model.layers.0.self_attn.k_proj.weight", &[4, 8]),
-        ("model.layers.0.self_attn.v_proj.weight", &[4, 8]),
-        ("model.layers.0.self_attn.o_proj.weight", &[8, 8]),
-        ("model.layers.0.post_attention_layernorm.weight", &[8]),
-        ("model.layers.0.mlp.gate_proj.weight", &[16, 8]),
-        ("model.layers.0.mlp.up_proj.weight", &[16, 8]),
-        ("model.layers.0.mlp.down_proj.weight", &[8, 16]),
-        ("model.norm.weight", &[8]),
-    ];
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-    for (name, shape) in shapes {
-        let (start, count) = (data.len(), shape.iter().product::<usize>());
-        data.extend((0..count).flat_map(|i| ((i % 13) as f32 * 0.1 - 0.6).to_le_bytes()));
+    for (name, shape, values) in tensors {
+        let start = data.len();
+        data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         let entry = serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] });
-        header.insert(name.to_owned(), entry);
+        header.insert((*name).to_owned(), entry);
     }
     let header = serde_json::Value::Object(header).to_string();
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
@@ -192,6 +203,32 @@ fn shards_are_joined() {
     let index = serde_json::json!({ "metadata": { "total_size": 1 }, "weight_map": map });
     std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
     assert_eq!(import(folder.path()).unwrap().nodes(), whole.nodes());
+}
+
+/// Guards: a trained head is not dropped because the configuration ties it to the embedding; an equal one is no second matrix, and a
+/// checkpoint that has only the head reads as one that has only the embedding.
+#[test]
+fn a_head_of_its_own_stays_in_a_tied_checkpoint() {
+    let import_with = |change: &dyn Fn(&mut Vec<(&str, Vec<usize>, Vec<f32>)>)| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape))).to_vec();
+        change(&mut tensors);
+        write_tensors(folder.path(), &tensors);
+        import(folder.path())
+    };
+    let head = "lm_head.weight";
+    let tied = import_with(&|_| {}).unwrap();
+    let equal = import_with(&|tensors| tensors.push((head, vec![11, 8], values(&[11, 8])))).unwrap();
+    let only_head = import_with(&|tensors| tensors[0].0 = head).unwrap();
+    for graph in [&tied, &equal, &only_head] {
+        assert_eq!(graph.nodes(), tied.nodes());
+        assert!(graph.find(head).is_none() && graph.find("model.embed_tokens.weight").is_some());
+    }
+    let mut other = values(&[11, 8]);
+    other[87] += 0.5;
+    let own = import_with(&|tensors| tensors.push((head, vec![11, 8], other.clone()))).unwrap();
+    let Some(TensorData::Flat(bytes)) = &own.tensor(own.find(head).unwrap()).data else { panic!("no values") };
+    assert_eq!(bytes[87 * 4..], other[87].to_le_bytes());
 }
 
 /// Guards: a GGUF cut inside its header, metadata or table is refused with the place.

@@ -45,7 +45,7 @@ pub struct ModelConfig {
     pub activation: GatedActivation,
     /// Which matrices have a bias.
     pub bias: Biases,
-    /// True if the head is the embedding.
+    /// True if the head is the embedding, unless the source has one of other values.
     pub tied_head: bool,
     /// Factor on embeddings.
     pub embedding_multiplier: f32,

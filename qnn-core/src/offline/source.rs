@@ -365,6 +365,22 @@ impl SourceTensor {
         }
     }
 
+    /// True if this tensor has the shape and the values of `other`.
+    pub fn has_values_of(&self, other: &SourceTensor) -> bool {
+        if self.shape != other.shape {
+            return false;
+        }
+        if self.format == other.format {
+            return *self.bytes == *other.bytes;
+        }
+        let (mut own, mut others) = (vec![0.0; self.k()], vec![0.0; self.k()]);
+        (0..self.n()).all(|row| {
+            self.read_rows(row..row + 1, &mut own);
+            other.read_rows(row..row + 1, &mut others);
+            own == others
+        })
+    }
+
     /// This tensor in f32, `f` of each element.
     pub fn map(&self, f: impl Fn(f32) -> f32) -> SourceTensor {
         let bytes: Vec<u8> = self.to_f32().into_iter().flat_map(|value| f(value).to_le_bytes()).collect();

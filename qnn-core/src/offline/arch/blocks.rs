@@ -180,7 +180,7 @@ impl<'a> Builder<'a> {
     pub(super) fn head(&mut self, norm: &str, embedding: &str, hidden: TensorId) -> Result<(), ImportError> {
         let rows = self.inputs.logit_indices;
         let hidden = self.op("model.asked_rows", OpKind::Gather, &[hidden, rows], DataType::Float32)?;
-        let module = if self.config.tied_head { embedding } else { "lm_head" };
+        let module = if self.ties_head(embedding)? { embedding } else { "lm_head" };
         let normed = self.norm_for(norm, hidden, &[format!("{module}.weight")])?;
         let inputs = self.linear_inputs(module, normed, self.config.vocab_size, false)?;
         let mut logits = self.op("lm_head", OpKind::FullyConnected, &inputs, DataType::Float32)?;
@@ -189,6 +189,18 @@ impl<'a> Builder<'a> {
             logits = self.op("lm_head.capped", OpKind::SoftCap { cap }, &[logits], DataType::Float32)?;
         }
         Ok(self.graph.name_output(logits, "logits")?)
+    }
+
+    /// Whether the head is the matrix of `embedding`: where the configuration ties them, unless the source has a head of other
+    /// values. transformers 5 compares them, too.
+    fn ties_head(&self, embedding: &str) -> Result<bool, ImportError> {
+        if !self.config.tied_head {
+            return Ok(false);
+        }
+        match self.source.tensor(HEAD)? {
+            Some(head) => Ok(self.fetch(&format!("{embedding}.weight"))?.has_values_of(&head)),
+            None => Ok(true),
+        }
     }
 
     /// Element type of a tensor that the matrices called `weights` multiply: integers, quantized per row when the graph
@@ -209,7 +221,7 @@ impl<'a> Builder<'a> {
     /// Ends the graph: metadata, and the proof that no tensor of the source was left out.
     pub(super) fn finish(mut self) -> Result<(Graph, Vec<WeightUse>), ImportError> {
         for name in self.source.names()? {
-            let repeated = self.config.tied_head && name == "lm_head.weight";
+            let repeated = self.config.tied_head && name == HEAD;
             if !self.used.contains(&name) && !repeated && !name.ends_with(".rotary_emb.inv_freq") {
                 return Err(ImportError::UnusedTensor { name, architecture: self.config.model_type.clone() });
             }
@@ -335,7 +347,7 @@ impl<'a> Builder<'a> {
     }
 
     fn class_of(&self, weight: &str) -> WeightClass {
-        if matches!(weight, "model.embed_tokens.weight" | "lm_head.weight") {
+        if matches!(weight, EMBEDDING | HEAD) {
             return WeightClass::Embedding;
         }
         WeightClass::Linear
@@ -378,7 +390,12 @@ impl<'a> Builder<'a> {
     }
 
     fn fetch(&self, name: &str) -> Result<SourceTensor, ImportError> {
-        self.source.tensor(name)?.ok_or_else(|| ImportError::MissingTensor { name: name.to_owned() })
+        let mut tensor = self.source.tensor(name)?;
+        // Of two that are one, a checkpoint may have either.
+        if tensor.is_none() && self.config.tied_head && name == EMBEDDING {
+            tensor = self.source.tensor(HEAD)?.map(|head| SourceTensor { name: name.to_owned(), ..head });
+        }
+        tensor.ok_or_else(|| ImportError::MissingTensor { name: name.to_owned() })
     }
 
     fn report(&mut self, class: WeightClass, tensor: &SourceTensor, constant: &Constant) {
@@ -418,6 +435,8 @@ impl Inputs {
     }
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 /// Most rows of one execute in an imported graph; the generator makes graphs of other bounds.
 pub const DEFAULT_AR: usize = 128;
 /// Most positions of the cache in an imported graph, if the model allows as many.
