@@ -231,6 +231,26 @@ fn a_head_of_its_own_stays_in_a_tied_checkpoint() {
     assert_eq!(bytes[87 * 4..], other[87].to_le_bytes());
 }
 
+/// Guards: matrices that were looked at before they are used have the shape that their use asks for.
+#[test]
+fn matrices_of_other_shapes_are_refused() {
+    for (name, shape, want) in [
+        ("lm_head.weight", vec![12, 8], "[11, 8]"),
+        ("model.layers.0.self_attn.q_proj.weight", vec![12, 8], "[8, 8]"),
+        ("model.layers.0.self_attn.o_proj.weight", vec![8, 4], "[8, 8]"),
+        ("model.layers.0.mlp.down_proj.weight", vec![4, 16], "[8, 16]"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape))).to_vec();
+        tensors.retain(|(other, ..)| *other != name);
+        let filled = values(&shape);
+        tensors.push((name, shape.clone(), filled));
+        write_tensors(folder.path(), &tensors);
+        let error = import(folder.path()).unwrap_err();
+        assert!(error.contains(&format!("{name}: shape {shape:?}, need {want}")), "{error}");
+    }
+}
+
 /// Guards: a GGUF cut inside its header, metadata or table is refused with the place.
 #[test]
 fn gguf_cut_anywhere_is_refused() {

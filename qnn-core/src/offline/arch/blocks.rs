@@ -355,11 +355,13 @@ impl<'a> Builder<'a> {
 
     /// The constant called `name`, of `shape`; made on its first use.
     fn weight(&mut self, name: &str, shape: &[usize], class: WeightClass) -> Result<TensorId, ImportError> {
-        if let Some(id) = self.graph.find(name) {
-            return Ok(id);
-        }
-        let tensor = self.fetch(name)?;
-        self.add_weight(&tensor, shape, class)
+        let Some(id) = self.graph.find(name) else {
+            let tensor = self.fetch(name)?;
+            return self.add_weight(&tensor, shape, class);
+        };
+        // `matrix` takes it as it is.
+        check_shape(name, &self.graph.tensor(id).shape.max_dims(), shape)?;
+        Ok(id)
     }
 
     /// `tensor` as a constant under its own name.
@@ -371,10 +373,7 @@ impl<'a> Builder<'a> {
     ) -> Result<TensorId, ImportError> {
         let name = &tensor.name;
         (self.progress)(name);
-        if tensor.shape != shape {
-            let (have, want) = (format!("shape {:?}", tensor.shape), format!("{shape:?}"));
-            return Err(ImportError::Tensor { name: name.clone(), have, want });
-        }
+        check_shape(name, &tensor.shape, shape)?;
         let constant = (self.make_constant)(tensor, class, self.precision, self.workers)?;
         self.report(class, tensor, &constant);
         self.used.insert(name.clone());
@@ -433,6 +432,14 @@ impl Inputs {
         let logit_indices = input("logit_indices", up_to(3), graph)?;
         Ok(Inputs { ids, positions, cache_index, logit_indices })
     }
+}
+
+fn check_shape(name: &str, have: &[usize], want: &[usize]) -> Result<(), ImportError> {
+    if have == want {
+        return Ok(());
+    }
+    let (have, want) = (format!("shape {have:?}"), format!("{want:?}"));
+    Err(ImportError::Tensor { name: name.to_owned(), have, want })
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
