@@ -305,6 +305,22 @@ fn rope_parameters_are_read_in_both_forms() {
     );
 }
 
+/// Guards: YaRN as model cards say to switch it on, beside an unchanged `max_position_embeddings`, allows the contexts that it is for.
+#[test]
+fn yarn_reaches_beyond_the_original_length() {
+    let yarn = |factor: f64| json!({ "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 16 });
+    let positions = |changes: Value| {
+        let folder = with_changes("qwen2", &changes);
+        let graph = convert(folder.path(), None);
+        graph.metadata()["max_position_embeddings"].clone()
+    };
+    let own = json!({ "max_position_embeddings": 32, "rope_scaling": yarn(4.0) });
+    assert_eq!(positions(own), "64");
+    assert_eq!(positions(json!({ "max_position_embeddings": 80, "rope_scaling": yarn(4.0) })), "80");
+    let linear = json!({ "rope_type": "linear", "factor": 4.0 });
+    assert_eq!(positions(json!({ "max_position_embeddings": 32, "rope_scaling": linear })), "32");
+}
+
 /// Guards: an adapter of a fused projection whose rows are not those of the parts together is refused by name.
 #[test]
 fn fused_adapter_of_another_size_is_refused() {

@@ -25,7 +25,7 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// Longest context the model was made for.
+    /// Longest context the model was made for, or is stretched to.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_epsilon: f32,
@@ -141,11 +141,14 @@ impl ModelConfig {
         }));
     }
 
-    /// Checks every size against its limit and against the others.
+    /// Checks every size against its limit and against the others, once YaRN has stretched the longest context.
     ///
     /// # Errors
     /// [`ImportError::Config`] naming the key.
     pub fn check(mut self) -> Result<ModelConfig, ImportError> {
+        // Model cards add YaRN to a configuration whose own length stays the original one.
+        let reach = self.ropes.iter().filter_map(|rope| rope.reach).max();
+        self.max_position_embeddings = self.max_position_embeddings.max(reach.unwrap_or(0));
         let sizes = [
             ("hidden_size", self.hidden_size, MAX_WIDTH),
             ("intermediate_size", self.intermediate_size, MAX_WIDTH),

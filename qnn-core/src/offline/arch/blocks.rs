@@ -271,7 +271,7 @@ impl<'a> Builder<'a> {
     }
 
     fn rotary_table(&mut self, rope: usize) -> Result<[TensorId; 2], ImportError> {
-        let Rope { inv_freq, scale, long } = &self.config.ropes[rope];
+        let Rope { inv_freq, scale, long, .. } = &self.config.ropes[rope];
         let name = if rope == 0 { "model.rotary_emb".to_owned() } else { format!("model.rotary_emb_{rope}") };
         let mut inputs = vec![self.inputs.positions, self.float_constant(&format!("{name}.inv_freq"), inv_freq)?];
         if let Some(long) = long {

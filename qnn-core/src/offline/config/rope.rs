@@ -14,6 +14,8 @@ pub struct Rope {
     pub scale: f32,
     /// What contexts beyond the original length use instead, with LongRoPE.
     pub long: Option<LongRope>,
+    /// Positions that YaRN stretches the original length to.
+    pub reach: Option<usize>,
 }
 
 /// Frequencies for long contexts.
@@ -72,7 +74,7 @@ impl RopeBase {
     /// Plain frequencies, each divided by the factor that `factor` gives for it.
     pub fn with_factors(&self, factor: impl Fn(usize) -> f64) -> Rope {
         let inv_freq = (0..self.rotary_dim / 2).map(|i| (self.frequency(i) / factor(i)) as f32).collect();
-        Rope { inv_freq, scale: 1.0, long: None }
+        Rope { inv_freq, scale: 1.0, long: None, reach: None }
     }
 
     fn frequency(&self, i: usize) -> f64 {
@@ -132,7 +134,7 @@ impl RopeBase {
             let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
             1.0 / (ramp / factor + 1.0 - ramp)
         });
-        Ok(Rope { scale: scale as f32, ..rope })
+        Ok(Rope { scale: scale as f32, reach: Some((original * factor) as usize), ..rope })
     }
 
     /// One list of factors for contexts up to the original length, another for longer ones.
