@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use genie_workspace::gguf_writer::GgufWriter;
 use genie_workspace::tiny_model::TinyModel;
 use qnn_core::backend::htp::HtpBackend;
 use qnn_core::backend::reference::ReferenceBackend;
@@ -199,6 +200,24 @@ fn gguf_linear_scaling_needs_no_type() {
     check(Some("linear"), &[], 1.0);
     check(Some("linear"), &[(old, 4.0)], 4.0);
     check(Some("none"), &[(new, 4.0)], 1.0);
+}
+
+/// A tiny llama as a GGUF, opened, with what `change` adds.
+fn open_gguf(change: impl Fn(&mut GgufWriter)) -> Result<Source, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut file = TinyModel::llama(3).gguf(true);
+    change(&mut file);
+    std::fs::write(&path, file.finish()).unwrap();
+    Source::open(&path).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+}
+
+/// Guards: a GGUF whose attention sees what comes after is refused, and not converted as a causal model.
+#[test]
+fn gguf_encoders_are_refused() {
+    assert!(open_gguf(|file| file.bool("llama.attention.causal", true)).is_ok());
+    let error = open_gguf(|file| file.bool("llama.attention.causal", false)).unwrap_err();
+    assert!(error.contains("llama.attention.causal false") && error.contains("causal models"), "{error}");
 }
 
 /// Guards: integer weights, block sizes that odd shapes force, and integer caches stay near the float graph, and the two

@@ -354,6 +354,7 @@ fn strange_configurations_are_refused() {
     check("gemma3", json!({ "layer_types": ["full_attention", "chunked"] }), &["layer type \"chunked\""]);
     check("gemma3", json!({ "hidden_activation": "gelu" }), &["hidden_activation \"gelu\"", "gelu_pytorch_tanh"]);
     check("gemma3", json!({ "use_bidirectional_attention": true }), &["use_bidirectional_attention"]);
+    check("qwen2", json!({ "is_causal": false }), &["is_causal false", "causal models"]);
     check("gemma3", json!({ "query_pre_attn_scalar": 0 }), &["query_pre_attn_scalar"]);
     check("gemma3", json!({ "rope_local_base_freq": -1 }), &["rope_theta is -1"]);
     check("gemma2", json!({ "final_logit_softcapping": -3.0 }), &["final_logit_softcapping", "above 0"]);

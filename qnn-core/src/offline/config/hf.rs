@@ -50,6 +50,7 @@ pub struct HfConfig {
     #[serde(default, deserialize_with = "present")]
     pub final_logit_softcapping: Option<Option<f32>>,
     pub use_bidirectional_attention: Option<bool>,
+    pub is_causal: Option<bool>,
     pub embedding_multiplier: Option<f32>,
     pub attention_multiplier: Option<f32>,
     pub residual_multiplier: Option<f32>,
@@ -265,6 +266,9 @@ impl HfConfig {
         }
         if self.use_bidirectional_attention == Some(true) {
             return Err(unsupported("use_bidirectional_attention true".to_owned(), "causal models"));
+        }
+        if self.is_causal == Some(false) {
+            return Err(unsupported("is_causal false".to_owned(), "causal models"));
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ impl GgufModel {
     /// [`ImportError`] naming the key that is missing, wrong, or asks for what is not supported.
     pub fn config(&self) -> Result<ModelConfig, ImportError> {
         self.refuse_experts()?;
+        self.refuse_encoders()?;
         let heads = self.size("attention.head_count")?;
         let hidden_size = self.size("embedding_length")?;
         let head_dim = match self.optional_size("attention.key_length")? {
@@ -81,6 +82,14 @@ impl GgufModel {
                 let what = format!("{} {experts}", self.key("expert_count"));
                 Err(ImportError::Unsupported { what, supported: "dense models".to_owned() })
             }
+        }
+    }
+
+    fn refuse_encoders(&self) -> Result<(), ImportError> {
+        let key = self.key("attention.causal");
+        match self.file.bool(&key)? {
+            Some(false) => Err(unsupported(format!("{key} false"), "causal models")),
+            _ => Ok(()),
         }
     }
 
@@ -234,6 +243,10 @@ impl GgufModel {
     fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.prefix)
     }
+}
+
+fn unsupported(what: String, supported: &str) -> ImportError {
+    ImportError::Unsupported { what, supported: supported.to_owned() }
 }
 
 /// Divisors of the rotary frequencies for contexts beyond the original length.
