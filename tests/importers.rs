@@ -8,6 +8,7 @@ use genie_workspace::tiny_model::TinyModel;
 use qnn_core::backend::htp::HtpBackend;
 use qnn_core::backend::reference::ReferenceBackend;
 use qnn_core::offline::arch::{ActivationBits, CacheType, Grouping, Precision, WeightType};
+use qnn_core::offline::config::RopeBase;
 use qnn_core::offline::convert::{ConvertOptions, ConvertReport, convert};
 use qnn_core::offline::quantize_weights::Bits;
 use qnn_core::offline::{dlc, source::Source, specialize};
@@ -210,6 +211,43 @@ fn open_gguf(change: impl Fn(&mut GgufWriter)) -> Result<Source, String> {
     change(&mut file);
     std::fs::write(&path, file.finish()).unwrap();
     Source::open(&path).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+}
+
+/// Guards: what a GGUF says of YaRN's ramp and factor counts as it does in `config.json`, and what is not built is refused.
+#[test]
+fn gguf_yarn_has_all_its_parameters() {
+    let yarn = |keys: &[(&str, f32)]| {
+        let opened = open_gguf(|file| {
+            file.string("llama.rope.scaling.type", "yarn");
+            file.u32("llama.rope.scaling.original_context_length", 64);
+            for (key, value) in [("factor", 8.0)].iter().chain(keys) {
+                file.f32(&format!("llama.rope.scaling.{key}"), *value);
+            }
+        });
+        opened.map(|source| source.config)
+    };
+    let plain = yarn(&[]).unwrap();
+    assert_eq!((plain.max_position_embeddings, TinyModel::llama(3).max_positions), (512, 256));
+    let base = RopeBase {
+        theta: 10_000.0,
+        rotary_dim: plain.head_dim,
+        max_positions: plain.max_position_embeddings,
+        original_max_positions: None,
+    };
+    let mut object = serde_json::json!({
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 4.0, "beta_slow": 0.5,
+    });
+    let changed = yarn(&[("yarn_beta_fast", 4.0), ("yarn_beta_slow", 0.5), ("yarn_ext_factor", -1.0)]).unwrap();
+    assert_eq!(changed.ropes[0], base.scaled("test", &object).unwrap());
+    assert_ne!(changed.ropes[0].inv_freq, plain.ropes[0].inv_freq);
+    let scale = |keys: &[(&str, f32)]| yarn(keys).unwrap().ropes[0].scale;
+    object["attention_factor"] = 1.5.into();
+    assert_eq!(scale(&[("yarn_attn_factor", 1.5)]), base.scaled("test", &object).unwrap().scale);
+    assert_eq!(scale(&[("attn_factor", 0.5)]), plain.ropes[0].scale * 0.5);
+    for (key, value) in [("yarn_ext_factor", 0.5), ("yarn_log_multiplier", 0.1)] {
+        let error = yarn(&[(key, value)]).unwrap_err();
+        assert!(error.contains(&format!("llama.rope.scaling.{key} {}", f64::from(value))), "{error}");
+    }
 }
 
 /// Guards: a GGUF whose attention sees what comes after is refused, and not converted as a causal model.

@@ -1,6 +1,6 @@
 //! A GGUF's metadata as a configuration: what all families share, then what only some have.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{GgufModel, missing, tokenizer};
 use crate::offline::{
@@ -132,21 +132,33 @@ impl GgufModel {
         match self.file.string(&format!("{scaling}.type"))?.unwrap_or("linear") {
             "none" => Ok(base.plain()),
             "linear" => base.scaled(&scaling, &json!({ "rope_type": "linear", "factor": factor })),
-            "yarn" => {
-                let by_length = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
-                let attention = self.float("rope.scaling.attn_factor")?.map(|by| by * by_length);
-                let original = self.optional_size("rope.scaling.original_context_length")?;
-                let scaling_object = json!({
-                    "rope_type": "yarn", "factor": factor, "attention_factor": attention,
-                    "original_max_position_embeddings": original,
-                });
-                base.scaled(&scaling, &scaling_object)
-            }
+            "yarn" => base.scaled(&scaling, &self.yarn(factor)?),
             other => Err(ImportError::Unsupported {
                 what: format!("{scaling}.type {other:?}"),
                 supported: "\"none\", \"linear\", \"yarn\", factors in a tensor".to_owned(),
             }),
         }
+    }
+
+    /// YaRN by `factor`, as `config.json` would have it.
+    fn yarn(&self, factor: f64) -> Result<Value, ImportError> {
+        // -1 is llama.cpp's "not set", which means 1 here.
+        for (key, usual) in [("yarn_ext_factor", [1.0, -1.0]), ("yarn_log_multiplier", [0.0, 0.0])] {
+            let key = format!("rope.scaling.{key}");
+            if let Some(have) = self.float(&key)?.filter(|have| !usual.contains(have)) {
+                return Err(unsupported(format!("{} {have}", self.key(&key)), &usual[0].to_string()));
+            }
+        }
+        // Converters write `attention_factor` under the second key; the first is a factor on what follows from the length.
+        let (by, whole) = (self.float("rope.scaling.attn_factor")?, self.float("rope.scaling.yarn_attn_factor")?);
+        let by_length = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
+        let attention = by.or(whole).map(|_| by.unwrap_or(1.0) * whole.unwrap_or(by_length));
+        Ok(json!({
+            "rope_type": "yarn", "factor": factor, "attention_factor": attention,
+            "original_max_position_embeddings": self.optional_size("rope.scaling.original_context_length")?,
+            "beta_fast": self.float("rope.scaling.yarn_beta_fast")?,
+            "beta_slow": self.float("rope.scaling.yarn_beta_slow")?,
+        }))
     }
 
     /// What positions are divided by: under its key or the older one, which llama.cpp reads too. 0 stands for none.
