@@ -250,6 +250,28 @@ fn gguf_yarn_has_all_its_parameters() {
     }
 }
 
+/// Guards: a factor beside a tensor of factors, both of which llama.cpp applies, is not dropped; keys that say nothing are harmless.
+#[test]
+fn gguf_scaling_beside_factors_is_refused() {
+    let open = |kind: Option<&str>, factor: f32| {
+        open_gguf(|file| {
+            let pairs = TinyModel::llama(3).head_dim / 2;
+            file.tensor_f32("rope_freqs.weight", &[pairs], &vec![2.0; pairs]);
+            kind.iter().for_each(|kind| file.string("llama.rope.scaling.type", kind));
+            file.f32("llama.rope.scaling.factor", factor);
+        })
+    };
+    let plain = open_gguf(|_| {}).unwrap().config.ropes[0].inv_freq.clone();
+    let halves: Vec<f32> = plain.iter().map(|frequency| frequency / 2.0).collect();
+    for (kind, factor) in [(None, 1.0), (Some("linear"), 0.0), (Some("none"), 4.0)] {
+        assert_eq!(open(kind, factor).unwrap().config.ropes[0].inv_freq, halves, "{kind:?} {factor}");
+    }
+    for kind in [None, Some("yarn")] {
+        let error = open(kind, 4.0).unwrap_err();
+        assert!(error.contains("llama.rope.scaling.factor 4 beside rope_freqs.weight"), "{error}");
+    }
+}
+
 /// Guards: a GGUF whose attention sees what comes after is refused, and not converted as a causal model.
 #[test]
 fn gguf_encoders_are_refused() {

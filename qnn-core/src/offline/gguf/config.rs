@@ -117,6 +117,15 @@ impl GgufModel {
     /// The rotary embedding of `base`, scaled by the factors in a tensor or as the metadata asks for.
     fn rope(&self, base: RopeBase) -> Result<Rope, ImportError> {
         let pairs = base.rotary_dim / 2;
+        let (scaling, factor) = (self.key("rope.scaling"), self.scaling_factor()?);
+        let kind = self.file.string(&format!("{scaling}.type"))?;
+        let tensors = ["rope_freqs.weight", "rope_factors_short.weight"];
+        if let Some(tensor) =
+            tensors.iter().find(|name| self.entry(name).is_some() && factor != 1.0 && kind != Some("none"))
+        {
+            // llama.cpp divides by both.
+            return Err(unsupported(format!("{scaling}.factor {factor} beside {tensor}"), "one of both"));
+        }
         if let Some(factors) = self.rope_factors("rope_freqs.weight", pairs)? {
             return Ok(base.with_factors(|i| factors[i]));
         }
@@ -127,9 +136,8 @@ impl GgufModel {
             let scale = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0) as f32;
             return Ok(base.with_both(&short, &long, original, scale));
         }
-        let (scaling, factor) = (self.key("rope.scaling"), self.scaling_factor()?);
         // As llama.cpp has it: a factor without a type is linear.
-        match self.file.string(&format!("{scaling}.type"))?.unwrap_or("linear") {
+        match kind.unwrap_or("linear") {
             "none" => Ok(base.plain()),
             "linear" => base.scaled(&scaling, &json!({ "rope_type": "linear", "factor": factor })),
             "yarn" => base.scaled(&scaling, &self.yarn(factor)?),
