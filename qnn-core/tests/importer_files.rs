@@ -176,15 +176,16 @@ fn safetensors_with_flipped_or_huge_numbers_does_not_panic() {
 fn shard_index_that_lies_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("shard.safetensors")).unwrap();
     let check = |map: serde_json::Value, words: &str| {
         let index = serde_json::json!({ "weight_map": map });
         std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
         let error = import(folder.path()).unwrap_err();
         assert!(error.contains("index.json") && error.contains(words), "{error}");
     };
-    check(serde_json::json!({ "x": "../model.safetensors" }), "not a plain file name");
+    check(serde_json::json!({ "x": "../shard.safetensors" }), "not a plain file name");
     check(serde_json::json!({ "x": "/etc/passwd" }), "not a plain file name");
-    check(serde_json::json!({ "x": "model.safetensors" }), "tensor x is not in model.safetensors");
+    check(serde_json::json!({ "x": "shard.safetensors" }), "tensor x is not in shard.safetensors");
     check(serde_json::json!({ "x": 3 }), "JSON");
 }
 
@@ -203,6 +204,16 @@ fn shards_are_joined() {
     let index = serde_json::json!({ "metadata": { "total_size": 1 }, "weight_map": map });
     std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
     assert_eq!(import(folder.path()).unwrap().nodes(), whole.nodes());
+}
+
+/// Guards: an index that is left over does not hide `model.safetensors`, which transformers takes first.
+#[test]
+fn one_file_goes_before_an_index() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    std::fs::write(folder.path().join("model.safetensors.index.json"), r#"{"weight_map":{"x":"gone.safetensors"}}"#)
+        .unwrap();
+    import(folder.path()).unwrap();
 }
 
 /// Guards: a trained head is not dropped because the configuration ties it to the embedding; an equal one is no second matrix, and a

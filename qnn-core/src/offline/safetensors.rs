@@ -96,7 +96,7 @@ impl SafetensorsFile {
     }
 }
 
-/// The weights of a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+/// The weights of a Hugging Face directory: `model.safetensors`, else the shards of `model.safetensors.index.json`.
 #[derive(Debug)]
 pub struct HfWeights {
     files: Vec<(String, SafetensorsFile)>,
@@ -119,8 +119,9 @@ impl HfWeights {
     /// [`Error::Io`]; [`Error::Import`] naming the file that is missing or damaged, or the tensor that its shard lacks.
     pub fn open(folder: &Path, grids: Option<Int4Grids>) -> Result<HfWeights, Error> {
         let index_path = folder.join(INDEX_FILE);
-        let weights =
-            if index_path.is_file() { Self::open_shards(folder, &index_path) } else { Self::open_single(folder) };
+        // As in transformers: an index that is left over from before does not count.
+        let sharded = index_path.is_file() && !folder.join(SINGLE_FILE).is_file();
+        let weights = if sharded { Self::open_shards(folder, &index_path) } else { Self::open_single(folder) };
         Ok(HfWeights { grids, ..weights? })
     }
 
