@@ -206,6 +206,19 @@ fn shards_are_joined() {
     assert_eq!(import(folder.path()).unwrap().nodes(), whole.nodes());
 }
 
+/// Guards: a user with a pickle is told what it is and what to do, and one without weights what was looked for.
+#[test]
+fn pickles_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("other")).unwrap();
+    let error = import(folder.path()).unwrap_err();
+    assert!(error.contains("no weights: looked for model.safetensors"), "{error}");
+    std::fs::write(folder.path().join("pytorch_model.bin"), "PK").unwrap();
+    let error = import(folder.path()).unwrap_err();
+    assert!(error.contains("pytorch_model.bin (a pickle) is not supported; supported: model.safetensors"), "{error}");
+}
+
 /// Guards: an index that is left over does not hide `model.safetensors`, which transformers takes first.
 #[test]
 fn one_file_goes_before_an_index() {

@@ -128,7 +128,14 @@ impl HfWeights {
     fn open_single(folder: &Path) -> Result<HfWeights, Error> {
         let path = folder.join(SINGLE_FILE);
         if !path.is_file() {
-            let why = ImportError::NoWeights { files: vec![SINGLE_FILE, INDEX_FILE] };
+            let pickle = PICKLES.iter().find(|name| folder.join(name).is_file());
+            let why = match pickle {
+                Some(name) => ImportError::Unsupported {
+                    what: format!("{name} (a pickle)"),
+                    supported: format!("{SINGLE_FILE}; transformers' save_pretrained converts to it"),
+                },
+                None => ImportError::NoWeights { files: vec![SINGLE_FILE, INDEX_FILE] },
+            };
             return Err(Error::import(folder)(why));
         }
         let file = open_file(&path)?;
@@ -260,3 +267,5 @@ pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Weights as code that is run to read them.
+const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
