@@ -351,6 +351,8 @@ fn unsupported_models_are_refused_by_name() {
     check("rope_scaling", serde_json::json!({ "factor": 8.0 }), &["rope_scaling/rope_type"]);
     check("rope_scaling", serde_json::json!({ "type": "linear", "factor": -1 }), &["rope_scaling/factor is -1"]);
     check("partial_rotary_factor", 0.5.into(), &["partial_rotary_factor 0.5"]);
+    let mlx = serde_json::json!({ "group_size": 64, "bits": 4 });
+    check("quantization_config", mlx, &["quantization_config without quant_method", "gptq"]);
     check("quantization_config", serde_json::json!({ "quant_method": "fp8" }), &["\"fp8\"", "\"gptq\" and \"awq\""]);
     check("quantization_config", serde_json::json!({ "quant_method": "gptq", "bits": 8 }), &["gptq of 8 bits"]);
     check("quantization_config", serde_json::json!({ "quant_method": "gptq", "bits": 4 }), &["group_size is missing"]);

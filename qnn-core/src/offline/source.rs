@@ -158,6 +158,13 @@ fn int4_grids(folder: &Path, config: &[u8]) -> Result<Option<Int4Grids>, Error> 
         let refuse = |why| Error::import(path)(why);
         let value: serde_json::Value = serde_json::from_slice(text).map_err(|why| refuse(ImportError::Json(why)))?;
         let found = key.map_or(Some(&value), |key| value.get(key)).filter(|value| !value.is_null());
+        // A method is left out in GPTQ's and AWQ's own files only; MLX leaves it out, too.
+        if let (Some(key), Some(config)) = (key, found)
+            && config.get("quant_method").is_none()
+        {
+            let (what, supported) = (format!("{key} without quant_method"), "\"gptq\", \"awq\"".to_owned());
+            return Err(refuse(ImportError::Unsupported { what, supported }));
+        }
         found.map(Int4Grids::from_config).transpose().map_err(refuse)
     };
     if let Some(grids) = read(&folder.join("config.json"), config, Some("quantization_config"))? {
