@@ -283,7 +283,7 @@ fn rope_parameters_are_read_in_both_forms() {
     with_base["rope_theta"] = 300.0.into();
     check(
         "llama",
-        json!({ "rope_theta": 300.0, "rope_scaling": yarn }),
+        json!({ "rope_theta": 300.0, "rope_scaling": yarn.clone() }),
         json!({ "rope_theta": null, "rope_scaling": null, "rope_parameters": with_base }),
     );
     check(
@@ -296,6 +296,13 @@ fn rope_parameters_are_read_in_both_forms() {
                 "sliding_attention": { "rope_type": "default", "rope_theta": 70.0 },
             },
         }),
+    );
+    let inside =
+        json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 300.0 });
+    check(
+        "llama",
+        json!({ "rope_theta": 300.0, "rope_scaling": yarn }),
+        json!({ "rope_theta": 70.0, "rope_scaling": inside }),
     );
     let partial = json!({ "rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5 });
     check(

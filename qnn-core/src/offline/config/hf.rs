@@ -156,8 +156,14 @@ impl HfConfig {
     fn rope(&self, defaults: &HfDefaults) -> Result<Rope, ImportError> {
         // Newer files have a set of parameters for each type of layer, or one set with the base inside.
         let (key, parameters) = self.rope_parameters("full_attention");
-        let base =
-            RopeBase { theta: self.theta(&key, parameters, defaults.rope_theta)?, ..self.rope_base("full_attention")? };
+        // Wherever the base is, that inside of an object goes before that beside it.
+        let theta = match &self.rope_scaling {
+            Some(scaling) if scaling.get("rope_theta").is_some() => {
+                self.theta("rope_scaling", Some(scaling), defaults.rope_theta)?
+            }
+            _ => self.theta(&key, parameters, defaults.rope_theta)?,
+        };
+        let base = RopeBase { theta, ..self.rope_base("full_attention")? };
         match (parameters, &self.rope_scaling) {
             (_, Some(scaling)) => base.scaled("rope_scaling", scaling),
             (Some(parameters), None) => base.scaled(&key, parameters),
