@@ -272,6 +272,13 @@ fn gguf_scaling_beside_factors_is_refused() {
     }
 }
 
+/// Guards: a GGUF's sliding window counts in the families that have one, and nowhere else, as in llama.cpp.
+#[test]
+fn gguf_windows_belong_to_their_families() {
+    let source = open_gguf(|file| file.u32("llama.attention.sliding_window", 16)).unwrap();
+    assert!(source.config.layers.iter().all(|layer| layer.window.is_none()));
+}
+
 /// Guards: a GGUF whose attention sees what comes after is refused, and not converted as a causal model.
 #[test]
 fn gguf_encoders_are_refused() {

@@ -36,7 +36,7 @@ pub(super) fn apply_biases(config: &mut ModelConfig, hf: &HfConfig) {
 /// Mistral: llama without bias, and a sliding window that is 4096 unless the configuration says otherwise.
 pub(super) const MISTRAL: Architecture = Architecture {
     title: "Mistral",
-    notes: "sliding window on every layer",
+    notes: "sliding window on every layer; its GGUFs call themselves `llama` and have full attention, as in llama.cpp",
     model_types: &["mistral"],
     gguf_names: &[],
     apply_hf: |config, hf| {

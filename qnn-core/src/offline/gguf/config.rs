@@ -58,7 +58,10 @@ impl GgufModel {
             eos_token_ids: tokenizer::end_tokens(&self.file)?,
             ..ModelConfig::plain(self.architecture.model_types[0], self.size("block_count")?)
         };
-        config.set_window(self.optional_size("attention.sliding_window")?.filter(|window| *window > 0));
+        // The key means something in these families only. llama.cpp leaves Phi-3's window out; transformers has it.
+        if matches!(self.prefix.as_str(), "gemma2" | "gemma3" | "phi3") {
+            config.set_window(self.optional_size("attention.sliding_window")?.filter(|window| *window > 0));
+        }
         match self.prefix.as_str() {
             "gemma2" => self.gemma2(&mut config)?,
             "gemma3" => self.gemma3(&mut config, rope)?,
