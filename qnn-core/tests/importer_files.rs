@@ -206,6 +206,22 @@ fn shards_are_joined() {
     assert_eq!(import(folder.path()).unwrap().nodes(), whole.nodes());
 }
 
+/// Guards: a weight that is not finite is refused by tensor and row where floats stay floats, as where they become integers.
+#[test]
+fn weights_that_are_not_finite_are_refused() {
+    for (tensor, at, row) in [(0, 80, 10), (2, 17, 2), (10, 3, 0)] {
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape)));
+            tensors[tensor].2[at] = value;
+            write_tensors(folder.path(), &tensors);
+            let error = import(folder.path()).unwrap_err();
+            let want = format!("tensor {}, row {row}: a value that is not finite", SHAPES[tensor].0);
+            assert!(error.contains(&want), "{error}");
+        }
+    }
+}
+
 /// Guards: a user with a pickle is told what it is and what to do, and one without weights what was looked for.
 #[test]
 fn pickles_are_refused_by_name() {

@@ -1,6 +1,8 @@
 //! From a tensor of the source to a constant of the graph: which precision each use of a weight gets.
 
-use half::f16;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::{bf16, f16};
 use htp_sim::Workers;
 
 use crate::{
@@ -9,7 +11,7 @@ use crate::{
     offline::{
         error::ImportError,
         int4,
-        quantize_weights::{Bits, Quantized, Scheme, block_sizes, quantize},
+        quantize_weights::{Bits, QuantizeError, Quantized, Scheme, block_sizes, quantize},
         source::{Change, ElementFormat, ScaleType, SourceTensor},
     },
     types::DataType,
@@ -123,20 +125,24 @@ pub(in crate::offline) fn constant(
     workers: &Workers,
 ) -> Result<Constant, ImportError> {
     let float = |data_type, bytes| Ok(Constant { data_type, encoding: None, bytes });
+    let keep = |data_type| {
+        check_finite(tensor, workers)?;
+        float(data_type, tensor.bytes.clone())
+    };
     if class == WeightClass::Vector {
-        return float(DataType::Float32, to_f32(tensor, workers));
+        return float(DataType::Float32, to_f32(tensor, workers)?);
     }
     match (precision.weights, tensor.format) {
-        (WeightType::Keep | WeightType::F32, ElementFormat::F32) => float(DataType::Float32, tensor.bytes.clone()),
-        (WeightType::Keep | WeightType::F16, ElementFormat::F16) => float(DataType::Float16, tensor.bytes.clone()),
-        (WeightType::Keep | WeightType::F16, ElementFormat::Bf16) => float(DataType::BFloat16, tensor.bytes.clone()),
+        (WeightType::Keep | WeightType::F32, ElementFormat::F32) => keep(DataType::Float32),
+        (WeightType::Keep | WeightType::F16, ElementFormat::F16) => keep(DataType::Float16),
+        (WeightType::Keep | WeightType::F16, ElementFormat::Bf16) => keep(DataType::BFloat16),
         (WeightType::Keep, ElementFormat::Ggml(ggml)) => Ok(ggml.keep_grid(tensor, workers)?.into()),
         (WeightType::Keep, ElementFormat::Int4 { block_size, .. }) => Ok(int4::keep_grid(tensor, block_size)?.into()),
         // Without blocks in a row there is no grid to keep.
         (WeightType::Keep, ElementFormat::Int4ActOrder) => {
             Ok(quantize(tensor, scheme(Bits::Eight, Grouping::Default, tensor.k()), workers)?.into())
         }
-        (WeightType::F32, _) => float(DataType::Float32, to_f32(tensor, workers)),
+        (WeightType::F32, _) => float(DataType::Float32, to_f32(tensor, workers)?),
         (WeightType::F16, _) => float(DataType::Float16, to_f16(tensor)?),
         (WeightType::Int { bits, grouping }, _) => {
             let bits = if class == WeightClass::Embedding { Bits::Eight } else { bits };
@@ -195,13 +201,50 @@ fn scheme(bits: Bits, grouping: Grouping, k: usize) -> Scheme {
     }
 }
 
-fn to_f32(tensor: &SourceTensor, workers: &Workers) -> Bytes {
+/// Refuses values that are not finite: what is computed from them would not be, either.
+fn check_finite(tensor: &SourceTensor, workers: &Workers) -> Result<(), ImportError> {
+    let first = AtomicUsize::new(usize::MAX);
+    workers.for_each(tensor.n(), |row, _| {
+        let bytes = tensor.row_bytes(row..row + 1);
+        // Without an early end, so that it is as fast as memory.
+        let odd = match tensor.format {
+            ElementFormat::F32 => {
+                bytes.as_chunks::<4>().0.iter().fold(false, |odd, v| odd | !f32::from_le_bytes(*v).is_finite())
+            }
+            ElementFormat::F16 => {
+                bytes.as_chunks::<2>().0.iter().fold(false, |odd, v| odd | !f16::from_le_bytes(*v).is_finite())
+            }
+            ElementFormat::Bf16 => {
+                bytes.as_chunks::<2>().0.iter().fold(false, |odd, v| odd | !bf16::from_le_bytes(*v).is_finite())
+            }
+            _ => false,
+        };
+        if odd {
+            first.fetch_min(row, Ordering::Relaxed);
+        }
+    });
+    finite_up_to(tensor, first.into_inner())
+}
+
+/// The error of `row`, the first with a value that is not finite; `usize::MAX` if there is none.
+fn finite_up_to(tensor: &SourceTensor, row: usize) -> Result<(), ImportError> {
+    if row == usize::MAX {
+        return Ok(());
+    }
+    Err(QuantizeError::NotFinite { tensor: tensor.name.clone(), row }.into())
+}
+
+fn to_f32(tensor: &SourceTensor, workers: &Workers) -> Result<Bytes, ImportError> {
+    let first = AtomicUsize::new(usize::MAX);
     let (n, row_bytes) = (tensor.n(), tensor.k() * 4);
     let mut bytes = vec![0u8; n * row_bytes];
     let rows: Vec<std::sync::Mutex<&mut [u8]>> = bytes.chunks_mut(row_bytes).map(std::sync::Mutex::new).collect();
     workers.for_each(n, |row, _| {
         let mut values = vec![0.0; tensor.k()];
         tensor.read_rows(row..row + 1, &mut values);
+        if values.iter().any(|value| !value.is_finite()) {
+            first.fetch_min(row, Ordering::Relaxed);
+        }
         // One worker takes one row; the lock is never waited for.
         let mut out = rows[row].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         for (out, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(&values) {
@@ -209,7 +252,8 @@ fn to_f32(tensor: &SourceTensor, workers: &Workers) -> Bytes {
         }
     });
     drop(rows);
-    bytes.into()
+    finite_up_to(tensor, first.into_inner())?;
+    Ok(bytes.into())
 }
 
 fn to_f16(tensor: &SourceTensor) -> Result<Bytes, ImportError> {
