@@ -54,7 +54,7 @@ impl GgufModel {
                 mlp: has("blk.0.ffn_gate.bias"),
             },
             tied_head: !has("output.weight"),
-            bos_token_id: self.token_id("tokenizer.ggml.bos_token_id")?,
+            bos_token_id: tokenizer::token_id(&self.file, "bos")?,
             eos_token_ids: tokenizer::end_tokens(&self.file)?,
             ..ModelConfig::plain(self.architecture.model_types[0], self.size("block_count")?)
         };
@@ -70,11 +70,7 @@ impl GgufModel {
             "smollm3" => config.layers.iter_mut().skip(3).step_by(4).for_each(|layer| layer.rope = None),
             _ => {}
         }
-        if !tokenizer::is_there(&self.file)? {
-            config
-                .warnings
-                .push("the file has no tokenizer; a dialog needs a tokenizer.json beside the model".to_owned());
-        }
+        config.warnings.extend(tokenizer::warnings(&self.file)?);
         config.check()
     }
 
@@ -256,11 +252,6 @@ impl GgufModel {
     fn optional_size(&self, key: &str) -> Result<Option<usize>, ImportError> {
         // What does not fit `usize` is above every limit that `check` knows.
         Ok(self.file.unsigned(&self.key(key))?.map(|size| usize::try_from(size).unwrap_or(usize::MAX)))
-    }
-
-    fn token_id(&self, key: &str) -> Result<Option<u32>, ImportError> {
-        let Some(have) = self.file.unsigned(key)? else { return Ok(None) };
-        u32::try_from(have).map(Some).map_err(|_| config_error(key, have, "a token id".to_owned()))
     }
 
     fn key(&self, key: &str) -> String {

@@ -35,7 +35,7 @@ pub(super) fn sidecars(file: &GgufFile, config: &ModelConfig) -> Result<Vec<(&'s
 }
 
 /// Whether the file has a tokenizer at all.
-pub(super) fn is_there(file: &GgufFile) -> Result<bool, ImportError> {
+fn is_there(file: &GgufFile) -> Result<bool, ImportError> {
     Ok(!matches!(file.string(MODEL)?, None | Some("none" | "no_vocab")))
 }
 
@@ -44,15 +44,45 @@ pub(super) fn is_there(file: &GgufFile) -> Result<bool, ImportError> {
 pub(super) fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, ImportError> {
     let mut ends = Vec::new();
     for role in ["eos", "eot", "eom"] {
-        let key = format!("tokenizer.ggml.{role}_token_id");
-        let Some(id) = file.unsigned(&key)? else { continue };
-        ends.push(u32::try_from(id).map_err(|_| wrong(&key, id, "a token id"))?);
+        ends.extend(token_id(file, role)?);
     }
     let texts = file.strings(TOKENS)?.unwrap_or_default();
     ends.extend(texts.iter().zip(0..).filter(|(text, _)| ENDS.contains(text)).map(|(_, id)| id));
     let mut seen = std::collections::BTreeSet::new();
     ends.retain(|id| seen.insert(*id));
     Ok(ends)
+}
+
+/// The token with `role`, whether or not there is one with its id: as the metadata says, or llama.cpp takes where it does not.
+pub(super) fn token_id(file: &GgufFile, role: &str) -> Result<Option<u32>, ImportError> {
+    let key = id_key(role);
+    if let Some(id) = file.unsigned(&key)? {
+        return u32::try_from(id).map(Some).map_err(|_| wrong(&key, id, "a token id"));
+    }
+    let usual = match (file.string(MODEL)?, role) {
+        (Some("llama"), "bos") => 1,
+        (Some("llama"), "eos") => 2,
+        _ => return Ok(None),
+    };
+    Ok(Some(usual).filter(|id| file.array_len(TOKENS).ok().flatten().is_some_and(|len| (*id as usize) < len)))
+}
+
+/// What a user should know of the tokenizer.
+pub(super) fn warnings(file: &GgufFile) -> Result<Vec<String>, ImportError> {
+    if !is_there(file)? {
+        return Ok(vec!["the file has no tokenizer; a dialog needs a tokenizer.json beside the model".to_owned()]);
+    }
+    let (mut warnings, len) = (Vec::new(), file.array_len(TOKENS)?.unwrap_or(0));
+    for key in ["unknown", "padding"].map(id_key) {
+        if let Some(id) = file.unsigned(&key)?.filter(|id| *id >= len as u64) {
+            warnings.push(format!("{key} {id} is ignored: there are {len} tokens"));
+        }
+    }
+    Ok(warnings)
+}
+
+fn id_key(role: &str) -> String {
+    format!("tokenizer.ggml.{role}_token_id")
 }
 
 /// What the metadata says, checked.
@@ -228,8 +258,10 @@ impl<'a> Vocabulary<'a> {
                 let have = format!("token {id} of {} bytes", content.len());
                 return Err(wrong(TOKENS, have, format!("at most {MAX_TOKEN_BYTES} bytes")));
             }
-            tokens.push((*kind != KIND_UNUSED).then_some(content));
-            if *kind == KIND_UNUSED {
+            // No text has an empty token in it; llama.cpp gives each a name of its own.
+            let used = *kind != KIND_UNUSED && !content.is_empty();
+            tokens.push(used.then_some(content));
+            if !used {
                 continue;
             }
             if let Some(first) = ids.insert(content, id) {
@@ -252,14 +284,16 @@ impl<'a> Vocabulary<'a> {
 
 impl Special {
     fn read(file: &GgufFile, tokens: &[Option<&str>]) -> Result<Special, ImportError> {
-        let read = |role: &str| {
-            let key = format!("tokenizer.ggml.{role}_token_id");
-            let Some(id) = file.unsigned(&key)? else { return Ok(None) };
-            let inside = usize::try_from(id).is_ok_and(|id| id < tokens.len());
-            // `tokens.len()` fits u32, so the id does.
-            if inside { Ok(Some(id as u32)) } else { Err(wrong(&key, id, format!("below {}", tokens.len()))) }
+        let read = |role: &str| match token_id(file, role)? {
+            Some(id) if id as usize >= tokens.len() => Err(wrong(&id_key(role), id, format!("below {}", tokens.len()))),
+            id => Ok(id),
         };
-        Ok(Special { bos: read("bos")?, eos: read("eos")?, unknown: read("unknown")?, padding: read("padding")? })
+        // No text depends on these; `warnings` tells of ids that there are not.
+        let inside =
+            |role: &str| Ok::<_, ImportError>(file.unsigned(&id_key(role))?.filter(|id| *id < tokens.len() as u64));
+        // `tokens.len()` fits u32, so the ids do.
+        let [unknown, padding] = [inside("unknown")?, inside("padding")?].map(|id| id.map(|id| id as u32));
+        Ok(Special { bos: read("bos")?, eos: read("eos")?, unknown, padding })
     }
 }
 
