@@ -397,6 +397,25 @@ fn an_adapter_is_in_memory_once() {
     assert_eq!(model.n_loaded_adapters(), 0);
 }
 
+/// Broken if an adapter or a group that was run with is still in memory when it was released or removed, though nothing has run since.
+#[test]
+fn what_is_released_is_gone() {
+    let files = Files::new(Kind::Encodings);
+    let model = files.open();
+    let mut dialog = model.dialog().unwrap();
+    dialog.set_max_num_tokens(MAX_TOKENS);
+    for (weights, remove) in [("a", false), ("c", false), ("b", true), ("d", true)] {
+        let options = QueryOptions::default().with_adapter(AdapterChoice::named(weights));
+        dialog.token_query_with(&[3, 4, 5], SentenceCode::Rewind, &options, |_, _| Flow::Continue).unwrap();
+        assert_eq!(model.n_loaded_adapters(), 1);
+        match remove {
+            true => dialog.remove_adapter(weights).unwrap(),
+            false => assert!(dialog.release_lora_memory("primary", weights).unwrap()),
+        }
+        assert_eq!(model.n_loaded_adapters(), 0, "{weights}");
+    }
+}
+
 /// Broken if a file that was replaced is taken for the one that another dialog has loaded, or if replacing it changes
 /// what that dialog says.
 #[test]

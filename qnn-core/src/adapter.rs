@@ -171,14 +171,6 @@ impl Adapter {
         self.in_force().grid(name)
     }
 
-    /// Whether `other` runs with the very same encodings, so that going from one to the other changes values only.
-    pub(crate) fn shares_encodings(&self, other: &Adapter) -> bool {
-        match (&self.group, &other.group) {
-            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
-            _ => false,
-        }
-    }
-
     fn in_force(&self) -> &Encodings {
         self.group.as_ref().map_or(&self.encodings, |group| &group.encodings)
     }

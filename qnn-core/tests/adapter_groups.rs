@@ -163,6 +163,29 @@ fn a_switch_leaves_nothing_behind() {
     }
 }
 
+// Broken if a runner keeps what it ran with alive, or takes another adapter or group for one that is gone.
+#[test]
+fn what_ran_before_gives_its_memory_back() {
+    let graph = quantized(&float("all", 3));
+    let context = context([graph.clone()]);
+    let own = |shrink| Arc::new(member(&context, 7).with_encodings(encodings(&graph, shrink)).unwrap());
+    let of_group = |shrink| {
+        let group = AdapterGroup::new("chat", Arc::clone(context.updatable()), encodings(&graph, shrink)).unwrap();
+        Arc::new(member(&context, 7).in_group(Arc::new(group)))
+    };
+    let backend = HtpBackend::new(1).unwrap();
+    let mut runner = Runner::new(&backend, &graph);
+    for shrink in [0.75, 0.5, 0.25] {
+        for adapter in [own(shrink), of_group(shrink)] {
+            let (alone, weak) = (logits(&backend, &graph, &adapter), Arc::downgrade(&adapter));
+            let group = adapter.group().map(Arc::downgrade);
+            assert_eq!(runner.run(&IDS, Some(adapter), 1.0), alone);
+            runner.run(&IDS, None, 1.0);
+            assert!(weak.upgrade().is_none() && group.is_none_or(|group| group.upgrade().is_none()));
+        }
+    }
+}
+
 // Broken if parts that are applied one after the other mean something else than loaded together, if weights run with the
 // base's encodings or another group's, or if what is refused changes what was applied.
 #[test]

@@ -6,14 +6,17 @@
 //! ```
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicBool, Ordering},
 };
 use std::time::Instant;
 
 use htp_sim::{Cx, Grid, Kernels, QuantizedRows, ShapeError, Starts, Workers};
 
-use crate::{adapter::Adapter, graph::Graph};
+use crate::{
+    adapter::{Adapter, AdapterGroup},
+    graph::Graph,
+};
 
 use super::{
     Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm, watch::Watch,
@@ -109,8 +112,10 @@ struct Htp {
     /// Index of each of the plan's slots among `names`, the updatable tensors of the context last run with.
     slots: Vec<usize>,
     names: Option<Arc<[String]>>,
-    /// The adapter that `grids` belong to.
-    adapter: Option<Arc<Adapter>>,
+    /// The adapter that `grids` belong to, and its group. Weak, so that what nobody else holds gives its memory back; as long as
+    /// these are here no other one gets their addresses.
+    adapter: Weak<Adapter>,
+    group: Weak<AdapterGroup>,
     /// Its own grid of each of the plan's updatable encodings.
     grids: Vec<Option<Grid>>,
     /// Index in the state of each of the plan's caches, and the names of the state last run with.
@@ -136,8 +141,9 @@ impl Htp {
         let memory = Memory { floats, quantized };
         let mut starts = Starts::new(&backend.workers);
         plan.steps.iter().for_each(|step| run::push_start(&mut starts, step));
-        let (adapter, caches, cache_names, meter) = (None, Vec::new(), None, None);
-        Ok(Htp { backend, plan, memory, slots, names, adapter, grids, caches, cache_names, starts, meter })
+        let (adapter, group) = (Weak::new(), Weak::new());
+        let (caches, cache_names, meter) = (Vec::new(), None, None);
+        Ok(Htp { backend, plan, memory, slots, names, adapter, group, grids, caches, cache_names, starts, meter })
     }
 }
 
@@ -178,7 +184,7 @@ impl Htp {
     /// Takes over what an adapter has of its own beside its values, when it is another than before.
     fn adopt(&mut self, adapter: &Arc<Adapter>) -> Result<(), ExecuteError> {
         let nothing = self.plan.grid_slots.is_empty() && self.plan.summed_slots.is_empty();
-        if nothing || self.adapter.as_ref().is_some_and(|known| Arc::ptr_eq(known, adapter)) {
+        if nothing || self.adapter.as_ptr() == Arc::as_ptr(adapter) {
             return Ok(());
         }
         for slot in &self.plan.summed_slots {
@@ -187,12 +193,14 @@ impl Htp {
                 |why: ShapeError| ExecuteError::State { tensor: self.plan.slots[*slot].clone(), why: why.to_string() };
             panels.map_or(Ok(()), |panels| panels.sum_rows(&self.backend.cx())).map_err(refused)?;
         }
-        if !self.adapter.as_ref().is_some_and(|known| known.shares_encodings(adapter)) {
+        // Inside a group a switch changes values only.
+        if adapter.group().is_none_or(|group| self.group.as_ptr() != Arc::as_ptr(group)) {
             for (grid, name) in self.grids.iter_mut().zip(&self.plan.grid_slots) {
                 *grid = adapter.grid(name);
             }
         }
-        self.adapter = Some(Arc::clone(adapter));
+        self.adapter = Arc::downgrade(adapter);
+        self.group = adapter.group().map_or_else(Weak::new, Arc::downgrade);
         Ok(())
     }
 }
