@@ -374,7 +374,11 @@ fn contradictory_parts_are_refused() {
         (|p| p[0].2 = b"{}".to_vec(), "missing field `tool`"),
         (|p| replace(&mut p[0].2, "\"targets\":2", "\"targets\":3"), "targets: found 3, need 2"),
         (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":5"), "slots: columns: found 6"),
-        (|p| replace(&mut p[0].2, "[0,6]", "[6,6]"), "slots: columns: found 6, need more than 6"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[0,0]"), "slots: columns: found 0, need more than 0"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[1,6]"), "slots: columns: found 1, need 0"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[0,5]"), "slots: columns: found 5, need 6"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[0,4]},{\"name\":\"b\",\"columns\":[3,6]"), "found 3, need 4"),
+        (|p| replace(&mut p[0].2, "[0,6]", "[0,4]},{\"name\":\"b\",\"columns\":[5,6]"), "found 5, need 4"),
         (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":18446744073709551615"), "rank"),
         (|p| replace(&mut p[0].2, "\"rank\":6", "\"rank\":-1"), "invalid value"),
     ];

@@ -254,13 +254,27 @@ pub(crate) fn check_meta(meta: &SectionMeta, tensors: &[(String, Panels)]) -> Re
     if meta.rank > u32::MAX as usize {
         return field("rank", meta.rank, "less than 2^32".to_owned());
     }
+    check_slots(meta)
+}
+
+/// Slots, if there are any, share the rank columns out among them: no column is left over or has two strengths.
+fn check_slots(meta: &SectionMeta) -> Result<(), BinaryError> {
+    let field = |have: usize, want| Err(BinaryError::Field { field: "slots: columns", have: have as u64, want });
+    let mut next = 0;
     for slot in &meta.slots {
         let [first, end] = slot.columns;
-        if first >= end || end > meta.rank {
-            return field("slots: columns", end, format!("more than {first}, at most {} (rank)", meta.rank));
+        if first != next {
+            return field(first, format!("{next}, right behind the slot before"));
         }
+        if first >= end || end > meta.rank {
+            return field(end, format!("more than {first}, at most {} (rank)", meta.rank));
+        }
+        next = end;
     }
-    Ok(())
+    match meta.slots.is_empty() || next == meta.rank {
+        true => Ok(()),
+        false => field(next, format!("{} (rank), where the last slot ends", meta.rank)),
+    }
 }
 
 /// A part of a section has nothing of the other part.
