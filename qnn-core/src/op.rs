@@ -67,7 +67,7 @@ pub struct AttentionAttrs {
     pub head_dim: usize,
     /// Factor on the scores, normally `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// Sliding window: a row sees at most this many positions, itself included.
+    /// Sliding window: a row sees at most this many positions, itself included; at least 1.
     pub window: Option<usize>,
     /// Soft cap, finite and above 0: scores become `cap · tanh(score / cap)`.
     pub softcap: Option<f32>,
@@ -208,6 +208,7 @@ impl Rule<'_> {
         let ratio = a.kv_heads > 0 && a.heads.is_multiple_of(a.kv_heads) && a.heads > 0 && a.head_dim > 0;
         self.expect(0, ratio, || format!("heads ({}) that are a multiple of kv heads ({})", a.heads, a.kv_heads))?;
         a.softcap.map_or(Ok(()), |cap| self.cap(cap))?;
+        self.expect(0, a.window != Some(0), || "a window of at least 1 position, not 0".to_owned())?;
         let rows = self.inputs[0].shape.0.first().copied().unwrap_or(Dim::Fixed(1));
         let (q, kv) = (a.heads.checked_mul(a.head_dim), a.kv_heads.checked_mul(a.head_dim));
         for (i, width) in [(0, q), (1, kv), (2, kv)] {
@@ -266,9 +267,10 @@ mod tests {
         Tensor { name: "x".to_owned(), tensor_type, data_type, shape, encoding: None, data: None }
     }
 
-    /// Guards: a soft cap that would make NaN of numbers is refused when the graph is made, of logits and of scores.
+    /// Guards: a soft cap that would make NaN of numbers, of logits and of scores, and a window in which a row does not see even
+    /// itself are refused when the graph is made.
     #[test]
-    fn caps_are_finite_and_above_zero() {
+    fn caps_are_finite_and_windows_not_empty() {
         let x = tensor(TensorType::Native, DataType::Float32, &[3, 8]);
         let past = tensor(TensorType::AppReadWrite, DataType::Float32, &[2, 16, 4]);
         let at = tensor(TensorType::AppWrite, DataType::Int32, &[1]);
@@ -280,6 +282,11 @@ mod tests {
             for shapes in [of_scores, of_logits] {
                 assert_eq!(shapes.is_ok(), is_fine, "{cap}: {shapes:?}");
             }
+        }
+        for (window, is_fine) in [(None, true), (Some(1), true), (Some(0), false)] {
+            let attention = OpKind::Attention(AttentionAttrs { window, ..attrs });
+            let shapes = attention.output_shapes("attention", &[&x, &x, &x, &past, &past, &at]);
+            assert_eq!(shapes.is_ok(), is_fine, "{window:?}: {shapes:?}");
         }
     }
 }
