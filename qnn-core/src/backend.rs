@@ -4,7 +4,8 @@ use std::sync::{Arc, atomic::AtomicBool};
 
 use crate::{
     adapter::Adapter,
-    graph::Graph,
+    graph::{Graph, Node},
+    op::OpKind,
     tensor::{Dim, TensorId},
     types::DataType,
 };
@@ -312,6 +313,15 @@ impl Binding {
         };
         ExecuteError::Input { tensor: self.name.clone(), have: have.to_owned(), want: want.to_owned() }
     }
+}
+
+/// Refuses a graph that is not bound to a context length, where that decides the frequencies of rotations.
+fn check_frequencies(graph: &Graph) -> Result<(), PrepareError> {
+    let is_open = |node: &&Node| matches!(node.op, OpKind::RotaryTable { .. }) && node.inputs.len() > 2;
+    graph.nodes().iter().find(is_open).map_or(Ok(()), |node| {
+        let why = "frequencies for short and for long contexts, need those of one context length (see `specialize`)";
+        Err(PrepareError::Node { node: node.name.clone(), op: node.op.name(), why: why.to_owned() })
+    })
 }
 
 /// Why a cache with an encoding is refused.

@@ -223,6 +223,10 @@ fn gguf_long_factors_serve_long_contexts() {
         report.warnings
     );
     let whole = dlc::read_dlc(&output).unwrap();
+    for backend in [&HtpBackend::new(1).unwrap() as &dyn Backend, &ReferenceBackend] {
+        let refused = backend.prepare(&whole).err().expect("which frequencies is open").to_string();
+        assert!(refused.contains("RotaryTable") && refused.contains("one context length"), "{refused}");
+    }
     let table = |cl: usize| {
         let graph = specialize(&whole, "test", 20, cl).unwrap();
         let node = graph.nodes().iter().find(|node| node.op.name() == "RotaryTable").unwrap();

@@ -19,7 +19,8 @@ use crate::{
 };
 
 use super::{
-    Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, state::CacheForm, watch::Watch,
+    Account, Backend, Bindings, Executable, ExecuteError, PrepareError, State, check_frequencies, state::CacheForm,
+    watch::Watch,
 };
 
 mod floats;
@@ -86,6 +87,7 @@ pub fn surviving_tensors(graph: &Graph) -> Result<Vec<bool>, PrepareError> {
 
 impl Backend for HtpBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
+        check_frequencies(graph)?;
         let lowered = lower::lower(graph)?;
         for weights in &lowered.summed {
             let refused = |why: ShapeError| PrepareError::Tensor {

@@ -14,6 +14,7 @@ use crate::{
 
 use super::{
     Backend, Bindings, Executable, ExecuteError, PrepareError, STATIC_CACHE, Seen, State, Value, Watch, Watched,
+    check_frequencies,
     state::{Cache, CacheForm},
 };
 
@@ -27,6 +28,7 @@ pub struct ReferenceBackend;
 
 impl Backend for ReferenceBackend {
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Executable>, PrepareError> {
+        check_frequencies(graph)?;
         let constants = graph.tensors().iter().map(dequantize_constant).collect();
         Ok(Box::new(Reference { graph: graph.clone(), values: constants, grids: base_grids(graph)? }))
     }
