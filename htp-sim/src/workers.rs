@@ -112,7 +112,8 @@ impl Workers {
         for (i, thread) in self.threads.iter().enumerate().take(n_items - 1) {
             self.shared.wake(i + 1, thread);
         }
-        self.shared.run_caught(run, 0);
+        // The very closure whose address the others have: a copy could be gone before they are done.
+        self.shared.run_caught(&run, 0);
         self.shared.close();
         let panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(panic) = panic {
