@@ -224,16 +224,16 @@ impl<T> Loaded<T> {
         Ok(parts)
     }
 
-    /// What somebody still holds; forgets what nobody does.
+    /// What somebody still holds, all parts of it; forgets what nobody does. There may be several under one key, as some parts of
+    /// one may outlive the others, and two engines may load at the same time.
     fn find(&self, key: &Key) -> Option<Parts<T>> {
         let mut known = self.known();
         known.retain(|(_, parts)| is_held(parts));
-        let (_, parts) = known.iter().find(|(other, _)| other == key)?;
         let alive = |part: &Option<Weak<T>>| match part {
             None => Some(None),
             Some(part) => part.upgrade().map(Some),
         };
-        parts.iter().map(alive).collect()
+        known.iter().filter(|(other, _)| other == key).find_map(|(_, parts)| parts.iter().map(alive).collect())
     }
 
     fn n_held(&self) -> usize {
@@ -245,8 +245,10 @@ impl<T> Loaded<T> {
     }
 }
 
+/// Whether there are parts, and somebody holds each of them: with one gone they are no adapter any more.
 fn is_held<T>(parts: &WeakParts<T>) -> bool {
-    parts.iter().flatten().any(|part| part.strong_count() > 0)
+    let mut held = parts.iter().flatten().map(|part| part.strong_count() > 0);
+    held.next() == Some(true) && held.all(|held| held)
 }
 
 impl Key {
@@ -302,4 +304,34 @@ fn choose_graphs(contexts: &[Context], config: &EngineConfig) -> Result<Vec<Vec<
         chosen.push(graphs);
     }
     Ok(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(name: &str) -> Key {
+        Key { name: name.to_owned(), source: AdapterSource::Sections(Vec::new()), stamps: Vec::new() }
+    }
+
+    // Guards: what is held whole is loaded once, also while a part of an earlier load lives on; a part alone is nothing.
+    #[test]
+    fn parts_that_live_on_hide_nothing() {
+        let loaded = Loaded(Mutex::default());
+        let load = |name: &str, value: u32| {
+            let parts = || Ok::<_, ()>(vec![Some(Arc::new(value)), None, Some(Arc::new(value))]);
+            loaded.get_or_load(Some(key(name)), parts).unwrap()
+        };
+        let of = |parts: &Parts<u32>| parts.iter().flatten().map(|part| **part).collect::<Vec<_>>();
+        let mut first = load("a", 1);
+        assert_eq!((of(&load("a", 2)), loaded.n_held()), (vec![1, 1], 1));
+        first[2] = None;
+        assert_eq!(loaded.n_held(), 0);
+        let second = load("a", 2);
+        assert_eq!((of(&second), of(&load("a", 3)), loaded.n_held()), (vec![2, 2], vec![2, 2], 1));
+        assert_eq!((of(&load("b", 4)), of(&first)), (vec![4, 4], vec![1]));
+        drop((first, second));
+        assert_eq!(loaded.n_held(), 0);
+        assert_eq!(of(&load("a", 5)), [5, 5]);
+    }
 }
