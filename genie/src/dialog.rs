@@ -5,6 +5,7 @@
 //! So the last token of an answer, the end token among them, is part of the conversation at once and costs nothing
 //! until the next query, which continues behind it, as chat templates expect. Going back is two truncations.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -32,8 +33,8 @@ pub use signal::Signal;
 
 /// A conversation with one model.
 ///
-/// A call that fails, or that is aborted before its first token, leaves the conversation as it was before the call. A
-/// call that is aborted later keeps what was said up to then.
+/// A call that fails, that is aborted before its first token or whose callback panics leaves the conversation as it was before
+/// the call. A call that is aborted later keeps what was said up to then.
 pub struct Dialog {
     settings: Settings,
     role: String,
@@ -50,7 +51,7 @@ pub struct Dialog {
     history: Vec<u32>,
     /// Length of the history before the open sentence, while one is open.
     open_from: Option<usize>,
-    /// How to undo the call that runs. Still there afterwards only if a callback panicked.
+    /// How to undo the call that runs.
     checkpoint: Option<Checkpoint>,
     signal: Signal,
 }
@@ -219,7 +220,6 @@ impl Dialog {
         let (started, signal) = (Instant::now(), self.signal());
         let running = signal.begin();
         let ids = ids.to_vec();
-        self.undo();
         let mut output = Output::ids(&mut callback, &self.settings.stop_sequences);
         if self.ends_in_text(&ids) {
             output.go_on();
@@ -274,7 +274,6 @@ impl Dialog {
     /// Forgets the conversation. The dialog is then as a new one with the same settings and the same adapter applied.
     /// (`GenieDialog_reset`)
     pub fn reset(&mut self) {
-        self.checkpoint = None;
         self.history.clear();
         self.cache.rewind(0);
         self.open_from = None;
@@ -355,9 +354,8 @@ impl Dialog {
     }
 
     /// The ids of a raw prompt.
-    fn raw_ids(&mut self, prompt: &str, code: SentenceCode) -> Result<Vec<u32>, Error> {
+    fn raw_ids(&self, prompt: &str, code: SentenceCode) -> Result<Vec<u32>, Error> {
         let mut ids = self.tokenizer.encode(prompt, Specials::Recognise)?;
-        self.undo();
         let is_first = match code {
             SentenceCode::Rewind => true,
             SentenceCode::Complete | SentenceCode::Begin => self.history.is_empty(),
@@ -379,7 +377,6 @@ impl Dialog {
     /// One call, from ids to report.
     fn run(&mut self, call: Call<'_>, mut output: Output<'_>) -> Result<QueryReport, Error> {
         let Call { ids, code, options, started, running } = call;
-        self.undo();
         self.check_order(code)?;
         if code == SentenceCode::Abort {
             return Ok(self.give_up(&mut output, started));
@@ -387,10 +384,15 @@ impl Dialog {
         self.bind(options.adapter.as_ref())?;
         let mut report = QueryReport::new(started);
         self.append(ids, code, &mut report)?;
-        let done = match code {
+        let done = catch_unwind(AssertUnwindSafe(|| match code {
             SentenceCode::Begin | SentenceCode::Continue => self.prefill(running.cancel(), &mut report),
             _ => self.generate(running.cancel(), &mut output, &mut report),
-        };
+        }));
+        let done = done.unwrap_or_else(|panic| {
+            // Most likely the callback's, and somebody may catch it and go on with the dialog.
+            self.undo();
+            resume_unwind(panic)
+        });
         drop(running);
         report.timings.total = started.elapsed();
         match done {

@@ -519,6 +519,8 @@ fn failure_changes_nothing() {
     }));
     assert!(panicked.is_err());
     assert!(!dialog.signal().abort(), "no query runs");
+    assert_eq!((dialog.history().to_vec(), dialog.sampler.random()), before);
+    assert_eq!(dialog.context_occupancy(), 7);
     let error = ask(&mut dialog, &"x".repeat(CONTEXT), SentenceCode::Complete).unwrap_err();
     assert!(matches!(error, Error::ContextExceeded { occupied: 7, .. }), "{error}");
     assert_eq!((dialog.history().to_vec(), dialog.sampler.random()), before);
