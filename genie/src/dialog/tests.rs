@@ -292,6 +292,14 @@ fn ends() {
     let (pieces, report) = ask(&mut dialog, "?", SentenceCode::Rewind).unwrap();
     assert_eq!((text_of(&pieces).as_str(), report.finish), ("a", Finish::StopSequence));
 
+    // An end token with a text of its own, which is not part of the answer.
+    let engine = Scripted::replying(N_VOCAB, CONTEXT, &[97, 98], u32::from(b'!'));
+    let mut dialog = dialog_over(engine, settings(greedy()));
+    dialog.settings.context.eos_tokens = vec![u32::from(b'!')];
+    let (pieces, report) = ask(&mut dialog, "?", SentenceCode::Complete).unwrap();
+    assert_eq!((text_of(&pieces).as_str(), report.finish), ("ab", Finish::Eos));
+    assert_eq!(dialog.history(), ids("?ab!"));
+
     let mut dialog = replying(b"abcdef");
     let mut pieces = Vec::new();
     let report = dialog.query("?", SentenceCode::Complete, |piece, _| {

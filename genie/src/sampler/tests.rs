@@ -97,9 +97,12 @@ fn draws_follow_the_softmax() {
     check(sampler(|config| config.top_k = 2), &[0, 2], 1.0);
     check(sampler(|config| config.top_p = 0.7), &[0, 2], 1.0);
     check(sampler(|config| config.min_p = 0.2), &[0, 2, 4], 1.0);
+    check(sampler(|config| (config.top_k, config.min_p) = (4, 0.2)), &[0, 2, 4], 1.0);
+    check(sampler(|config| (config.top_k, config.min_p) = (2, 0.2)), &[0, 2], 1.0);
 }
 
-// Guards: a sampler's first tokens for a seed, over the whole path, stay what they are today.
+// Guards: a sampler's first tokens for a seed, over the whole path, stay what they are today; its random numbers go on where a
+// config is applied with the same seed, and begin anew with another one.
 #[test]
 fn tokens_of_a_seed_are_pinned() {
     let logits: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32 / 100.0).collect();
@@ -107,8 +110,15 @@ fn tokens_of_a_seed_are_pinned() {
     let first: Vec<u32> = (0..8).map(|_| sampler.sample(&logits, &[]).unwrap()).collect();
     assert_eq!(first, PINNED);
     sampler.reset();
-    let again: Vec<u32> = (0..8).map(|_| sampler.sample(&logits, &[]).unwrap()).collect();
+    let other =
+        SamplerConfig { penalty: TokenPenalty { last_n: 3, ..sampler.config().penalty }, ..sampler.config().clone() };
+    let mut again: Vec<u32> = (0..4).map(|_| sampler.sample(&logits, &[]).unwrap()).collect();
+    sampler.apply(other.clone()).unwrap();
+    again.extend((0..4).map(|_| sampler.sample(&logits, &[]).unwrap()));
     assert_eq!(again, PINNED);
+    sampler.apply(SamplerConfig { seed: Some(0), ..other.clone() }).unwrap();
+    sampler.apply(other).unwrap();
+    assert_eq!(sampler.sample(&logits, &[]), Ok(PINNED[0]));
 }
 
 const PINNED: [u32; 8] = [630, 531, 198, 25, 309, 741, 284, 741];
@@ -128,12 +138,15 @@ fn penalties() {
     check(TokenPenalty { frequency: 0.5, ..base }, &[0, 1, 1], [1.5, -3.0, 1.0]);
     check(TokenPenalty { presence: 0.5, last_n: 1, ..base }, &[0, 1, 1], [2.0, -2.5, 1.0]);
     check(TokenPenalty { presence: 0.5, ..base }, &[7], [2.0, -2.0, 1.0]);
-    let mut greedy = sampler(|config| {
-        config.greedy = true;
-        config.penalty = TokenPenalty { presence: 5.0, ..base };
-    });
-    assert_eq!(greedy.sample(&[2.0, -2.0, 1.0], &[0]).unwrap(), 2);
-    assert_eq!(greedy.sample(&[2.0, -2.0, 1.0], &[]).unwrap(), 0);
+    let greedy = |last_n: usize, history: &[u32]| {
+        let mut greedy = sampler(|config| {
+            config.greedy = true;
+            config.penalty = TokenPenalty { presence: 5.0, last_n, ..base };
+        });
+        greedy.sample(&[2.0, -2.0, 1.0], history).unwrap()
+    };
+    assert_eq!([greedy(10, &[0]), greedy(10, &[]), greedy(0, &[0])], [2, 0, 0]);
+    assert_eq!([greedy(2, &[0, 2]), greedy(1, &[0, 2]), greedy(1, &[2, 0])], [1, 0, 2]);
 }
 
 // Guards: our exponential is one: its values feed every draw.
