@@ -5,8 +5,10 @@ use std::path::Path;
 use genie::accuracy::{
     AccuracyError, Comparer, Comparison, Windows, compare::Side, perplexity, shared_ids, summary::Summary,
 };
+use genie::engine::{Engine, EngineError};
 use genie::{AdapterChoice, Model};
 use genie_workspace::{converted::Converted, tiny_model::TinyModel};
+use qnn_core::backend::Seen;
 use qnn_core::offline::{
     arch::{ActivationBits, Grouping, Precision, WeightType},
     quantize_weights::Bits,
@@ -60,6 +62,14 @@ fn a_model_is_exactly_itself() {
     let ids = shared_ids(model.tokenizer(), model.tokenizer(), &text()).expect("the same tokenizer");
     let mut engine = model.engine().expect("it is open");
     assert_eq!(found.tested, perplexity(&mut engine, &ids, CUT, |_, _| {}).expect("enough text"));
+    engine.rewind(0);
+    let max = engine.model().max_rows();
+    let refused = engine.forward_watched(&vec![3; max + 1], &mut |_| Seen::Kept).expect_err("more than one run takes");
+    assert!(
+        matches!(refused, EngineError::RunTooLong { have, max: most } if (have, most) == (max + 1, max)),
+        "{refused}"
+    );
+    assert!(engine.forward_watched(&vec![3; max], &mut |_| Seen::Kept).is_ok());
     let places: Vec<Place> = found.layers().map(|tensor| tensor.place).collect();
     assert_eq!(places, [Place::Embedding, Place::Layer(0), Place::Layer(1), Place::Layer(2), Place::Head]);
     assert!(found.tensors.iter().any(|tensor| !tensor.ends), "tensors inside the layers are looked at too");

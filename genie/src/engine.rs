@@ -95,6 +95,14 @@ pub enum EngineError {
         /// Positions that the call would fill.
         need: usize,
     },
+    /// The ids do not fit one run.
+    #[error("{have} ids in one run, the largest graph takes {max}")]
+    RunTooLong {
+        /// Ids given.
+        have: usize,
+        /// Most ids of one run.
+        max: usize,
+    },
     /// A logit is NaN or infinite where it must be a number.
     #[error("logit {index} at position {position} is {value}, need a finite number")]
     NonFinite {

@@ -132,9 +132,13 @@ impl QnnEngine {
     /// each computed tensor of every split, which it may change.
     ///
     /// # Errors
-    /// As [`Engine::forward`].
+    /// As [`Engine::forward`], and [`EngineError::RunTooLong`].
     pub fn forward_watched(&mut self, ids: &[u32], watch: &mut Watch<'_>) -> Result<&[f32], EngineError> {
         self.check(ids)?;
+        let (have, max) = (ids.len(), self.model.max_rows());
+        if have > max {
+            return Err(EngineError::RunTooLong { have, max });
+        }
         self.run(ids, Logits::All, &AtomicBool::new(false), Some(watch))?;
         Ok(self.logits(ids.len()))
     }
