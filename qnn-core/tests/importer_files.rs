@@ -20,6 +20,9 @@ const SHAPES: [(&str, &[usize]); 11] = [
     ("model.norm.weight", &[8]),
 ];
 
+/// Name, shape and values of a tensor.
+type Named = (&'static str, Vec<usize>, Vec<f32>);
+
 /// One layer of width 8, as `config.json` and a safetensors file.
 fn write_model(folder: &Path) -> Vec<u8> {
     let tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape)));
@@ -31,7 +34,7 @@ fn values(shape: &[usize]) -> Vec<f32> {
 }
 
 /// As [`write_model`], with these tensors.
-fn write_tensors(folder: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
+fn write_tensors(folder: &Path, tensors: &[Named]) -> Vec<u8> {
     let config = serde_json::json!({
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "max_position_embeddings": 32,
@@ -249,7 +252,7 @@ fn one_file_goes_before_an_index() {
 /// checkpoint that has only the head reads as one that has only the embedding.
 #[test]
 fn a_head_of_its_own_stays_in_a_tied_checkpoint() {
-    let import_with = |change: &dyn Fn(&mut Vec<(&str, Vec<usize>, Vec<f32>)>)| {
+    let import_with = |change: &dyn Fn(&mut Vec<Named>)| {
         let folder = tempfile::tempdir().unwrap();
         let mut tensors = SHAPES.map(|(name, shape)| (name, shape.to_vec(), values(shape))).to_vec();
         change(&mut tensors);
