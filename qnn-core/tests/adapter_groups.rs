@@ -61,7 +61,11 @@ fn with_tools<T>(work: impl FnOnce(&mut Tools<'_>, &[&[u32]]) -> T) -> T {
 }
 
 fn quantized(float: &Graph) -> Graph {
-    with_tools(|tools, windows| quantize(float, windows, &OPTIONS, None, tools)).unwrap().0
+    quantized_with(float, &OPTIONS)
+}
+
+fn quantized_with(float: &Graph, options: &QuantizeOptions) -> Graph {
+    with_tools(|tools, windows| quantize(float, windows, options, None, tools)).unwrap().0
 }
 
 fn context(graphs: impl IntoIterator<Item = Graph>) -> Context {
@@ -149,15 +153,21 @@ fn a_switch_leaves_nothing_behind() {
         context.load_grouped_section(weights(&context, seed, group.name()).into(), group).unwrap()
     };
     let own = Arc::new(member(&context, 7).with_encodings(encodings(&graph, 0.75)).unwrap());
-    let all = [of(3, &chat), of(4, &chat), of(3, &code), context.base_of_group(&code).unwrap(), own];
+    let some = Arc::new(member(&context, 8).with_encodings(encodings(&graph, 0.6).drain(..4)).unwrap());
+    // Without encodings, and of a context that lists its tensors otherwise.
+    let names = std::iter::once("a tensor".to_owned()).chain(context.updatable().iter().cloned()).collect();
+    let values = random_values(&context, 9, RANK, &["layers"]);
+    let elsewhere = Arc::new(Adapter::new("elsewhere", names, values).unwrap());
+    let of_groups = [of(3, &chat), of(4, &chat), of(3, &code), context.base_of_group(&code).unwrap()];
+    let all: Vec<Arc<Adapter>> = of_groups.into_iter().chain([own, some, elsewhere]).collect();
     let backend = HtpBackend::new(1).unwrap();
     let alone: Vec<Vec<f32>> = all.iter().map(|adapter| logits(&backend, &graph, adapter)).collect();
     assert!((1..all.len()).all(|i| alone[..i].iter().all(|other| *other != alone[i])), "each shows");
     let base = Runner::new(&backend, &graph).run(&IDS, None, 1.0);
     let mut runner = Runner::new(&backend, &graph);
     let mut rng = Rng(5);
-    for i in 0..200 {
-        let next = (rng.next() % 6) as usize;
+    for i in 0..300 {
+        let next = (rng.next() % (all.len() as u64 + 1)) as usize;
         let adapter = all.get(next).cloned();
         assert_eq!(&runner.run(&IDS, adapter, 1.0), alone.get(next).unwrap_or(&base), "switch {i} to {next}");
     }
@@ -294,11 +304,29 @@ fn the_mode_decides_what_a_section_may_replace() {
             let now = context.encoding("model", &tensor.name);
             assert_eq!(format!("{now:?}"), format!("{:?}", tensor.encoding));
         }
-        let (htp, reference) =
-            (logits(&HtpBackend::new(1).unwrap(), &graph, &adapter), logits(&ReferenceBackend, &graph, &adapter));
-        let distance: f32 = htp.iter().zip(&reference).map(|(a, b)| (a - b).powi(2)).sum();
-        assert!(distance < 1e-6 * reference.iter().map(|v| v * v).sum::<f32>(), "{distance}");
+        assert_backends_agree(&graph, &adapter);
     }
+}
+
+fn assert_backends_agree(graph: &Graph, adapter: &Arc<Adapter>) {
+    let (htp, reference) =
+        (logits(&HtpBackend::new(1).unwrap(), graph, adapter), logits(&ReferenceBackend, graph, adapter));
+    let distance: f32 = htp.iter().zip(&reference).map(|(a, b)| (a - b).powi(2)).sum();
+    assert!(distance < 1e-6 * reference.iter().map(|v| v * v).sum::<f32>(), "{distance}");
+}
+
+// Broken if an adapter cannot shift a grid that lies around zero in the base, so that the base alone needs no sums of rows.
+#[test]
+fn an_adapter_may_shift_what_the_base_has_around_zero() {
+    let activations = Activations { bits: 8, schema: Schema::Symmetric, ..OPTIONS.activations };
+    let graph = quantized_with(&float("all", 3), &QuantizeOptions { activations, ..OPTIONS });
+    let shifted = encodings(&graph, 1.0).into_iter().map(|(name, own)| {
+        let Encoding::ScaleOffset { bitwidth: 8, scale, offset: 0 } = own.encoding else { panic!("{own:?}") };
+        let encoding = Encoding::ScaleOffset { bitwidth: 16, scale: scale / 256.0, offset: 9000 };
+        (name, TensorEncoding { encoding, ..own })
+    });
+    let adapter = Arc::new(member(&context([graph.clone()]), 3).with_encodings(shifted).unwrap());
+    assert_backends_agree(&graph, &adapter);
 }
 
 // Broken if parts that do not belong together run, or the message does not name both.

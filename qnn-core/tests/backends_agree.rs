@@ -256,9 +256,10 @@ fn shared_values_survive_fusion() {
     }
 }
 
-/// Broken if a product is added to a buffer that its own step still reads or writes, or if one row does not stand for all.
+/// Broken if a product is added to a buffer that its own step still reads or writes, that is an output or has its value as codes;
+/// if an output is fused away or overwritten by what comes after it; or if one row does not stand for all.
 #[test]
-fn sums_and_factors_keep_what_they_are_made_of() {
+fn fusion_and_placing_keep_what_is_needed() {
     type Make = fn(&mut Builder, TensorId) -> TensorId;
     let two_products: Make = |b, x| {
         let (p, q) = (b.linear("p", x, 32, 32), b.linear("q", x, 32, 32));
@@ -281,7 +282,41 @@ fn sums_and_factors_keep_what_they_are_made_of() {
         let product = b.op("product", OpKind::ElementWiseMultiply, &[x, row]);
         b.op("products", OpKind::ElementWiseMultiply, &[product, one])
     };
-    for (i, make) in [two_products, one_after_the_other, with_its_input, one_row_for_all].into_iter().enumerate() {
+    let to_an_output: Make = |b, x| {
+        let r = b.op("r", OpKind::Sigmoid, &[x]);
+        b.graph.mark_output(r);
+        let p = b.linear("p", x, 32, 32);
+        b.op("sum", OpKind::ElementWiseAdd, &[r, p])
+    };
+    let to_codes: Make = |b, x| {
+        let r = b.graph.op("r", OpKind::Sigmoid, &[x], DataType::SFixedPoint8).unwrap()[0];
+        let p = b.linear("p", x, 32, 32);
+        b.op("sum", OpKind::ElementWiseAdd, &[r, p])
+    };
+    let early_output: Make = |b, x| {
+        let early = b.op("early", OpKind::Sigmoid, &[x]);
+        b.graph.mark_output(early);
+        ["s", "t", "u", "v"].into_iter().fold(x, |x, name| b.op(name, OpKind::Gelu, &[x]))
+    };
+    let gelu_is_an_output: Make = |b, x| {
+        let gate = b.linear("gate", x, 32, 32);
+        let gelu = b.op("gelu", OpKind::Gelu, &[gate]);
+        b.graph.mark_output(gelu);
+        let up = b.linear("up", x, 32, 32);
+        b.op("product", OpKind::ElementWiseMultiply, &[gelu, up])
+    };
+    let gate_is_read_again: Make = |b, x| {
+        let gate = b.linear("gate", x, 32, 32);
+        let sigmoid = b.op("sigmoid", OpKind::Sigmoid, &[gate]);
+        let silu = b.op("silu", OpKind::ElementWiseMultiply, &[gate, sigmoid]);
+        let up = b.linear("up", x, 32, 32);
+        let product = b.op("product", OpKind::ElementWiseMultiply, &[silu, up]);
+        b.graph.mark_output(product);
+        b.op("again", OpKind::Gelu, &[gate])
+    };
+    let of_linears = [two_products, one_after_the_other, with_its_input, to_an_output, to_codes];
+    let others = [one_row_for_all, early_output, gelu_is_an_output, gate_is_read_again];
+    for (i, make) in of_linears.into_iter().chain(others).enumerate() {
         let mut b = Builder::new(&Case { seed: 7, bias: true, ..plain() });
         let x = b.input("x", DataType::Float32, Some(32));
         let made = make(&mut b, x);
@@ -295,17 +330,18 @@ fn sums_and_factors_keep_what_they_are_made_of() {
             }
             let mut state = backend.new_state(&[&b.graph], 1).unwrap();
             backend.prepare(&b.graph).unwrap().execute(&mut bindings, &mut state, &AtomicBool::new(false)).unwrap();
-            bindings.output_f32(0).to_vec()
+            (0..bindings.outputs().len()).flat_map(|i| bindings.output_f32(i).to_vec()).collect::<Vec<f32>>()
         };
         let (htp, reference) = (outputs(&HtpBackend::new(2).unwrap()), outputs(&ReferenceBackend));
-        assert_eq!(htp.len(), 96);
+        assert_eq!(htp.len(), 96 * b.graph.outputs().len());
         for (a, b) in htp.iter().zip(&reference) {
             assert!((a - b).abs() < 1e-4, "graph {i}: {a} {b}");
         }
     }
 }
 
-/// Broken if graphs that do not agree about a cache share it, or if codes of no matrix are taken for rows of one.
+/// Broken if graphs that do not agree about a cache share it, if codes of no matrix are taken for rows of one, or if an encoding
+/// inside an adapter branch is dropped.
 #[test]
 fn contradictory_graphs_are_refused() {
     let [int8, float] = [DataType::SFixedPoint8, DataType::Float32].map(|cache| {
@@ -316,6 +352,24 @@ fn contradictory_graphs_are_refused() {
         assert!(backend.new_state(&[&int8, &int8], 8).is_ok());
         let refused = backend.new_state(&[&int8, &float], 8).expect_err("two types").to_string();
         assert!(refused.contains("past_key"), "{refused}");
+    }
+    // One key head, but other scratch memory.
+    let [one_head, two_heads] = [1, 2].map(|group| {
+        let case = Case { group, ..plain() };
+        Builder::new(&case).decoder(&case).0
+    });
+    let refused = HtpBackend::new(1).unwrap().new_state(&[&one_head, &two_heads], 8).expect_err("other heads");
+    assert!(refused.to_string().contains("other heads"), "{refused}");
+    let branch = Branch { ranks: (4, 4), alpha_first: true, alpha: 1.0, int8: false };
+    let case = Case { branch: Some(branch), ..plain() };
+    let (whole, _) = Builder::new(&case).decoder(&case);
+    assert!(HtpBackend::new(1).unwrap().prepare(&whole).is_ok());
+    for inner in ["q.lora_A", "q.lora_scale", "q.lora_B"] {
+        let mut graph = whole.clone();
+        let (data_type, own) = encoding(16, -1.0, 1.0);
+        graph.set_encoding(graph.find(inner).unwrap(), data_type, Some(own)).unwrap();
+        let refused = HtpBackend::new(1).unwrap().prepare(&graph).err().expect(inner).to_string();
+        assert!(refused.contains("in no adapter branch"), "{refused}");
     }
     let mut b = Builder::new(&plain());
     let x = b.add("x", TensorType::AppWrite, DataType::Float32, Shape::fixed(&[8]), None);
@@ -400,7 +454,7 @@ fn states_take_turns() {
     assert_ne!(step(&mut other, 2, 1).unwrap(), expected, "another history has to give something else");
 }
 
-/// Broken if strength 0, or no adapter at all, is not the base bit for bit.
+/// Broken if strength 0, or no adapter at all, is not the base bit for bit; or if one column at 0 switches the others off.
 #[test]
 fn strength_zero_is_the_base() {
     let branch = Branch { ranks: (8, 8), alpha_first: true, alpha: 0.0, int8: true };
@@ -419,8 +473,11 @@ fn strength_zero_is_the_base() {
     let runs: [&[i32]; 2] = [&[1, 2, 3], &[4]];
     let base = run(&backend, &graph, &runs, None, &case);
     assert_eq!(run(&backend, &graph, &runs, adapter.clone(), &case), base);
-    let strong = Case { branch: Some(Branch { alpha: 1.0, ..branch }), ..case };
-    assert_ne!(run(&backend, &graph, &runs, adapter, &strong), base, "strength 1 has to change something");
+    for (seed, n_off) in [(9, 0), (10, 1), (11, 2)] {
+        let strong = Case { seed, branch: Some(Branch { alpha: 1.0, ..branch }), ..case.clone() };
+        let changed = run(&backend, &graph, &runs, adapter.clone(), &strong);
+        assert_ne!(changed, base, "strength 1 behind {n_off} of 0 has to change something");
+    }
 }
 
 /// Logits of every run, one after the other; each run asks for its last row only.
@@ -443,7 +500,10 @@ fn run_all(
     let mut state = backend.new_state(&[graph], 64).unwrap();
     let mut bindings = Bindings::new(graph);
     if let (Some(branch), Some(input)) = (case.branch, bindings.find_input("lora_alpha")) {
-        let strengths = vec![branch.alpha; if branch.alpha_first { branch.ranks.0 } else { 1 }];
+        // Composed adapters have strengths of their own, and the first may be off alone.
+        let n_off = if branch.alpha_first { case.seed as usize % 3 } else { 0 };
+        let mut strengths = vec![branch.alpha; if branch.alpha_first { branch.ranks.0 } else { 1 }];
+        strengths.iter_mut().take(n_off).for_each(|strength| *strength = 0.0);
         bindings.set_f32(input, &strengths).unwrap();
     }
     bindings.set_adapter(adapter);
