@@ -112,7 +112,6 @@ impl Workers {
         for (i, thread) in self.threads.iter().enumerate().take(n_items - 1) {
             self.shared.wake(i + 1, thread);
         }
-        // The very closure whose address the others have: a copy could be gone before they are done.
         self.shared.run_caught(&run, 0);
         self.shared.close();
         let panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -296,8 +295,9 @@ impl Shared {
         }
     }
 
-    /// Runs `run(worker)`; keeps the first panic and drops the remaining items.
-    fn run_caught(&self, run: impl Fn(usize), worker: usize) {
+    /// Runs `run(worker)`; keeps the first panic and drops the remaining items. By reference: others may have the address of `run`, which
+    /// has to live until the region is closed.
+    fn run_caught(&self, run: &impl Fn(usize), worker: usize) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(worker))) {
             self.shares.iter().for_each(|share| share.abandon(self.epoch()));
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
@@ -329,7 +329,7 @@ impl Shared {
                 let job = unsafe { *self.job.get() };
                 if let Some(job) = job {
                     // SAFETY: the closure lives until the caller's `close` returns, which waits for this thread.
-                    self.run_caught(|worker| unsafe { (job.call)(job.closure, worker) }, worker);
+                    self.run_caught(&|worker| unsafe { (job.call)(job.closure, worker) }, worker);
                 }
                 self.state.fetch_sub(1, Ordering::Release);
             }
