@@ -1,4 +1,4 @@
-//! How a tool ends.
+//! How a tool ends. The same in both packages with tools: their libraries have no use for it.
 
 use std::io;
 use std::process::ExitCode;
