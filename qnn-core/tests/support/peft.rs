@@ -1,5 +1,4 @@
 //! Small PEFT directories.
-#![allow(dead_code, reason = "each test file uses its part of this")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,13 +1,12 @@
 //! The promises of `--adapter_weight_config`: the base does not depend on adapters, every value lands once, files are no
 //! larger than their parts, and what cannot be right is refused before anything is written.
 
-mod support;
-
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::support::{Form, Rng, Runner, Tiny, chain, tiny};
 use qnn_core::{
     Adapter, Bytes, Context, DataType, OpenOptions,
     backend::HtpBackend,
@@ -18,7 +17,6 @@ use qnn_core::{
         lora::values::{Matrix, constant, panels, row_scales},
     },
 };
-use support::{Form, Rng, Runner, Tiny, chain, tiny};
 
 const RANK: usize = 8;
 const IDS: [i32; 3] = [7, 2, 11];

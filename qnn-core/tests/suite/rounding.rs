@@ -1,8 +1,7 @@
 //! Guards rounding with calibration: equalization and smoothing keep what a graph computes, with and without an adapter;
 //! smoothing saves inputs with massive channels; error feedback makes outputs better; block steps mean the same in files, in the reference and in the kernels' panels.
 
-mod support;
-
+use crate::support::{Form, Rng, Tiny, tiny};
 use htp_sim::Workers;
 use qnn_core::{
     DataType, Encoding, Floats, Graph, TensorData,
@@ -17,7 +16,6 @@ use qnn_core::{
         source::{ElementFormat, SourceTensor},
     },
 };
-use support::{Form, Rng, Tiny, tiny};
 
 const RANK: usize = 4;
 const SCHEME: Scheme = Scheme::AsymmetricBlock4 { block_size: 16 };
@@ -39,7 +37,7 @@ fn off_grid(branch: bool) -> Graph {
             ("input_layernorm", &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..]),
             ("post_attention_layernorm", &["mlp.gate_proj", "mlp.up_proj"]),
         ] {
-            let factors: Vec<f32> = (0..support::HIDDEN).map(|_| (0.5 * rng.float()).exp()).collect();
+            let factors: Vec<f32> = (0..crate::support::HIDDEN).map(|_| (0.5 * rng.float()).exp()).collect();
             let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
             scale_columns(&mut graph, &name(norm), |column| 1.0 / factors[column]);
             readers.iter().for_each(|reader| scale_columns(&mut graph, &name(reader), |column| factors[column]));
@@ -68,7 +66,7 @@ fn scale(graph: &mut Graph, name: &str, factor: impl Fn(usize, usize) -> f32) {
 
 fn windows() -> Vec<Vec<u32>> {
     let mut rng = Rng(77);
-    (0..6).map(|_| (0..24).map(|_| (rng.next() % support::VOCAB as u64) as u32).collect()).collect()
+    (0..6).map(|_| (0..24).map(|_| (rng.next() % crate::support::VOCAB as u64) as u32).collect()).collect()
 }
 
 /// Logits of all positions of the first window, on the float path, with `adapter` at strength 0.7.

@@ -1,12 +1,11 @@
 //! The promises of grouped sections (LoRA v3): the encodings of a group and the weights of a member are together what a whole
 //! section with the same encodings is; nothing else can be put together; and the tools make such sections.
 
-mod support;
-
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::support::{Rng, Runner, Tiny, VOCAB, chain, random_adapter, random_values, replace, splice, tiny};
 use htp_sim::Workers;
 use qnn_core::{
     Adapter, AdapterGroup, Backend, Bytes, Context, ContextBuilder, DataType, Encoding, Error, Graph, Panels,
@@ -28,7 +27,6 @@ use qnn_core::{
         quantize_weights::Bits,
     },
 };
-use support::{Rng, Runner, Tiny, VOCAB, chain, random_adapter, random_values, replace, splice, tiny};
 
 const RANK: usize = 4;
 const IDS: [i32; 5] = [7, 2, 11, 30, 4];

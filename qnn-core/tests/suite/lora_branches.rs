@@ -1,14 +1,11 @@
 //! The promises of adapter branches: a branch computes what a merged weight would, and lands where its name says.
 
-#[path = "support/peft.rs"]
-mod peft;
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, atomic::AtomicBool};
 
-use peft::{Stored, config, pair, write};
+use crate::peft::{Stored, config, pair, write};
+use crate::support::{Form, Rng, Tiny, VOCAB, chain, tiny};
 use qnn_core::{
     Adapter, Backend, Bindings, Context, ContextBuilder, DataType, Executable, Graph, OpenOptions, State, Tensor,
     TensorData, TensorType,
@@ -25,7 +22,6 @@ use qnn_core::{
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use support::{Form, Rng, Tiny, VOCAB, chain, tiny};
 
 const ROWS: usize = 5;
 

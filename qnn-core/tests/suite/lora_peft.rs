@@ -1,16 +1,12 @@
 //! The promises of reading PEFT directories: the meaning that PEFT gives them, and nothing that cannot be represented.
 
-#[path = "support/peft.rs"]
-mod peft;
-mod support;
-
 use std::path::Path;
 
-use peft::{Stored, config, pair, write};
+use crate::peft::{Stored, config, pair, write};
+use crate::support::chain;
 use qnn_core::offline::lora::{AttachPoint, PeftConfig, fold, load_peft};
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use support::chain;
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
 const V: &str = "model.layers.1.self_attn.v_proj";

@@ -5,8 +5,6 @@ use std::process::{Command, Output};
 
 use qnn_core::offline::generate::copy_sidecars;
 
-mod support;
-
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } =
         Command::new(env!("CARGO_BIN_EXE_qairt-converter")).args(arguments).output().unwrap();
@@ -153,7 +151,7 @@ fn standard_output_may_fail() {
         folder.path().join("model.dlc").to_str().unwrap().to_owned(),
     );
     for arguments in [&["--list_architectures"][..], &["-i", input, "--dry_run"], &["-i", input, "-o", &output]] {
-        support::check_stdout(|| {
+        crate::support::check_stdout(|| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_qairt-converter"));
             command.args(arguments);
             command

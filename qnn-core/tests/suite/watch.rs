@@ -1,17 +1,15 @@
 //! Guards watched runs: what is shown is what the graph computes, looking changes nothing, and what is put in the place of
 //! a tensor is what all that follows is computed from.
 
-mod support;
-
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 
+use crate::support::{Form, HIDDEN, Rng, Tiny, VOCAB, tiny};
 use qnn_core::{
     Backend, Bindings, DataType, Encoding, Executable, Graph, State,
     backend::{HtpBackend, ReferenceBackend, Seen, Watched, htp::surviving_tensors},
     offline::calibrate::{Calibrator, Feed, Probe},
 };
-use support::{Form, HIDDEN, Rng, Tiny, VOCAB, tiny};
 
 const ROWS: usize = 6;
 const BOUNDARY: &str = "model.layers.0.residual_2";

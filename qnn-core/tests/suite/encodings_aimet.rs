@@ -12,9 +12,9 @@ use qnn_core::{
 use serde_json::Value;
 
 const FILES: [(FileVersion, &[u8]); 3] = [
-    (FileVersion::V0_6_1, include_bytes!("aimet/aimet_0.6.1.encodings")),
-    (FileVersion::V1_0_0, include_bytes!("aimet/aimet_1.0.0.encodings")),
-    (FileVersion::V2_0_0, include_bytes!("aimet/aimet_2.0.0.encodings")),
+    (FileVersion::V0_6_1, include_bytes!("../aimet/aimet_0.6.1.encodings")),
+    (FileVersion::V1_0_0, include_bytes!("../aimet/aimet_1.0.0.encodings")),
+    (FileVersion::V2_0_0, include_bytes!("../aimet/aimet_2.0.0.encodings")),
 ];
 
 fn floats(tiny: &Value, key: &str) -> Vec<f32> {
@@ -22,7 +22,7 @@ fn floats(tiny: &Value, key: &str) -> Vec<f32> {
 }
 
 fn tiny() -> Value {
-    serde_json::from_slice(include_bytes!("aimet/tiny.json")).expect("it is JSON")
+    serde_json::from_slice(include_bytes!("../aimet/tiny.json")).expect("it is JSON")
 }
 
 /// The model of `make.py`, in floats.

@@ -1,17 +1,15 @@
 //! The promises of adapter sections: what goes in comes out, byte for byte, and what does not fit is told apart.
 
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{
+    FORMS, Form, Rng, Tiny, chain, mend_checksums, random_adapter, random_values, random_weight, replace, splice, tiny,
+};
 use qnn_core::{
     Adapter, Bytes, Context, ContextBuilder, DataType, Graph, OpKind, SectionError, Shape, Tensor, TensorData,
     TensorId, TensorType,
     adapter::{Description, Slot},
     binary::{BinaryError, FileInfo, FileKind, SdkVersion, SectionFile, SectionKind, Verify},
-};
-use support::{
-    FORMS, Form, Rng, Tiny, chain, mend_checksums, random_adapter, random_values, random_weight, replace, splice, tiny,
 };
 
 const RANK: usize = 6;
@@ -402,7 +400,7 @@ fn contradictory_parts_are_refused() {
 // made again.
 #[test]
 fn a_version_1_section_still_reads() {
-    let section = SectionFile::parse(bytes(include_bytes!("corpus/section_v1.bin"))).unwrap();
+    let section = SectionFile::parse(bytes(include_bytes!("../corpus/section_v1.bin"))).unwrap();
     let meta = section.meta();
     assert_eq!((meta.name.as_str(), meta.rank, meta.targets, meta.slots[0].scaling), ("old", 2, 1, Some(2.0)));
     assert_eq!(meta.io.iter().map(|io| io.graph.as_str()).collect::<Vec<_>>(), ["prompt", "token"]);

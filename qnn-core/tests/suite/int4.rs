@@ -36,7 +36,7 @@ fn looks_well(input: &Path) -> bool {
 /// Guards: the float graph of a packed checkpoint computes what transformers computes with the unpacked values.
 #[test]
 fn packed_checkpoints_match_transformers() {
-    let golden: Value = serde_json::from_str(include_str!("../../tests/golden/int4/logits.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/int4/logits.json")).unwrap();
     let list =
         |key: &str| golden[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap() as i32).collect::<Vec<_>>();
     let (ids, rows) = (list("ids"), list("rows"));

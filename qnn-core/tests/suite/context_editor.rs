@@ -1,11 +1,9 @@
 //! The tutorial's call flow, step by step, with QNN's state errors.
 
-mod support;
-
+use crate::support::{FORMS, Form, Rng, Tiny, random_weight, tiny};
 use qnn_core::{
     Context, ContextBuilder, ContextEditor, DataType, Shape, StateError, Tensor, TensorData, TensorType, binary::Verify,
 };
-use support::{FORMS, Form, Rng, Tiny, random_weight, tiny};
 
 fn model() -> Tiny {
     Tiny { forms: &FORMS, branch: Some((4, DataType::SFixedPoint8)), ..Tiny::default() }

@@ -1,10 +1,9 @@
 //! The promises of the context binary generator: same numbers, weights once, parts that chain, nothing done silently.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use crate::support::{FORMS, Form, HIDDEN, Rng, Tiny, VOCAB, chain, tiny};
 use qnn_core::{
     Backend, Bindings, Context, Executable, Graph, OpenOptions, State, TensorData,
     backend::reference::ReferenceBackend,
@@ -13,7 +12,6 @@ use qnn_core::{
         generate::{GenerateOptions, Report, generate},
     },
 };
-use support::{FORMS, Form, HIDDEN, Rng, Tiny, VOCAB, chain, tiny};
 
 const MODEL: Tiny = Tiny { seed: 4, ar: 8, cl: 32, layers: 4, forms: &FORMS, branch: None };
 

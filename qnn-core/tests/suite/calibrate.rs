@@ -1,17 +1,15 @@
 //! Guards the calibration runner: what observers are shown are the values of the graph's tensors, whatever the number of
 //! rows of a run, with and without an adapter, from the ids or from a layer on.
 
-mod support;
-
 use std::sync::{Arc, atomic::AtomicBool};
 
+use crate::support::{Form, HIDDEN, Rng, Tiny, random_adapter, tiny};
 use qnn_core::{
     Adapter, Backend, Bindings, Context, ContextBuilder, DataType, Graph, TensorId, TensorType,
     backend::{HtpBackend, ReferenceBackend},
     binary::Verify,
     offline::calibrate::{CalibrateError, Calibrator, Feed, Probe, float_graph},
 };
-use support::{Form, HIDDEN, Rng, Tiny, random_adapter, tiny};
 
 const WINDOW: usize = 20;
 const RANK: usize = 4;
@@ -34,7 +32,7 @@ fn taps(graph: &Graph) -> Vec<TensorId> {
 
 fn ids() -> Vec<u32> {
     let mut rng = Rng(9);
-    (0..WINDOW).map(|_| (rng.next() % support::VOCAB as u64) as u32).collect()
+    (0..WINDOW).map(|_| (rng.next() % crate::support::VOCAB as u64) as u32).collect()
 }
 
 /// Values of `taps` as the reference backend computes them, in one run.
@@ -167,7 +165,7 @@ fn impossible_probes_are_refused() {
     assert!(matches!(run(&[]), Err(CalibrateError::Window { have: 0, max: WINDOW })));
     assert!(matches!(run(&[0; WINDOW + 1]), Err(CalibrateError::Window { .. })));
     assert!(matches!(run(&[u32::MAX]), Err(CalibrateError::Id { id: u32::MAX })));
-    assert!(matches!(run(&[support::VOCAB as u32]), Err(CalibrateError::Execute(_))));
+    assert!(matches!(run(&[crate::support::VOCAB as u32]), Err(CalibrateError::Execute(_))));
 }
 
 // Guards: the float form of a graph has no integers left, and the values are those that the codes mean.

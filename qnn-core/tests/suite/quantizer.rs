@@ -1,10 +1,9 @@
 //! The promises of the quantizer: every input of a matrix gets an encoding that covers what the text showed, adapters get
 //! their own, both backends follow them, and what cannot be calibrated is refused by name.
 
-mod support;
-
 use std::{process::Command, sync::Arc};
 
+use crate::support::{Rng, Runner, Tiny, VOCAB, check_stdout, random_adapter, tiny};
 use htp_sim::Workers;
 use qnn_core::{
     Adapter, Bytes, Context, ContextBuilder, DataType, Encoding, Graph, SectionError, Tensor, TensorData, TensorType,
@@ -23,7 +22,6 @@ use qnn_core::{
         quantize_weights::Bits,
     },
 };
-use support::{Rng, Runner, Tiny, VOCAB, check_stdout, random_adapter, tiny};
 
 const RANK: usize = 4;
 

@@ -36,7 +36,7 @@ struct Variant<'a> {
 
 impl Golden {
     fn read() -> Golden {
-        let all: Value = serde_json::from_str(include_str!("../../tests/golden/families/logits.json")).unwrap();
+        let all: Value = serde_json::from_str(include_str!("../../../tests/golden/families/logits.json")).unwrap();
         let list = |key: &str| all[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect::<Vec<_>>();
         Golden {
             ids: list("ids").into_iter().map(|id| id as i32).collect(),
@@ -190,7 +190,7 @@ fn adapters_of_every_family_match_peft() {
 #[test]
 fn gguf_files_match_transformers() {
     let golden = Golden::read();
-    let all: Value = serde_json::from_str(include_str!("../../tests/golden/families/gguf/logits.json")).unwrap();
+    let all: Value = serde_json::from_str(include_str!("../../../tests/golden/families/gguf/logits.json")).unwrap();
     for (name, rows) in all.as_object().unwrap() {
         let floats = |row: &Value| row.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
         let want: Vec<Vec<f32>> = rows.as_array().unwrap().iter().map(floats).collect();

@@ -1,15 +1,13 @@
 //! What must be refused: damaged, foreign, newer and contradictory context binaries, each with place and reason.
 
-mod support;
-
 use std::io::Cursor;
 
+use crate::support::{FORMS, Rng, Tiny, chain, mend_checksums, tiny};
 use qnn_core::{
     Bytes, Context, ContextBuilder, DataType, Dim, Graph, OpenOptions, Shape, Tensor, TensorId, TensorType,
     backend::{Backend, HtpBackend, PrepareError},
     binary::{Binary, BinaryError, BinaryFault, BinaryWriter, SectionKind, Verify},
 };
-use support::{FORMS, Rng, Tiny, chain, mend_checksums, tiny};
 
 fn file() -> Vec<u8> {
     let model = Tiny { forms: &FORMS, layers: 1, ..Tiny::default() };

@@ -182,7 +182,7 @@ fn what_cannot_be_coded_is_refused() {
 /// their grid: exactly, or within the rounding that `keep_grid` states.
 #[test]
 fn ggml_blocks_mean_what_gguf_says() {
-    let golden: serde_json::Value = serde_json::from_str(include_str!("data/ggml_blocks.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../data/ggml_blocks.json")).unwrap();
     let workers = Workers::new(1).unwrap();
     assert_eq!(golden.as_object().unwrap().len(), GgmlType::ALL.len(), "formats with a fixture");
     for (name, blocks) in golden.as_object().unwrap() {

@@ -16,7 +16,7 @@ fn crate_file(path: &str) -> PathBuf {
 /// One line for each family: its names, what is built, what PEFT adapters may target, the variants of its configuration that
 /// are checked against transformers.
 fn table() -> String {
-    let golden: Value = serde_json::from_str(include_str!("../../tests/golden/families/logits.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/families/logits.json")).unwrap();
     let list = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     let mut out = String::from(
         "| family | `model_type` | GGUF | built | adapters on | checked |\n| --- | --- | --- | --- | --- | --- |\n",

@@ -1,21 +1,19 @@
 //! The promises of applied adapters: the next execute runs with exactly what was applied last, on every thread, and the
 //! base comes back bit for bit.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
+use crate::support::{Form, Rng, Runner, Tiny, random_adapter, tiny};
 use qnn_core::{
     Adapter, Bytes, Context, ContextBuilder, DataType, StateError,
     adapter::Description,
     backend::{HtpBackend, ReferenceBackend},
     binary::Verify,
 };
-use support::{Form, Rng, Runner, Tiny, random_adapter, tiny};
 
 const RANK: usize = 4;
 const IDS: [i32; 5] = [3, 17, 5, 30, 9];
@@ -149,7 +147,7 @@ fn damaged(context: &Context) -> [Bytes; 4] {
     let other = open(&ContextBuilder::new().graph(tiny("prompt", other)));
     let mut newer = good.clone();
     newer[4] = 9;
-    support::mend_checksums(&mut newer);
+    crate::support::mend_checksums(&mut newer);
     [good[..good.len() - 1].to_vec().into(), flipped.into(), section(&other, "bad", 1, 2, None), newer.into()]
 }
 

@@ -1,15 +1,13 @@
 //! The promises of a context binary: what was written is what is read, from one mapping, whatever number of graphs.
 
-mod support;
-
 use std::path::Path;
 
+use crate::support::{FORMS, Tiny, tiny};
 use qnn_core::{
     Bytes, Context, ContextBuilder, DataType, Graph, GraphError, OpenOptions, Shape, Tensor, TensorData, TensorType,
     binary::{BinaryError, SdkVersion, Verify},
     record::{self, GraphRecord},
 };
-use support::{FORMS, Tiny, tiny};
 
 fn two_graphs() -> ContextBuilder {
     let prompt = tiny("prompt_ar8_cl32_1_of_1", Tiny { forms: &FORMS, ..Tiny::default() });
@@ -129,7 +127,7 @@ fn files_open_mapped_and_read_alike() {
 fn updateable_tensors_may_have_no_value_and_others_must() {
     let stored = |tensor_type| {
         let mut graph = tiny("g", Tiny::default());
-        let (data_type, shape) = (DataType::Float32, Shape::fixed(&[8, support::HIDDEN]));
+        let (data_type, shape) = (DataType::Float32, Shape::fixed(&[8, crate::support::HIDDEN]));
         let name = "lora_A.weight".to_owned();
         graph.add_tensor(Tensor { name, tensor_type, data_type, shape, encoding: None, data: None })?;
         Ok::<_, GraphError>(ContextBuilder::new().graph(graph).to_binary().unwrap())
@@ -151,12 +149,12 @@ fn a_failed_write_leaves_the_old_file() {
     std::fs::write(&path, b"old").unwrap();
     let clash =
         ContextBuilder::new().graph(tiny("a", Tiny::default())).graph(tiny("b", Tiny { seed: 2, ..Tiny::default() }));
-    let error = support::chain(&clash.write(&path).unwrap_err());
+    let error = crate::support::chain(&clash.write(&path).unwrap_err());
     assert!(error.contains("model.bin") && error.contains("graphs a and b have different constants"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file stayed behind");
     let nowhere = two_graphs().write(Path::new("/no/such/folder/model.bin")).unwrap_err();
-    assert!(support::chain(&nowhere).starts_with("/no/such/folder/model.bin"), "{nowhere}");
+    assert!(crate::support::chain(&nowhere).starts_with("/no/such/folder/model.bin"), "{nowhere}");
 }
 
 // Broken if a builder makes a file that no reader takes.
@@ -188,7 +186,7 @@ fn info_describes_the_file() {
     assert_eq!(graph.operations["FullyConnected"], 15);
     assert!(info.constants.iter().all(|c| c.n_graphs == 2));
     let embedding = info.constants.iter().find(|c| c.tensor.name == "model.embed_tokens.weight").unwrap();
-    assert_eq!(embedding.size_bytes, (support::VOCAB * support::HIDDEN * 4) as u64);
+    assert_eq!(embedding.size_bytes, (crate::support::VOCAB * crate::support::HIDDEN * 4) as u64);
     let json = serde_json::to_value(&info).unwrap();
     assert_eq!(json["graphs"][0]["inputs"][0]["dims"][0]["max"], 8);
 }

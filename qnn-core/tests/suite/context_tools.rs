@@ -1,12 +1,10 @@
 //! The two context binary tools as a user meets them: results, refusals, exit codes.
 
-mod support;
-
 use std::path::Path;
 use std::process::{Command, Output};
 
+use crate::support::{FORMS, Tiny, check_stdout, tiny};
 use qnn_core::{Context, OpenOptions, offline::dlc::write_dlc};
-use support::{FORMS, Tiny, check_stdout, tiny};
 
 fn generator(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_qnn-context-binary-generator")).args(args).output().expect("the tool starts")

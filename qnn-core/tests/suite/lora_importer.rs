@@ -1,13 +1,10 @@
 //! The promises of `qairt-lora-importer`: files with the adapter that PEFT means, and errors with their place.
 
-#[path = "support/peft.rs"]
-mod peft;
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use peft::{config, pair, write};
+use crate::peft::{config, pair, write};
+use crate::support::{Form, Rng, Tiny, chain, tiny};
 use qnn_core::{
     Bytes, DataType, Graph,
     offline::{
@@ -22,7 +19,6 @@ use qnn_core::{
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use support::{Form, Rng, Tiny, chain, tiny};
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
 
