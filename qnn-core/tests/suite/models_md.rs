@@ -79,7 +79,7 @@ fn models_md_is_up_to_date() {
     let mut text = std::fs::read_to_string(&path).unwrap();
     for (name, new) in [("families", table()), ("formats", formats()), ("pre-tokenizers", pre_tokenizers())] {
         let (begin, end) =
-            (format!("<!-- {name}: written by tests/models_md.rs -->\n"), format!("<!-- end of {name} -->\n"));
+            (format!("<!-- {name}: written by tests/suite/models_md.rs -->\n"), format!("<!-- end of {name} -->\n"));
         let (before, rest) = text.split_once(&begin).expect("the mark before the table");
         let (old, after) = rest.split_once(&end).expect("the mark after the table");
         if std::env::var_os("UPDATE_MODELS_MD").is_some() {
