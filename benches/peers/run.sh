@@ -6,7 +6,7 @@
 #   --model FILE.gguf   another model
 #   --adapters          with random adapters of rank 8, 16, 32 and 64 on every projection too (genie and llama.cpp)
 #   --avx2              genie's avx2 tier beside a llama.cpp that is built for AVX2 only
-#   --quick             a round of some two minutes, to see whether everything runs
+#   --quick             a round of some five minutes, to see whether everything runs
 #   --help              lists the rest
 #
 # Needs Rust, a C++ compiler, Python 3.10 or later with pip and venv, and the Python package registry.
@@ -22,7 +22,7 @@
 # it read from a GGUF. ONNX Runtime GenAI is not here: it reads no GGUF, and its exporter wants torch, transformers and the
 # model's original directory.
 #
-# On two cores, once everything is built, a round takes about two minutes, the first some more; with --adapters about four.
+# On two cores, once everything is built, a round takes about two minutes, the first some ten; with --adapters about twice that.
 set -euo pipefail
 
 readonly llama_cpp="llama-cpp-python==0.3.36"
