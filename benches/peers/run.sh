@@ -17,10 +17,10 @@
 # in turn, prints one JSON line per figure (medians, ranges, ratios, shares of the machine's limits) and a table, and says so
 # if the machine was busy. `report.py RECORD.jsonl` makes the table of the README of such lines.
 #
-# llama.cpp is measured with flash attention on and off, with its cache at 16 and at 8 bits (genie's has 8), with the GGUF as it
-# is and requantized to Q4_0, and counts with the best of them, figure by figure. OpenVINO reads Q4_0 alone of these formats, and finds no layer for an adapter in a model that
-# it read from a GGUF. ONNX Runtime GenAI is not here: it reads no GGUF, and its exporter wants torch, transformers and the
-# model's original directory.
+# llama.cpp is measured with flash attention on and off, with its cache at 16 and at 8 bits (genie's has 8), with the GGUF as
+# it is and requantized to Q4_0, and counts with the best of them, figure by figure. OpenVINO reads Q4_0 alone of these
+# formats, and finds no layer for an adapter in a model that it read from a GGUF. ONNX Runtime GenAI is not here: it reads no
+# GGUF, and its exporter wants torch, transformers and the model's original directory.
 #
 # On two cores, once everything is built, a round takes about two minutes, the first some ten; with --adapters about twice that.
 set -euo pipefail
