@@ -86,6 +86,16 @@ pub(crate) fn has_avx512_vnni() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
+/// Whether AMD made this CPU. It is asked once: a virtual machine answers slowly.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn is_amd() -> bool {
+    static IS_AMD: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *IS_AMD.get_or_init(|| {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+    })
+}
+
 /// NEON's 8-bit dot product.
 #[cfg(target_arch = "aarch64")]
 pub(crate) fn has_dotprod() -> bool {
