@@ -14,9 +14,10 @@ mod unpack;
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::insn::{Shapes, TileUnit};
-use crate::arch::x86_64::avx512_vnni;
+use crate::arch::x86_64::{ask_for as ask_for_line, avx512_vnni};
 use crate::kernels::{IntegerTile, RowsMut};
 use crate::matmul::Write;
 use crate::packed::PANEL;
@@ -126,6 +127,11 @@ fn times_256(x: __m512i, up: __m512i) -> __m512i {
             options(pure, nomem, nostack, preserves_flags));
     }
     result
+}
+
+/// Asks for the bytes `range` behind the start of `from`, wherever they are.
+fn ask_for(from: &[u8], range: Range<usize>) {
+    range.step_by(64).for_each(|at| ask_for_line(from.as_ptr().wrapping_add(at)));
 }
 
 /// How the codes lie.

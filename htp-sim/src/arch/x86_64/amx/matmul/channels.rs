@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
-use super::{PANELS, ROWS, SumTile, bytes_up, configure, load_sums, tile_fours, times_256};
+use super::{PANELS, ROWS, SumTile, ask_for, bytes_up, configure, load_sums, tile_fours, times_256};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
 use crate::arch::x86_64::avx512_vnni::vector::silu;
@@ -392,14 +392,6 @@ impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
 /// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes.
 const MAX_JOINED: usize = 508;
 const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
-
-/// Asks for the bytes `range` behind the start of `from`, wherever they are.
-fn ask_for(from: &[u8], range: Range<usize>) {
-    for at in range.step_by(64) {
-        // SAFETY: every CPU of this architecture has the instruction, and it never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(at).cast()) }
-    }
-}
 
 /// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
 /// products of a short row.
