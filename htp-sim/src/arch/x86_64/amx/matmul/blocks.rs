@@ -218,7 +218,7 @@ impl Product<'_> {
     }
 
     /// A part of the next panels' codes, as large as these blocks are of all. Asked for line by line it comes to the second cache
-    /// while the unit multiplies, and unpacking need not wait. (At once for all 16 rows, that took half of what it saved.)
+    /// while the unit multiplies, and unpacking need not wait. (At once for 16 rows, that took two thirds of what it saved.)
     fn next_codes(&self) -> Range<*const u8> {
         let (tile, n_panels) = (self.tile, self.weights.len());
         if tile.rows <= ROWS {
