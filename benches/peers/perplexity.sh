@@ -3,11 +3,11 @@
 #
 #   bash benches/peers/perplexity.sh HF_DIR [TEXT [CALIBRATION_TEXT...]]
 #
-# HF_DIR is a Hugging Face directory of SmolLM2-135M-Instruct or of a model with the same tokenizer and shapes. TEXT is scored by
-# the golden method of tests/golden, at most 8 windows of 512 ids (default: README.md); genie calibrates on the other texts
-# (default: ARCHITECTURE.md and qnn-core/FORMAT.md). llama.cpp is the one that benches/peers/run.sh builds (run it first;
-# $GENIE_PEERS names its folder). Prints one JSON line for each form, with its ratio to its own float. $OUT takes the models;
-# default: a temporary folder.
+# HF_DIR is a Hugging Face directory of SmolLM2-135M-Instruct or of a model with the same tokenizer and shapes; off_grid.py makes
+# one whose weights lie on no 4-bit grid. TEXT is scored by the golden method of tests/golden, at most 8 windows of 512 ids
+# (default: README.md); genie calibrates on the other texts (default: ARCHITECTURE.md and qnn-core/FORMAT.md). llama.cpp is the one
+# that benches/peers/run.sh builds (run it first; $GENIE_PEERS names its folder). Prints one JSON line for each form, with its ratio
+# to its own float. $OUT takes the models; default: a temporary folder.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -36,7 +36,10 @@ main() {
     ours "genie float" float
     static "genie w4a16" w4a16
     static "genie w4a16, a tenth at 8 bits" mixed --wide_share 0.1
-    static "genie w4a16 LPBQ 64" lpbq --use_block_steps --block_size 64
+    static "genie w4a16, a fifth at 8 bits" mixed2 --wide_share 0.2
+    for block in 16 32 64; do
+        static "genie w4a16 LPBQ $block" "lpbq$block" --use_block_steps --block_size "$block"
+    done
 }
 
 llama_forms() {
