@@ -14,6 +14,8 @@ class Bundles:
 
     def __init__(self, gguf, build, tools):
         self.gguf, self.tools, self.folder = gguf, tools, folder_of(gguf, build)
+        # Made by run.sh; a peer's tool makes it, so that it may be missing.
+        self.q4_0_gguf = os.path.join(self.folder, "Q4_0.gguf")
 
     def plain(self):
         """16-bit activations, no adapters."""
@@ -22,6 +24,10 @@ class Bundles:
     def a8(self):
         """8-bit activations, a scale for each row."""
         return self.bundle("a8", ["--act_bitwidth", "8"])
+
+    def q4_0(self):
+        """The file that the peers are fastest with, as it is."""
+        return self.bundle("q4_0", [], gguf=self.q4_0_gguf)
 
     def lpbq(self):
         """4-bit weights in blocks of 32 with whole steps, rounded and calibrated over the text of ARCHITECTURE.md."""
@@ -35,20 +41,21 @@ class Bundles:
         """The PEFT directory of a rank; beside it is the same as a GGUF, with the suffix .gguf."""
         return os.path.join(self.folder, "adapters", f"r{rank}")
 
-    def bundle(self, name, flags, lora=False, quantize=()):
+    def bundle(self, name, flags, lora=False, quantize=(), gguf=None):
         """The config of a bundle, converted with `flags` and, if there are any, quantized with others."""
+        gguf = gguf or self.gguf
         folder = os.path.join(self.folder, name)
         config, context = os.path.join(folder, "genie_config.json"), os.path.join(folder, "model.bin")
         tools = ["qairt-converter", *(["qairt-quantizer"] if quantize else []), "qnn-context-binary-generator"]
         if lora:
             tools.append("qairt-lora-importer")
-        sources = [self.gguf, *(self.tool(tool) for tool in tools)]
+        sources = [gguf, *(self.tool(tool) for tool in tools)]
         sources += [os.path.join(self.adapter(rank), "adapter_model.safetensors") for rank in RANKS] if lora else []
         if is_newer(config, sources):
             return config
         os.makedirs(folder, exist_ok=True)
         dlc = os.path.join(folder, "model.dlc")
-        self.run("qairt-converter", "-i", self.gguf, "-o", dlc, *flags)
+        self.run("qairt-converter", "-i", gguf, "-o", dlc, *flags)
         if quantize:
             text = os.path.join(ROOT, "ARCHITECTURE.md")
             self.run("qairt-quantizer", "-i", dlc, "-o", dlc + ".quantized", "--calibration_text", text, *quantize)

@@ -57,6 +57,7 @@ def arguments():
     parser.add_argument("--avx2", action="store_true", help="genie with its avx2 tier beside a llama.cpp that is built for AVX2 only")
     parser.add_argument("--a8", action="store_true", help="genie once more with 8-bit activations")
     parser.add_argument("--lpbq", action="store_true", help="genie once more with 4-bit weights in LPBQ blocks, whose sums need no float until the end")
+    parser.add_argument("--q4_0", action="store_true", help="genie once more with the Q4_0 file that the peers read")
     parser.add_argument("--one_thread", action="store_true", help="genie once more with one thread; for the peers too: --threads 1")
     parser.add_argument("--only", help="names of the contenders to run, with commas between")
     parser.add_argument("--output", help="write the JSON lines to this file, not to standard output")
@@ -72,14 +73,18 @@ def arguments():
 def choose(args, bundles):
     """The contenders that were asked for and are installed, by name."""
     ggufs = {"as it is": args.model}
-    if os.path.exists(q4_0 := os.path.join(bundles.folder, "Q4_0.gguf")):
-        ggufs["Q4_0"] = q4_0
+    if os.path.exists(bundles.q4_0_gguf):
+        ggufs["Q4_0"] = bundles.q4_0_gguf
+    elif args.q4_0:
+        raise SystemExit("--q4_0 needs llama.cpp, whose tool makes that file")
     lora = bundles.adapters() if args.adapters else None
     all_of_them = {"genie": lambda: Genie(args, bundles.plain(), lora=lora)}
     if args.one_thread:
         all_of_them["genie 1 thread"] = lambda: Genie(args, bundles.plain(), threads=1)
     if args.a8:
         all_of_them["genie a8"] = lambda: Genie(args, bundles.a8(), planes=1)
+    if args.q4_0:
+        all_of_them["genie q4_0"] = lambda: Genie(args, bundles.q4_0())
     if args.lpbq:
         all_of_them["genie lpbq"] = lambda: Genie(args, bundles.lpbq())
     isas = [isa for isa in args.isa.split(",") if isa] + (["avx2"] if args.avx2 and "avx2" not in args.isa.split(",") else [])
@@ -90,7 +95,7 @@ def choose(args, bundles):
     if args.avx2 and os.path.exists(f"{args.build}/avx2/bin/llama-bench"):
         all_of_them["llama.cpp avx2"] = lambda: LlamaCpp(args, f"{args.build}/avx2/bin", ggufs)
     if "Q4_0" in ggufs and os.path.exists(f"{args.build}/openvino/complete"):
-        all_of_them["openvino"] = lambda: Script(args, "openvino", "openvino_bench.py", q4_0)
+        all_of_them["openvino"] = lambda: Script(args, "openvino", "openvino_bench.py", bundles.q4_0_gguf)
     wanted = args.only.split(",") if args.only else list(all_of_them)
     if unknown := [name for name in wanted if name not in all_of_them]:
         raise SystemExit(f"no contender is called {', '.join(unknown)}; there are {', '.join(all_of_them)}")

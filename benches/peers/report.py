@@ -142,7 +142,7 @@ def short(value, digits=0):
 
 # What a change costs: genie's until the next step's first kernel, llama.cpp's as what the next token takes longer.
 UNLIKE = ("switch", "alpha_change")
-TITLES = {"genie": "genie", "genie lpbq": "genie, LPBQ", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
+TITLES = {"genie": "genie", "genie q4_0": "genie, Q4_0", "genie lpbq": "genie, LPBQ", "llama.cpp": "llama.cpp", "openvino": "OpenVINO GenAI"}
 README = (
     ("decode behind", r"tg\d+_d\d+", "tokens/s"),
     ("prefill of", r"pp\d+", "tokens/s"),
