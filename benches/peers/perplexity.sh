@@ -35,8 +35,8 @@ main() {
     "$tools/qairt-converter" -i "$model" -o "$out/float/model.dlc" --weights_bitwidth 32 >"$out/float/converter.log" 2>&1
     ours "genie float" float
     static "genie w4a16" w4a16
-    static "genie w4a16, a tenth at 8 bits" mixed --wide_share 0.1
-    static "genie w4a16, a fifth at 8 bits" mixed2 --wide_share 0.2
+    static "genie w4a16, a tenth at 8 bits" tenth --wide_share 0.1
+    static "genie w4a16, a fifth at 8 bits" fifth --wide_share 0.2
     for block in 16 32 64; do
         static "genie w4a16 LPBQ $block" "lpbq$block" --use_block_steps --block_size "$block"
     done
