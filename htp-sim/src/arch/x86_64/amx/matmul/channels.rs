@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::unpack::{PIECE, Unpacked};
-use super::{PANELS, ROWS, SumTile, ask_for, bytes_up, configure, load_sums, tile_fours, times_256};
+use super::{PANELS, ROWS, SumTile, ask_for_line, bytes_up, configure, load_sums, tile_fours, times_256};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::arch::x86_64::avx512_vnni::matmul::load_f32;
 use crate::arch::x86_64::avx512_vnni::vector::silu;
@@ -35,16 +35,19 @@ struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     fours: usize,
     /// Rows that the registers are shaped for.
     height: usize,
+    /// Whether something is added to the outputs.
+    adds: bool,
     sums: Sums,
     /// Where all of k is one step: rows whose sums are on their way to memory. They become floats when the unit has the next to do.
-    pending: Option<Finish<'a, PLANES, GATED>>,
+    pending: Option<Finish>,
 }
 
 impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLANES, GATED> {
     #[inline]
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
+        let adds = tiles.iter().any(|tile| tile.added.iter().any(|(row, _)| !row.is_empty()));
         let fours = tile_fours(tiles[0].k);
-        Self { unit: U::default(), tiles, to, fours, height: 0, sums: Sums::uninit(), pending: None }
+        Self { unit: U::default(), tiles, to, fours, height: 0, adds, sums: Sums::uninit(), pending: None }
     }
 
     #[inline]
@@ -61,7 +64,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
             for from in (0..first.k).step_by(piece) {
                 let inputs = from..first.k.min(from + piece);
                 let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
-                let piece = Piece { pair, inputs, weights };
+                let piece = Piece { panel, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
                     _ => self.rows::<2>(&piece),
@@ -70,7 +73,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         }
         if let Some(finish) = self.pending.take() {
             // SAFETY: the sums of `pending` were stored.
-            unsafe { finish.run(&self.sums) }
+            unsafe { self.finish(finish) }
         }
     }
 
@@ -78,10 +81,18 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     const PANELS: usize = if GATED { 1 } else { PANELS };
 
     /// All rows by a piece of `W` panels.
+    ///
+    /// The unit's loads and stores take so much of what a core can begin in a cycle that a hundred plain instructions for each 16
+    /// rows cost up to a tenth: as little as can be is done in the loop.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn rows<const W: usize>(&mut self, piece: &Piece<'a, '_>) {
+    fn rows<const W: usize>(&mut self, piece: &Piece<'_>) {
         let tile = self.tiles[0];
+        let (is_first, is_last) = (piece.inputs.start == 0, piece.inputs.end == tile.k);
+        let is_one_step = self.fours * 4 == tile.k;
+        let (hi, lo) = piece.planes::<PLANES>(tile);
+        let weights = piece.weights.map(|weights| weights[..piece.inputs.len() / 4].as_ptr().cast());
+        let mut ahead = self.codes_ahead(piece);
         let mut row = 0;
         while row < tile.rows {
             let height = ROWS.min(tile.rows - row);
@@ -93,97 +104,172 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
             // One plane of these rows and of the next ones take the places of two planes.
             let two_heights = PLANES == 1 && tile.rows - row >= 2 * ROWS;
             let rows = if two_heights { 2 * ROWS } else { height };
-            let (is_first, is_last) = (piece.inputs.start == 0, piece.inputs.end == tile.k);
             // Where the sums do not have to wait for another piece they stay in the first cache.
-            let slot = match &self.pending {
+            let slot = match self.pending {
                 Some(pending) => 2 - pending.slot,
                 None if is_first && is_last => 0,
                 None => row / ROWS * PLANES,
             };
-            let is_one_step = self.fours * 4 == tile.k;
             let has_x = rows == tile.rows && self.pending.is_some();
-            let from = piece.inputs.start;
-            let group = Group { tile, weights: piece.weights, from, row, height, fours: self.fours, has_x };
-            // SAFETY: configured for the height and the inputs; the first piece stores the sums that the others load.
+            let x0 = hi.wrapping_add(row * tile.x_stride);
+            let x1 =
+                if PLANES == 2 { lo } else { hi.wrapping_add(ROWS * tile.x_stride) }.wrapping_add(row * tile.x_stride);
+            let x = [x0, x1];
+            let (stride, inputs, step) = (tile.x_stride, piece.inputs.len(), self.fours * 4);
+            let group = Group { x, stride, weights, inputs, step, is_first, has_x };
+            // SAFETY: configured for the height and the inputs; `planes` and the slices of weights hold what is read; the first
+            // piece stores the sums that the others load.
             unsafe {
                 if two_heights || PLANES == 2 {
-                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums, slot);
+                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums.0[slot..][..2]);
                 } else {
-                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums, slot);
+                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums.0[slot..][..1]);
                 }
             }
             if is_last {
-                let finish = Finish { pair: piece.pair, n_panels: W, to: self.to, row, rows, slot };
+                let finish = Finish { panel: piece.panel, is_single: W == 1, row, rows, slot };
                 let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
                 if let Some(finish) = finish {
                     // SAFETY: the last piece stored the sums of these rows.
-                    unsafe { finish.run(&self.sums) }
+                    unsafe { self.finish(finish) }
                 }
             }
-            if tile.rows > ROWS {
-                // The next panels' codes come to the second cache meanwhile.
-                for (tile, panel) in piece.pair.iter().take(W) {
-                    let ahead = |row: usize| tile.panel_bytes * (Self::PANELS * tile.rows + row) / tile.rows;
-                    ask_for(&tile.codes[panel * tile.panel_bytes..], ahead(row)..ahead(row + rows));
-                }
-            }
+            ahead.ask_for_some::<W>();
             row += rows;
+        }
+    }
+
+    /// The next panels' codes, to come to the second cache meanwhile.
+    #[inline(always)]
+    fn codes_ahead(&self, piece: &Piece<'_>) -> CodesAhead {
+        let tile = self.tiles[0];
+        let lines = match tile.rows {
+            ..=ROWS => 0,
+            rows => tile.panel_bytes.div_ceil(64).div_ceil(rows.div_ceil(ROWS)),
+        };
+        let next = std::array::from_fn(|i| {
+            let panel = piece.panel + Self::PANELS + if GATED { 0 } else { i };
+            self.tiles[i].codes.as_ptr().wrapping_add(panel * tile.panel_bytes)
+        });
+        CodesAhead { next, lines }
+    }
+
+    /// Makes floats of sums, with the same operations as on the other tiers.
+    ///
+    /// # Safety
+    /// The sums of all rows were stored.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn finish(&self, finish: Finish) {
+        let joins = PLANES == 2 && self.tiles[0].k <= MAX_JOINED;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (finish.is_single, self.adds, joins) {
+                (true, false, false) => self.finish_panels::<1, false, false>(finish),
+                (true, false, true) => self.finish_panels::<1, false, true>(finish),
+                (true, true, _) => self.finish_panels::<1, true, false>(finish),
+                (false, false, false) => self.finish_panels::<2, false, false>(finish),
+                (false, false, true) => self.finish_panels::<2, false, true>(finish),
+                (false, true, _) => self.finish_panels::<2, true, false>(finish),
+            }
+        }
+    }
+
+    /// All rows of `W` panels. `ADDS` says whether something is added to their outputs, `JOINS` whether planes meet as integers.
+    ///
+    /// # Safety
+    /// Their sums were stored.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn finish_panels<const W: usize, const ADDS: bool, const JOINS: bool>(&self, finish: Finish) {
+        let Finish { panel, row, rows, slot, .. } = finish;
+        let (second, columns) = if GATED { (panel, PANEL) } else { (panel + W - 1, W * PANEL) };
+        let outputs = [Outputs::<ADDS>::new(self.tiles[0], panel), Outputs::<ADDS>::new(self.tiles[1], second)];
+        // One plane has its second 16 rows where two have the second plane.
+        let heights = if PLANES == 1 { rows.div_ceil(ROWS) } else { 1 };
+        for i in 0..heights {
+            let row = row + i * ROWS;
+            let x_scales = &self.tiles[0].x_scales[row..][..(rows - i * ROWS).min(ROWS)];
+            let to = self.to.place(row, x_scales.len(), panel * PANEL, columns);
+            let sums = RowSums::<PLANES, JOINS>::new(&self.sums.0[slot + i..][..PLANES]);
+            let to = Places { to, stride: self.to.stride };
+            // SAFETY: the caller's promise; `place` has room for the rows.
+            unsafe {
+                match self.to.write {
+                    Write::Store => write_rows::<PLANES, W, ADDS, JOINS, GATED, false>(&outputs, &sums, x_scales, to),
+                    Write::Add => write_rows::<PLANES, W, ADDS, JOINS, GATED, true>(&outputs, &sums, x_scales, to),
+                }
+            }
         }
     }
 }
 
 /// Some inputs of a pair.
-struct Piece<'a, 'w> {
-    /// The panels, each with the tile that it is of.
-    pair: [(&'a IntegerTile<'a>, usize); PANELS],
+struct Piece<'w> {
+    /// The first of the pair.
+    panel: usize,
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
     weights: [&'w [[u8; 64]]; PANELS],
 }
 
+impl Piece<'_> {
+    /// The first of these inputs in both planes of a tile's x, or twice in the only one. The tile's rows are seen to be inside.
+    #[inline(always)]
+    fn planes<const PLANES: usize>(&self, tile: &IntegerTile<'_>) -> (*const u8, *const u8) {
+        let all = self.inputs.start..(tile.rows - 1) * tile.x_stride + self.inputs.end;
+        let hi = tile.hi[all.clone()].as_ptr();
+        let lo = if PLANES == 2 { tile.lo[all].as_ptr() } else { hi };
+        (hi.cast(), lo.cast())
+    }
+}
+
+/// Where the next codes of both panels lie, and how many lines of them are asked for at a time.
+struct CodesAhead {
+    next: [*const u8; PANELS],
+    lines: usize,
+}
+
+impl CodesAhead {
+    /// Asks for the next lines of `W` panels, wherever they are.
+    #[inline(always)]
+    fn ask_for_some<const W: usize>(&mut self) {
+        for next in &mut self.next[..W] {
+            for _ in 0..self.lines {
+                ask_for_line(*next);
+                *next = next.wrapping_add(64);
+            }
+        }
+    }
+}
+
 /// Some rows by some panels, for a piece of k.
-struct Group<'a> {
-    tile: &'a IntegerTile<'a>,
-    weights: [&'a [[u8; 64]]; PANELS],
-    /// The first input of the piece.
-    from: usize,
-    row: usize,
-    height: usize,
-    /// Groups of four inputs in a tile.
-    fours: usize,
+struct Group {
+    /// The first input of two tiles of x: two planes, or the rows and the next 16.
+    x: [*const u8; 2],
+    /// Bytes from one row of x to the next.
+    stride: usize,
+    weights: [*const u8; PANELS],
+    /// Inputs of the piece, and of a tile.
+    inputs: usize,
+    step: usize,
+    is_first: bool,
     /// Whether the tiles of x are the last group's, and all there are.
     has_x: bool,
 }
 
-impl Group<'_> {
-    /// Adds to the sums at `slot`, or in the first piece stores there, the products of `X` tiles of x (two planes, or the rows and
-    /// the next 16) and `W` panels.
+impl Group {
+    /// Adds to `sums`, or in the first piece stores there, the products of `X` tiles of x and `W` panels.
     ///
     /// # Safety
-    /// The unit is configured for the height and the width of the tiles. But for the first piece, the sums were stored before.
+    /// The unit is configured for the height and the width of the tiles, and x and weights hold the piece's inputs of as many rows.
+    /// But for the first piece, the sums were stored before.
     #[inline(always)]
-    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(&self, unit: &mut U, sums: &mut Sums, slot: usize) {
-        let tile = self.tile;
-        let inputs = self.weights[0].len() * 4;
-        let rows = |plane: &[i8], row: usize| -> *const u8 {
-            let first = row * tile.x_stride + self.from;
-            // Up to the last byte that the tiles read.
-            plane[first..first + (self.height - 1) * tile.x_stride + inputs].as_ptr().cast()
-        };
-        let x0 = rows(tile.hi, self.row);
-        let x1 = match (X, tile.lo.is_empty()) {
-            (1, _) => x0,
-            (_, true) => rows(tile.hi, self.row + ROWS),
-            (_, false) => rows(tile.lo, self.row),
-        };
-        let [w0, w1] = self.weights.map(|weights| weights.as_ptr());
-        assert!(self.weights[1].len() >= self.weights[0].len());
-        let places: [*mut u8; 4] =
-            std::array::from_fn(|i| sums.0[slot + (i / 2).min(X - 1)][i % 2].as_mut_ptr().cast());
-        // SAFETY: the caller's promise. The slices above hold the rows, and the weights as many inputs (asserted); each place in
-        // the sums has 16 rows.
+    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(&self, unit: &mut U, sums: &mut [PairSums]) {
+        let places: [*mut u8; 4] = std::array::from_fn(|i| sums[(i / 2).min(X - 1)][i % 2].as_mut_ptr().cast());
+        // SAFETY: the caller's promise; each place in the sums has 16 rows.
         unsafe {
-            if self.from == 0 {
+            if self.is_first {
                 unit.zero::<0>();
                 if W == 2 {
                     unit.zero::<1>()
@@ -206,27 +292,27 @@ impl Group<'_> {
                     unit.load::<3>(places[3], 64)
                 }
             }
-            let mut four = 0;
-            while four < self.weights[0].len() {
+            let mut at = 0;
+            while at < self.inputs {
                 if !self.has_x {
-                    unit.load::<4>(x0.add(four * 4), tile.x_stride);
+                    unit.load::<4>(self.x[0].add(at), self.stride);
                 }
-                unit.load::<6>(w0.add(four).cast(), 64);
+                unit.load::<6>(self.weights[0].add(at * PANEL), 64);
                 unit.dot::<0, 4, 6>();
                 if W == 2 {
-                    unit.load::<7>(w1.add(four).cast(), 64);
+                    unit.load::<7>(self.weights[1].add(at * PANEL), 64);
                     unit.dot::<1, 4, 7>();
                 }
                 if X == 2 {
                     if !self.has_x {
-                        unit.load::<5>(x1.add(four * 4), tile.x_stride);
+                        unit.load::<5>(self.x[1].add(at), self.stride);
                     }
                     unit.dot::<2, 5, 6>();
                 }
                 if X == 2 && W == 2 {
                     unit.dot::<3, 5, 7>()
                 }
-                four += self.fours;
+                at += self.step;
             }
             unit.store::<0>(places[0], 64);
             if W == 2 {
@@ -242,84 +328,73 @@ impl Group<'_> {
     }
 }
 
-/// Rows whose sums become floats, with the same operations as on the other tiers.
-struct Finish<'a, const PLANES: usize, const GATED: bool> {
-    pair: [(&'a IntegerTile<'a>, usize); PANELS],
-    n_panels: usize,
-    to: &'a RowsMut<'a>,
+/// Rows of a pair of panels whose sums are on their way to memory.
+#[derive(Clone, Copy)]
+struct Finish {
+    panel: usize,
+    /// Whether the panel is alone: the last of an odd number.
+    is_single: bool,
     row: usize,
     /// At most 16 of two planes, 32 of one.
     rows: usize,
     slot: usize,
 }
 
-impl<const PLANES: usize, const GATED: bool> Finish<'_, PLANES, GATED> {
-    /// # Safety
-    /// The sums of all rows were stored.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn run(&self, sums: &Sums) {
-        let adds = self.pair.iter().any(|(tile, _)| tile.added.iter().any(|(row, _)| !row.is_empty()));
-        let joins = PLANES == 2 && self.pair[0].0.k <= MAX_JOINED;
+/// Where the rows of a panel go.
+#[derive(Clone, Copy)]
+struct Places {
+    to: *mut f32,
+    stride: usize,
+}
+
+/// Writes, or with `ADD` adds, as many rows as there are scales.
+///
+/// # Safety
+/// The rows' sums were stored. There is room for the rows of `W` panels (gate and up make one), which are this tile's own.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn write_rows<
+    const PLANES: usize,
+    const W: usize,
+    const ADDS: bool,
+    const JOINS: bool,
+    const GATED: bool,
+    const ADD: bool,
+>(
+    outputs: &[Outputs<ADDS>; PANELS],
+    sums: &RowSums<PLANES, JOINS>,
+    x_scales: &[f32],
+    to: Places,
+) {
+    for (row, x_scale) in x_scales.iter().enumerate() {
+        let to = to.to.wrapping_add(row * to.stride);
         // SAFETY: the caller's promise.
         unsafe {
-            match (self.n_panels, adds, joins) {
-                (1, false, false) => self.run_pair::<1, false, false>(sums),
-                (1, false, true) => self.run_pair::<1, false, true>(sums),
-                (1, true, _) => self.run_pair::<1, true, false>(sums),
-                (_, false, false) => self.run_pair::<2, false, false>(sums),
-                (_, false, true) => self.run_pair::<2, false, true>(sums),
-                (_, true, _) => self.run_pair::<2, true, false>(sums),
-            }
-        }
-    }
-
-    /// All rows of `W` panels. `ADDS` says whether something is added to their outputs, `JOINS` whether planes meet as integers.
-    ///
-    /// # Safety
-    /// Their sums were stored.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn run_pair<const W: usize, const ADDS: bool, const JOINS: bool>(&self, sums: &Sums) {
-        let columns = if GATED { PANEL } else { W * PANEL };
-        let (tile, panel) = self.pair[0];
-        let (first, second) = (Outputs::<ADDS>::new(self.pair[0]), Outputs::<ADDS>::new(self.pair[W - 1]));
-        for (i, x_scales) in tile.x_scales[self.row..][..self.rows].chunks(ROWS).enumerate() {
-            // One plane has its second 16 rows where two have the second plane.
-            let mut sums = [0, W - 1].map(|w| RowSums::<PLANES, JOINS>::new(sums, self.slot + i, w));
-            let row = self.row + i * ROWS;
-            let mut to = self.to.place(row, x_scales.len(), panel * PANEL, columns);
-            for x_scale in x_scales {
-                // SAFETY: the caller's promise: the sums of as many rows; `place` has room for them.
-                unsafe {
-                    let dot = sums[0].next();
-                    if GATED {
-                        let gate = silu(first.value(dot, *x_scale));
-                        self.write(_mm512_mul_ps(gate, second.value(sums[1].next(), *x_scale)), to);
-                    } else {
-                        self.write(first.value(dot, *x_scale), to);
-                        if W == 2 {
-                            self.write(second.value(sums[1].next(), *x_scale), to.add(PANEL));
-                        }
-                    }
+            let first = outputs[0].value(sums.get(0, row), *x_scale);
+            if GATED {
+                let up = outputs[1].value(sums.get(1, row), *x_scale);
+                write::<ADD>(_mm512_mul_ps(silu(first), up), to);
+            } else {
+                write::<ADD>(first, to);
+                if W == 2 {
+                    write::<ADD>(outputs[1].value(sums.get(1, row), *x_scale), to.wrapping_add(PANEL));
                 }
-                to = to.wrapping_add(self.to.stride);
             }
         }
     }
+}
 
-    /// # Safety
-    /// `to` has room for 16 values, which are this tile's own.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn write(&self, mut value: __m512, to: *mut f32) {
-        // SAFETY: the caller's promise; unaligned.
-        unsafe {
-            if self.to.write == Write::Add {
-                value = _mm512_add_ps(_mm512_loadu_ps(to), value);
-            }
-            _mm512_storeu_ps(to, value);
+/// # Safety
+/// `to` has room for 16 values, which are this tile's own.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn write<const ADD: bool>(mut value: __m512, to: *mut f32) {
+    // SAFETY: the caller's promise; unaligned.
+    unsafe {
+        if ADD {
+            value = _mm512_add_ps(_mm512_loadu_ps(to), value);
         }
+        _mm512_storeu_ps(to, value);
     }
 }
 
@@ -333,7 +408,7 @@ struct Outputs<const ADDS: bool> {
 impl<const ADDS: bool> Outputs<ADDS> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn new((tile, panel): (&IntegerTile<'_>, usize)) -> Self {
+    fn new(tile: &IntegerTile<'_>, panel: usize) -> Self {
         let mut added = [_mm512_set1_ps(-0.0); 2];
         for (added, (row, factor)) in added.iter_mut().zip(&tile.added) {
             if ADDS && !row.is_empty() {
@@ -353,30 +428,27 @@ impl<const ADDS: bool> Outputs<ADDS> {
     }
 }
 
-/// Sums of a panel, row after row.
-struct RowSums<const PLANES: usize, const JOINS: bool> {
-    hi: *const [i32; PANEL],
-    lo: *const [i32; PANEL],
-}
+/// Sums of some rows and a pair of panels.
+struct RowSums<const PLANES: usize, const JOINS: bool>(*const [i32; PANEL]);
 
 impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
-    /// Those at `slot`, panel `w`.
+    /// Those of each plane.
     #[inline(always)]
-    fn new(sums: &Sums, slot: usize, w: usize) -> Self {
-        let place = |slot: usize| sums.0[slot][w].as_ptr().cast::<[i32; PANEL]>();
-        Self { hi: place(slot), lo: place(slot + PLANES - 1) }
+    fn new(planes: &[PairSums]) -> Self {
+        assert_eq!(planes.len(), PLANES);
+        Self(planes.as_ptr().cast())
     }
 
-    /// Those of the next row, both planes together.
+    /// Those of a row and panel 0 or 1, both planes together.
     ///
     /// # Safety
-    /// The row's sums were stored.
+    /// The row is one of 16, and its sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn next(&mut self) -> __m512 {
+    unsafe fn get(&self, panel: usize, row: usize) -> __m512 {
+        let plane = |plane: usize| self.0.wrapping_add((plane * PANELS + panel) * ROWS + row);
         // SAFETY: the caller's promise.
-        let (hi, lo) = unsafe { (load_sums(&*self.hi), load_sums(&*self.lo)) };
-        (self.hi, self.lo) = (self.hi.wrapping_add(1), self.lo.wrapping_add(1));
+        let (hi, lo) = unsafe { (load_sums(&*plane(0)), load_sums(&*plane(PLANES - 1))) };
         // The products are exact, so that there is one rounding either way.
         if JOINS {
             // Next to the unit floats have one port: this is two of their operations less.
@@ -396,7 +468,10 @@ const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
 /// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
 /// products of a short row.
 #[repr(align(64))]
-struct Sums([[MaybeUninit<SumTile>; PANELS]; 2 * MAX_TILE_ROWS / ROWS]);
+struct Sums([PairSums; 2 * MAX_TILE_ROWS / ROWS]);
+
+/// One plane's (or 16 rows') of a pair of panels.
+type PairSums = [MaybeUninit<SumTile>; PANELS];
 
 impl Sums {
     #[inline]
