@@ -40,10 +40,12 @@ pub struct Kernels {
     pub(crate) values_f16: ValuesFn,
     /// Vector functions. These give the same bits on every tier.
     pub(crate) softmax: unsafe fn(&mut [f32]) -> SoftmaxTotals,
-    /// The softmax of rows whose probabilities meet values with scales, in three steps: those of several rows can then overlap.
-    pub(crate) max: unsafe fn(&[f32]) -> f32,
-    pub(crate) weigh: unsafe fn(&mut [f32], &[[u8; 4]], f32) -> Weighed,
-    pub(crate) quantize_weights: unsafe fn(&[f32], f32, WeightsMut<'_>),
+    /// The softmax of rows whose probabilities meet values with scales, in steps: those of several rows can then overlap.
+    /// Logarithms of the scales; with them each row's peak; of all peaks the scales of the codes; of each row the codes.
+    pub(crate) log_scales: unsafe fn(&[[u8; 4]], &mut [f32]),
+    pub(crate) peak: unsafe fn(&[f32], &[f32]) -> Peak,
+    pub(crate) weight_scales: unsafe fn([&[f32]; 2], [&mut [f32]; 2]),
+    pub(crate) weigh: WeighFn,
     pub(crate) soft_cap: unsafe fn(&mut [f32], f32),
     pub(crate) sum_squares: unsafe fn(&[f32]) -> f32,
     pub(crate) normalize: unsafe fn(&[f32], f32, &[f32], &mut [f32]),
@@ -89,6 +91,7 @@ pub(crate) type GatedFn = unsafe fn([&IntegerTile<'_>; 2], &RowsMut<'_>);
 pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
 pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
+pub(crate) type WeighFn = unsafe fn(&[f32], &[[u8; 4]], [f32; 2], WeightsMut<'_>) -> f32;
 pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
@@ -188,11 +191,11 @@ pub(crate) struct SoftmaxTotals {
     pub(crate) sum: f32,
 }
 
-/// What [`Kernels::weigh`] found: the sum of `exp(score - max)`, and the largest of their products with the scales.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Weighed {
-    pub(crate) sum: f32,
-    pub(crate) top: f32,
+/// What [`Kernels::peak`] found: the largest score, and a bound of the largest `log2(e^score · scale)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Peak {
+    pub(crate) max: f32,
+    pub(crate) log_top: f32,
 }
 
 /// Where the products of probabilities and scales go, as codes of 16 bits in two planes (see [`crate::QuantizedRows`]).

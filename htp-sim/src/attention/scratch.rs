@@ -23,8 +23,12 @@ pub(super) struct WorkerScratch {
     pub(super) p_scales: [f32; TILE_ROWS],
     pub(super) p_sums: [[i32; 2]; TILE_ROWS],
     pub(super) totals: [SoftmaxTotals; TILE_ROWS],
-    /// The largest product of a probability and the scale of its value.
-    pub(super) tops: [f32; TILE_ROWS],
+    /// What the scales of the codes follow from: logarithms of the values' scales, and each row's largest score and product.
+    pub(super) log_scales: [f32; RANGE],
+    pub(super) maxima: [f32; TILE_ROWS],
+    pub(super) log_tops: [f32; TILE_ROWS],
+    /// Their inverses.
+    pub(super) factors: [f32; TILE_ROWS],
     pub(super) part: Aligned<f32>,
     /// All ranges so far.
     pub(super) running: [SoftmaxTotals; TILE_ROWS],
@@ -50,7 +54,10 @@ impl WorkerScratch {
             p_scales: [0.0; TILE_ROWS],
             p_sums: [[0; 2]; TILE_ROWS],
             totals: [EMPTY; TILE_ROWS],
-            tops: [0.0; TILE_ROWS],
+            log_scales: [0.0; RANGE],
+            maxima: [0.0; TILE_ROWS],
+            log_tops: [0.0; TILE_ROWS],
+            factors: [0.0; TILE_ROWS],
             part: Aligned::zeroed(TILE_ROWS * stride),
             running: [EMPTY; TILE_ROWS],
             acc: Aligned::zeroed(TILE_ROWS * stride),

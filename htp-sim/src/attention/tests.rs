@@ -1,4 +1,5 @@
 use super::*;
+use crate::kernels::{Peak, WeightsMut};
 use crate::testing::{Noise, bits, each_tier, team};
 use crate::{Kernels, Workers};
 
@@ -204,6 +205,40 @@ fn broken_rows_stay_in_their_rows() {
                 assert_eq!(finite, !(5..10).contains(&row), "{} row {row}", cx.kernels.name);
                 assert!(!finite || bits(found) == bits(clean), "{} row {row}", cx.kernels.name);
             }
+        });
+    }
+}
+
+/// The codes of probabilities times scales use at least nine tenths of 127 · 256 (with scores of millions, which are rounded to
+/// quarters, less), and never leave their planes, whatever the size of scores and scales.
+#[test]
+fn weights_fill_their_codes() {
+    let mut noise = Noise(7);
+    for (spread, scale) in [(1.0, 1.0), (30.0, 1e-3), (1e4, 1e-20), (3e6, 1e20), (0.0, 1e30), (8.0, 3e-33)] {
+        let scores: Vec<f32> = (0..77).map(|_| noise.float() * spread + 0.3 * spread).collect();
+        let scales: Vec<[u8; 4]> = (0..77).map(|_| (noise.float().abs() * scale).to_le_bytes()).collect();
+        each_tier(&team(1), |Cx { kernels, .. }| {
+            let (mut logs, mut found) = ([0.0; 77], [0.0; 2]);
+            let ([mut hi, mut lo], [code_scale, factor]) = ([[0_i8; 77]; 2], &mut found.each_mut());
+            let mut plane_sums = [0; 2];
+            // SAFETY: the tier is of this CPU; all slices have a value for each score.
+            let sum = unsafe {
+                (kernels.log_scales)(&scales, &mut logs);
+                let Peak { max, log_top } = (kernels.peak)(&scores, &logs);
+                let to = [std::slice::from_mut(&mut **code_scale), std::slice::from_mut(&mut **factor)];
+                (kernels.weight_scales)([&[max], &[log_top]], to);
+                let out = WeightsMut { hi: &mut hi, lo: &mut lo, scale: code_scale, plane_sums: &mut plane_sums };
+                (kernels.weigh)(&scores, &scales, [max, **factor], out)
+            };
+            let codes: Vec<i32> = hi.iter().zip(lo).map(|(&hi, lo)| 256 * i32::from(hi) + i32::from(lo)).collect();
+            let top = codes.iter().copied().fold(0, i32::max);
+            let (name, least) = (kernels.name, if spread < 1e6 { 29_260 } else { 1 });
+            assert!((least..=32_520).contains(&top), "{name} {spread} {scale}: {top}");
+            assert!(codes.iter().all(|code| *code >= 0), "{name} {spread} {scale}: {codes:?}");
+            assert_eq!(plane_sums, [hi, lo].map(|plane| plane.iter().map(|&code| i32::from(code)).sum()), "{name}");
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let exact: f64 = scores.iter().map(|score| f64::from(score - max).exp()).sum();
+            assert!((f64::from(sum) / exact - 1.0).abs() < 1e-5, "{name} {spread} {scale}: {sum} {exact}");
         });
     }
 }

@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use super::scratch::WorkerScratch;
 use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE, TILE_ROWS};
-use crate::kernels::{FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, ValuesTile, WeightsMut};
+use crate::kernels::{
+    FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, SoftmaxTotals, ValuesTile, WeightsMut,
+};
 use crate::matmul::Write;
 use crate::packed::{BlockOffset, PANEL};
 use crate::scratch::Disjoint;
@@ -104,7 +106,10 @@ impl Problem<'_> {
     /// range, so the sums are exact integers.
     fn integer_values(&self, tile: &Tile, span: Span, scratch: &mut WorkerScratch) {
         let layout = &self.cache.layout;
-        let scales = self.cache.value_scales(tile.kv_head, span.first).as_chunks().0;
+        let scales = &self.cache.value_scales(tile.kv_head, span.first).as_chunks().0[..span.width];
+        let logs = &mut scratch.log_scales[..span.width];
+        // SAFETY: the table exists only on a CPU that has its instruction set.
+        unsafe { (self.kernels.log_scales)(scales, logs) };
         let rows = || (0..tile.rows).map(|row| (row, self.visible_in(row + tile.first, span)));
         let scores =
             |row: usize, visible: &Range<usize>| row * span.width + visible.start..row * span.width + visible.end;
@@ -112,15 +117,15 @@ impl Problem<'_> {
         for (row, visible) in rows() {
             let seen = &mut scratch.scores[scores(row, &visible)];
             self.cap(seen);
-            // SAFETY: the table exists only on a CPU that has its instruction set.
-            scratch.totals[row].max = unsafe { (self.kernels.max)(seen) };
+            // SAFETY: as above; there is a logarithm for each position of the span, and `visible` is inside.
+            let peak = unsafe { (self.kernels.peak)(seen, &logs[visible]) };
+            (scratch.maxima[row], scratch.log_tops[row]) = (peak.max, peak.log_top);
         }
-        for (row, visible) in rows() {
-            let (seen, max) = (&mut scratch.scores[scores(row, &visible)], scratch.totals[row].max);
-            // SAFETY: as above; there is a scale for each position, and the end of `visible` is inside the cache.
-            let weighed = unsafe { (self.kernels.weigh)(seen, &scales[visible], max) };
-            (scratch.totals[row].sum, scratch.tops[row]) = (weighed.sum, weighed.top);
-        }
+        let peaks = [&scratch.maxima[..tile.rows], &scratch.log_tops[..tile.rows]];
+        // SAFETY: as above; all slices have a value for each row.
+        unsafe {
+            (self.kernels.weight_scales)(peaks, [&mut scratch.p_scales[..tile.rows], &mut scratch.factors[..tile.rows]])
+        };
         for (row, visible) in rows() {
             let at = row * RANGE;
             let (hi, lo) = (&mut scratch.p_hi[at..][..span.width], &mut scratch.p_lo[at..][..span.width]);
@@ -129,15 +134,17 @@ impl Problem<'_> {
                 hi[outside.clone()].fill(0);
                 lo[outside].fill(0);
             }
-            let weights = &scratch.scores[scores(row, &visible)];
+            let seen = &scratch.scores[scores(row, &visible)];
+            let max = scratch.maxima[row];
             let target = WeightsMut {
                 hi: &mut hi[visible.clone()],
-                lo: &mut lo[visible],
+                lo: &mut lo[visible.clone()],
                 scale: &mut scratch.p_scales[row],
                 plane_sums: &mut scratch.p_sums[row],
             };
             // SAFETY: as above; all slices are as long as `visible`.
-            unsafe { (self.kernels.quantize_weights)(weights, scratch.tops[row], target) }
+            let sum = unsafe { (self.kernels.weigh)(seen, &scales[visible], [max, scratch.factors[row]], target) };
+            scratch.totals[row] = SoftmaxTotals { max, sum };
         }
         let values = IntegerTile {
             rows: tile.rows,

@@ -3,7 +3,7 @@
 //! instruction, or the tier does not ask for it, each is a call: this tier is to be right, not fast.)
 
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals, Weighed, WeightsMut};
+use crate::kernels::{QuantizedRowMut, RowValues, RowsMut, SoftmaxTotals};
 use crate::matmul::Write;
 
 /// Replaces scores by `exp(score - max)`; returns the maximum and the sum of the results.
@@ -26,60 +26,6 @@ pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
         *sum += *score;
     }
     SoftmaxTotals { max, sum: fold(sums, |a, b| a + b) }
-}
-
-/// Replaces scores by `exp(score - max) · scale`, where `max` is the largest of them; returns the sum of the powers and the largest
-/// of the results, or if a result is not finite a number that is not.
-#[inline(always)]
-pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
-    let mut sums = [0.0_f32; LANES];
-    let mut tops = [0_u32; LANES];
-    let mut weigh = |scores: &mut [f32], scales: &[[u8; 4]]| {
-        for (((score, scale), sum), top) in scores.iter_mut().zip(scales).zip(&mut sums).zip(&mut tops) {
-            let p = exp_nonpositive(*score - max);
-            *sum += p;
-            *score = p * f32::from_le_bytes(*scale);
-            // As integers the magnitudes of floats keep their order, and anything not finite is above all that is.
-            *top = (score.to_bits() & 0x7fff_ffff).max(*top);
-        }
-    };
-    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
-    let (scale_chunks, scale_rest) = scales.as_chunks::<LANES>();
-    chunks.iter_mut().zip(scale_chunks).for_each(|(scores, scales)| weigh(scores, scales));
-    weigh(rest, scale_rest);
-    Weighed { sum: fold(sums, |a, b| a + b), top: f32::from_bits(fold(tops, u32::max)) }
-}
-
-/// Quantizes weights whose largest is `top` to codes up to 127 · 256. If it is not finite the scale of the codes is NaN.
-#[inline(always)]
-pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
-    *out.plane_sums = [0; 2];
-    let Some(factor) = weight_factor(top, &mut *out.scale) else {
-        out.hi.fill(0);
-        out.lo.fill(0);
-        return;
-    };
-    for ((hi, lo), weight) in out.hi.iter_mut().zip(&mut *out.lo).zip(weights) {
-        let code = weight.mul_add(factor, ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
-        *lo = code as i8;
-        *hi = ((code - i32::from(*lo)) >> 8) as i8;
-    }
-    *out.plane_sums = [&*out.hi, &*out.lo].map(|plane| plane.iter().map(|&code| i32::from(code)).sum());
-}
-
-/// Sets the scale of weights whose largest is `top`; returns its inverse, or nothing if all codes are to be 0.
-#[inline(always)]
-pub(crate) fn weight_factor(top: f32, scale: &mut f32) -> Option<f32> {
-    *scale = top / (127.0 * 256.0);
-    if !top.is_finite() {
-        *scale = f32::NAN;
-    } else if *scale < f32::MIN_POSITIVE {
-        // The inverse may be infinite; such weights are as good as 0.
-        *scale = 0.0;
-    } else {
-        return Some(1.0 / *scale);
-    }
-    None
 }
 
 /// `cap · tanh(x / cap)` of each.
@@ -182,11 +128,11 @@ pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], n
 /// Adds `new` to `totals`; returns the factors of what was made with each.
 #[inline(always)]
 pub(crate) fn merge_totals(totals: &mut SoftmaxTotals, new: SoftmaxTotals) -> [f32; 2] {
-    // Of two powers one is that of 0.
-    let (max, old_factor, new_factor) = match totals.max >= new.max {
-        true => (totals.max, 1.0, exp(new.max - totals.max)),
-        false => (new.max, exp(totals.max - new.max), 1.0),
-    };
+    // Of two powers one is that of 0. Which is as good as random, and no branch for the CPU to guess.
+    let is_old = totals.max >= new.max;
+    let max = if is_old { totals.max } else { new.max };
+    let power = exp(-(totals.max - new.max).abs());
+    let (old_factor, new_factor) = if is_old { (1.0, power) } else { (power, 1.0) };
     *totals = SoftmaxTotals { max, sum: totals.sum * old_factor + new.sum * new_factor };
     [old_factor, new_factor]
 }
@@ -280,15 +226,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x.is_nan() { x } else { result }
 }
 
-/// `e^x` within 3 ulp for `x <= 0`; what is below -87 counts as -87. NaN gives NaN.
-#[inline(always)]
-pub(crate) fn exp_nonpositive(x: f32) -> f32 {
-    exp_within(if x < -87.0 { -87.0 } else { x })
-}
-
 /// `e^x` within 3 ulp for `x` from -87 to 87, or NaN.
 ///
-/// As [`exp`], with what softmax and logistic function need and no more: half the work.
+/// As [`exp`], with what the logistic function needs and no more: half the work.
 #[inline(always)]
 fn exp_within(x: f32) -> f32 {
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use crate::arch::portable::vector::{self, ROUND};
+use crate::arch::portable::weights;
 use crate::arch::x86_64::quantize::{PLANES_SHIFT, usual_steps};
 use crate::kernels::{QuantizedRowMut, RowValues, WeightsMut};
 
@@ -29,15 +30,10 @@ pub(crate) fn quantize(row: RowValues<'_>, out: QuantizedRowMut<'_>) {
 
 /// As in `portable`.
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
-    *out.plane_sums = [0; 2];
-    let Some(factor) = vector::weight_factor(top, out.scale) else {
-        out.hi.fill(0);
-        out.lo.fill(0);
-        return;
-    };
+pub(crate) fn weigh(scores: &[f32], scales: &[[u8; 4]], [max, factor]: [f32; 2], mut out: WeightsMut<'_>) -> f32 {
     let factor = _mm256_set1_ps(factor);
-    let mut sums = [_mm256_setzero_si256(); 2];
+    let mut sums = [0.0; vector::LANES];
+    let mut plane_sums = [_mm256_setzero_si256(); 2];
     let mut quantize = |weights: &[f32; STEP], hi: &mut [i8; STEP], lo: &mut [i8; STEP]| {
         let mut codes = [_mm256_setzero_si256(); STEP / LANES];
         for (i, codes) in codes.iter_mut().enumerate() {
@@ -45,23 +41,36 @@ pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
             *codes = from_rounded(rounded, -PLANES_SHIFT);
         }
         let [high, low] = planes(codes);
-        sums = [_mm256_add_epi32(sums[0], four_sums(high)), _mm256_add_epi32(sums[1], four_sums(low))];
+        for (sum, plane) in plane_sums.iter_mut().zip([high, low]) {
+            *sum = _mm256_add_epi32(*sum, four_sums(plane));
+        }
         store(hi, high);
         store(lo, low);
     };
-    let (weights, rest) = weights.as_chunks();
+    let ((scores, score_rest), (scales, scale_rest)) = (scores.as_chunks::<STEP>(), scales.as_chunks::<STEP>());
     let ((hi, hi_rest), (lo, lo_rest)) = (out.hi.as_chunks_mut(), out.lo.as_chunks_mut());
-    for ((weights, hi), lo) in weights.iter().zip(hi).zip(lo) {
-        quantize(weights, hi, lo);
+    for (((scores, scales), hi), lo) in scores.iter().zip(scales).zip(hi).zip(lo) {
+        let mut weights = [0.0; STEP];
+        for at in [0, vector::LANES] {
+            let (scores, scales) = (&scores[at..][..vector::LANES], &scales[at..][..vector::LANES]);
+            weights::products(scores, scales, max, &mut sums, &mut weights[at..]);
+        }
+        quantize(&weights, hi, lo);
     }
-    if !rest.is_empty() {
+    if !score_rest.is_empty() {
         let (mut weights, mut hi, mut lo) = ([0.0; STEP], [0; STEP], [0; STEP]);
-        weights[..rest.len()].copy_from_slice(rest);
+        let pieces = score_rest.chunks(vector::LANES).zip(scale_rest.chunks(vector::LANES));
+        for ((scores, scales), weights) in pieces.zip(weights.chunks_mut(vector::LANES)) {
+            weights::products(scores, scales, max, &mut sums, weights);
+        }
         quantize(&weights, &mut hi, &mut lo);
-        hi_rest.copy_from_slice(&hi[..rest.len()]);
-        lo_rest.copy_from_slice(&lo[..rest.len()]);
+        hi_rest.copy_from_slice(&hi[..hi_rest.len()]);
+        lo_rest.copy_from_slice(&lo[..lo_rest.len()]);
     }
-    *out.plane_sums = sums.map(|sum| add_lanes(sum));
+    *out.plane_sums = plane_sums.map(|sum| add_lanes(sum));
+    let sum = vector::fold(sums, |a, b| a + b);
+    weights::erase_unless_finite(sum, &mut out);
+    sum
 }
 
 /// The largest magnitude, or infinity, or NaN.

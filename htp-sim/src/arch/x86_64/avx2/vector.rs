@@ -1,8 +1,8 @@
 //! The portable vector functions, compiled for this tier's registers.
 
-use crate::arch::portable::vector;
+use crate::arch::portable::{vector, weights};
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{RowsMut, SoftmaxTotals, Weighed};
+use crate::kernels::{Peak, RowsMut, SoftmaxTotals};
 
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
@@ -10,13 +10,18 @@ pub(crate) fn softmax(scores: &mut [f32]) -> SoftmaxTotals {
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn max(x: &[f32]) -> f32 {
-    vector::max(x)
+pub(crate) fn log_scales(scales: &[[u8; 4]], logs: &mut [f32]) {
+    weights::log_scales(scales, logs);
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
-    vector::weigh(scores, scales, max)
+pub(crate) fn peak(scores: &[f32], logs: &[f32]) -> Peak {
+    weights::peak(scores, logs)
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn weight_scales(peaks: [&[f32]; 2], to: [&mut [f32]; 2]) {
+    weights::weight_scales(peaks, to);
 }
 
 #[target_feature(enable = "avx2,fma")]

@@ -4,6 +4,7 @@ mod attention;
 pub(super) mod matmul;
 mod quantize;
 pub(crate) mod vector;
+mod weights;
 
 use crate::kernels::Kernels;
 
@@ -23,9 +24,10 @@ pub(crate) const KERNELS: Kernels = Kernels {
     values_f32: attention::values_f32,
     values_f16: attention::values_f16,
     softmax: vector::softmax,
-    max: vector::max,
-    weigh: vector::weigh,
-    quantize_weights: vector::quantize_weights,
+    log_scales: weights::log_scales,
+    peak: weights::peak,
+    weight_scales: weights::weight_scales,
+    weigh: weights::weigh,
     soft_cap: vector::soft_cap,
     sum_squares: vector::sum_squares,
     normalize: vector::normalize,

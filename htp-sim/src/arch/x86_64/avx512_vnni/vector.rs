@@ -5,9 +5,8 @@ use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
 use crate::arch::portable::vector::{self, EXP, INVERSE, LANES, LN2_HIGH, LN2_LOW, ROUND};
-use crate::arch::x86_64::quantize::PLANES_SHIFT;
 use crate::elementwise::{Activation, Unary};
-use crate::kernels::{RowsMut, SoftmaxTotals, Weighed, WeightsMut};
+use crate::kernels::{RowsMut, SoftmaxTotals};
 use crate::matmul::Write;
 
 /// `$a = $value` for each `$a` of `$to` and `$b` of `$from`, in whole registers. Compiled from the portable functions it became
@@ -101,87 +100,6 @@ pub(crate) fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
     in_registers!(out, x, |_out, x| _mm512_mul_ps(x, factor));
 }
 
-/// The portable function, step for step: compiled from there, half of it came out in smaller registers. So are the next two.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn max(x: &[f32]) -> f32 {
-    let mut tops = _mm512_set1_ps(f32::NEG_INFINITY);
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        // SAFETY: sixteen values, unaligned.
-        tops = _mm512_max_ps(unsafe { _mm512_loadu_ps(chunk.as_ptr()) }, tops);
-    }
-    // SAFETY: `mask` names as many values as there are.
-    tops = _mm512_max_ps(unsafe { _mm512_mask_loadu_ps(tops, mask(rest.len()), rest.as_ptr()) }, tops);
-    fold(tops, |a, b| _mm256_max_ps(a, b))
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn weigh(scores: &mut [f32], scales: &[[u8; 4]], max: f32) -> Weighed {
-    let len = scores.len();
-    assert!(scales.len() >= len);
-    let (scores, scales, max) = (scores.as_mut_ptr(), scales.as_ptr().cast::<f32>(), _mm512_set1_ps(max));
-    let (mut sums, mut tops) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-    let mut weigh = |at: usize, mask: u16| {
-        // SAFETY: `mask` names the scores from `at` on that exist; there are as many scales, and they need no alignment.
-        let (score, scale) =
-            unsafe { (_mm512_maskz_loadu_ps(mask, scores.add(at)), _mm512_maskz_loadu_ps(mask, scales.add(at))) };
-        let p = exp_nonpositive(_mm512_sub_ps(score, max));
-        sums = _mm512_mask_add_ps(sums, mask, sums, p);
-        let weight = _mm512_mul_ps(p, scale);
-        // SAFETY: as above.
-        unsafe { _mm512_mask_storeu_ps(scores.add(at), mask, weight) };
-        let magnitude = _mm512_maskz_and_epi32(mask, _mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
-        tops = _mm512_max_epu32(tops, magnitude);
-    };
-    // Whole registers first: with a mask that is known to be full, the compiler leaves it out.
-    let whole = len / LANES * LANES;
-    (0..whole).step_by(LANES).for_each(|at| weigh(at, u16::MAX));
-    if whole < len {
-        weigh(whole, mask(len - whole));
-    }
-    Weighed { sum: fold(sums, |a, b| _mm256_add_ps(a, b)), top: f32::from_bits(_mm512_reduce_max_epu32(tops)) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(crate) fn quantize_weights(weights: &[f32], top: f32, out: WeightsMut<'_>) {
-    *out.plane_sums = [0; 2];
-    let Some(factor) = vector::weight_factor(top, out.scale) else {
-        out.hi.fill(0);
-        out.lo.fill(0);
-        return;
-    };
-    assert!(out.hi.len() == weights.len() && out.lo.len() == weights.len());
-    let (factor, round) = (_mm512_set1_ps(factor), _mm512_set1_ps(ROUND));
-    let mut sums = [_mm512_setzero_si512(); 2];
-    let (from, hi, lo) = (weights.as_ptr(), out.hi.as_mut_ptr(), out.lo.as_mut_ptr());
-    let mut quantize = |at: usize, left: usize| {
-        let mut codes = [_mm512_setzero_si512(); 4];
-        for (i, codes) in codes.iter_mut().enumerate() {
-            let mask = mask(left.saturating_sub(i * LANES));
-            // SAFETY: `mask` names the weights that exist; others read as 0 and get the code 0.
-            let weight = unsafe { _mm512_maskz_loadu_ps(mask, from.wrapping_add(at + i * LANES)) };
-            let rounded = _mm512_castps_si512(_mm512_fmadd_ps(weight, factor, round));
-            *codes = _mm512_sub_epi32(rounded, _mm512_set1_epi32(ROUND.to_bits().cast_signed() - PLANES_SHIFT));
-        }
-        let mask = u64::MAX >> (64 - left);
-        let [high, low] = planes(codes);
-        sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_set1_epi8(1), high);
-        sums[1] = _mm512_dpbusd_epi32(sums[1], _mm512_set1_epi8(1), low);
-        // SAFETY: both planes are as long as the weights (asserted), and `mask` names those from `at` on.
-        unsafe {
-            _mm512_mask_storeu_epi8(hi.add(at), mask, high);
-            _mm512_mask_storeu_epi8(lo.add(at), mask, low);
-        }
-    };
-    // Whole ones first, as in `weigh`.
-    let whole = weights.len() / (4 * LANES) * (4 * LANES);
-    (0..whole).step_by(4 * LANES).for_each(|at| quantize(at, 4 * LANES));
-    if whole < weights.len() {
-        quantize(whole, weights.len() - whole);
-    }
-    *out.plane_sums = [_mm512_reduce_add_epi32(sums[0]), _mm512_reduce_add_epi32(sums[1])];
-}
-
 /// The high and the low bytes of 64 codes, `code = 256 · hi + lo`, both signed, from the codes plus [`PLANES_SHIFT`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -225,14 +143,6 @@ pub(crate) fn silu(x: __m512) -> __m512 {
 /// As in `portable`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn exp_nonpositive(x: __m512) -> __m512 {
-    // In this order NaN stays.
-    exp_within(_mm512_max_ps(_mm512_set1_ps(-87.0), x))
-}
-
-/// As in `portable`.
-#[inline]
-#[target_feature(enable = "avx512f")]
 fn exp_within(x: __m512) -> __m512 {
     let shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(ROUND));
     let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
@@ -271,14 +181,14 @@ fn inverse(d: __m512) -> __m512 {
 }
 
 /// The first `n` lanes.
-fn mask(n: usize) -> u16 {
+pub(super) fn mask(n: usize) -> u16 {
     u16::MAX.checked_shr((LANES - n.min(LANES)) as u32).unwrap_or(0)
 }
 
 /// Sixteen values to one, halving: in the order of [`vector::fold`]. `f` is applied to halves of a register.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-fn fold(lanes: __m512, f: impl Fn(__m256, __m256) -> __m256) -> f32 {
+pub(super) fn fold(lanes: __m512, f: impl Fn(__m256, __m256) -> __m256) -> f32 {
     let eight = f(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
     let four = f(eight, _mm256_permute2f128_ps::<1>(eight, eight));
     let two = f(four, _mm256_permute_ps::<0b00_00_11_10>(four));
