@@ -57,8 +57,10 @@ pub struct Kernels {
     pub(crate) add_row: unsafe fn(&mut [f32], usize, &[f32], f32),
     /// Writes or adds the first columns of each row of `values`, `[_, width]`, `width` a multiple of 16, to its place.
     pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
-    /// `merge(acc, totals, part, part_totals)` adds a part of attention to `acc`; each was made with the totals of its softmax.
-    pub(crate) merge: unsafe fn(&mut [f32], &mut SoftmaxTotals, &[f32], SoftmaxTotals),
+    /// Merging parts of attention: of each row, the maximum and sum so far, which get those of the part added, and the factors of what
+    /// was made with either; then, row by row, `acc = acc · factor + part · factor`.
+    pub(crate) merge_totals: unsafe fn([&mut [f32]; 2], [&[f32]; 2], [&mut [f32]; 2]),
+    pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
     /// `out = x · factor`.
     pub(crate) scale: unsafe fn(&[f32], f32, &mut [f32]),
     /// Products that go straight to the output, on tiers that gain by it.

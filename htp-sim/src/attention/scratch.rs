@@ -2,7 +2,7 @@
 
 use super::tile::Tile;
 use super::{CacheFormat, CacheLayout, RANGE, TILE_ROWS};
-use crate::kernels::{Kernels, SoftmaxTotals};
+use crate::kernels::Kernels;
 use crate::scratch::Aligned;
 
 /// One worker's buffers.
@@ -22,16 +22,16 @@ pub(super) struct WorkerScratch {
     pub(super) p_lo: Aligned<i8>,
     pub(super) p_scales: [f32; TILE_ROWS],
     pub(super) p_sums: [[i32; 2]; TILE_ROWS],
-    pub(super) totals: [SoftmaxTotals; TILE_ROWS],
-    /// What the scales of the codes follow from: logarithms of the values' scales, and each row's largest score and product.
+    pub(super) totals: Totals,
+    /// What the scales of the codes follow from, besides the largest scores: logarithms of the values' scales, and each row's largest
+    /// product.
     pub(super) log_scales: [f32; RANGE],
-    pub(super) maxima: [f32; TILE_ROWS],
     pub(super) log_tops: [f32; TILE_ROWS],
     /// Their inverses.
     pub(super) factors: [f32; TILE_ROWS],
     pub(super) part: Aligned<f32>,
     /// All ranges so far.
-    pub(super) running: [SoftmaxTotals; TILE_ROWS],
+    pub(super) running: Totals,
     pub(super) acc: Aligned<f32>,
 }
 
@@ -53,46 +53,50 @@ impl WorkerScratch {
             p_lo: Aligned::zeroed(p_planes),
             p_scales: [0.0; TILE_ROWS],
             p_sums: [[0; 2]; TILE_ROWS],
-            totals: [EMPTY; TILE_ROWS],
+            totals: Totals::EMPTY,
             log_scales: [0.0; RANGE],
-            maxima: [0.0; TILE_ROWS],
             log_tops: [0.0; TILE_ROWS],
             factors: [0.0; TILE_ROWS],
             part: Aligned::zeroed(TILE_ROWS * stride),
-            running: [EMPTY; TILE_ROWS],
+            running: Totals::EMPTY,
             acc: Aligned::zeroed(TILE_ROWS * stride),
         }
     }
 
     /// Forgets what was merged.
     pub(super) fn reset(&mut self, tile: &Tile) {
-        self.running[..tile.rows].fill(EMPTY);
+        self.running = Totals::EMPTY;
         self.acc[..tile.rows * self.stride].fill(0.0);
     }
 
     /// Merges `totals` and `part` into `running` and `acc`.
     pub(super) fn merge_part(&mut self, kernels: &Kernels, tile: &Tile) {
-        for row in 0..tile.rows {
-            let (new, old) = (self.totals[row], self.running[row]);
-            if new.sum == 0.0 {
+        let (rows, old) = (tile.rows, self.running.sums);
+        let Totals { maxima, sums } = &mut self.running;
+        let totals = [&mut maxima[..rows], &mut sums[..rows]];
+        let new = [&self.totals.maxima[..rows], &self.totals.sums[..rows]];
+        let [mut old_factors, mut new_factors] = [[0.0; TILE_ROWS]; 2];
+        let factors = [&mut old_factors[..rows], &mut new_factors[..rows]];
+        // SAFETY: the table exists only on a CPU that has its instruction set; all slices have a value for each row.
+        unsafe { (kernels.merge_totals)(totals, new, factors) };
+        let parts = self.part.chunks_exact(self.stride).zip(self.acc.chunks_exact_mut(self.stride));
+        for (row, (part, acc)) in parts.take(rows).enumerate() {
+            if self.totals.sums[row] == 0.0 {
                 continue;
             }
-            let (acc, part) = (&mut self.acc[row * self.stride..], &self.part[row * self.stride..][..self.stride]);
-            if old == EMPTY {
-                self.running[row] = new;
-                acc[..self.stride].copy_from_slice(part);
+            if old[row] == 0.0 {
+                acc.copy_from_slice(part);
                 continue;
             }
             // SAFETY: the table exists only on a CPU that has its instruction set.
-            unsafe { (kernels.merge)(&mut acc[..self.stride], &mut self.running[row], part, new) }
+            unsafe { (kernels.merge)(acc, part, [old_factors[row], new_factors[row]]) }
         }
     }
 
     /// Writes `totals` and `part` to `slots`, `[rows, stride + 2]`.
     pub(super) fn save_part(&self, tile: &Tile, slots: &mut [f32]) {
         for (row, slot) in slots.chunks_exact_mut(self.stride + 2).take(tile.rows).enumerate() {
-            let SoftmaxTotals { max, sum } = self.totals[row];
-            slot[..2].copy_from_slice(&[max, sum]);
+            slot[..2].copy_from_slice(&[self.totals.maxima[row], self.totals.sums[row]]);
             slot[2..].copy_from_slice(&self.part[row * self.stride..][..self.stride]);
         }
     }
@@ -100,11 +104,20 @@ impl WorkerScratch {
     /// Reads what [`save_part`](Self::save_part) wrote.
     pub(super) fn load_part(&mut self, tile: &Tile, slots: &[f32]) {
         for (row, slot) in slots.chunks_exact(self.stride + 2).take(tile.rows).enumerate() {
-            self.totals[row] = SoftmaxTotals { max: slot[0], sum: slot[1] };
+            (self.totals.maxima[row], self.totals.sums[row]) = (slot[0], slot[1]);
             self.part[row * self.stride..][..self.stride].copy_from_slice(&slot[2..]);
         }
     }
 }
 
-/// Nothing seen yet.
-const EMPTY: SoftmaxTotals = SoftmaxTotals { max: f32::NEG_INFINITY, sum: 0.0 };
+/// Of each row the largest score, and the sum of `exp(score - max)`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Totals {
+    pub(super) maxima: [f32; TILE_ROWS],
+    pub(super) sums: [f32; TILE_ROWS],
+}
+
+impl Totals {
+    /// Nothing seen yet.
+    const EMPTY: Self = Self { maxima: [f32::NEG_INFINITY; TILE_ROWS], sums: [0.0; TILE_ROWS] };
+}

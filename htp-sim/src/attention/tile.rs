@@ -119,9 +119,9 @@ impl Problem<'_> {
             self.cap(seen);
             // SAFETY: as above; there is a logarithm for each position of the span, and `visible` is inside.
             let peak = unsafe { (self.kernels.peak)(seen, &logs[visible]) };
-            (scratch.maxima[row], scratch.log_tops[row]) = (peak.max, peak.log_top);
+            (scratch.totals.maxima[row], scratch.log_tops[row]) = (peak.max, peak.log_top);
         }
-        let peaks = [&scratch.maxima[..tile.rows], &scratch.log_tops[..tile.rows]];
+        let peaks = [&scratch.totals.maxima[..tile.rows], &scratch.log_tops[..tile.rows]];
         // SAFETY: as above; all slices have a value for each row.
         unsafe {
             (self.kernels.weight_scales)(peaks, [&mut scratch.p_scales[..tile.rows], &mut scratch.factors[..tile.rows]])
@@ -135,7 +135,7 @@ impl Problem<'_> {
                 lo[outside].fill(0);
             }
             let seen = &scratch.scores[scores(row, &visible)];
-            let max = scratch.maxima[row];
+            let max = scratch.totals.maxima[row];
             let target = WeightsMut {
                 hi: &mut hi[visible.clone()],
                 lo: &mut lo[visible.clone()],
@@ -144,7 +144,7 @@ impl Problem<'_> {
             };
             // SAFETY: as above; all slices are as long as `visible`.
             let sum = unsafe { (self.kernels.weigh)(seen, &scales[visible], [max, scratch.factors[row]], target) };
-            scratch.totals[row] = SoftmaxTotals { max, sum };
+            scratch.totals.sums[row] = sum;
         }
         let values = IntegerTile {
             rows: tile.rows,
@@ -182,7 +182,8 @@ impl Problem<'_> {
             let seen = &mut scores[visible];
             self.cap(seen);
             // SAFETY: the table exists only on a CPU that has its instruction set.
-            scratch.totals[row] = unsafe { (self.kernels.softmax)(seen) };
+            let SoftmaxTotals { max, sum } = unsafe { (self.kernels.softmax)(seen) };
+            (scratch.totals.maxima[row], scratch.totals.sums[row]) = (max, sum);
         }
         let part = &mut scratch.part[..tile.rows * head_dim];
         part.fill(0.0);
@@ -207,7 +208,7 @@ impl Problem<'_> {
         for row in 0..tile.rows {
             // SAFETY: each pair of row and head belongs to one tile, and each tile is one item.
             let out = unsafe { out.range(self.at(tile, row), head_dim) };
-            let factor = 1.0 / scratch.running[row].sum;
+            let factor = 1.0 / scratch.running.sums[row];
             // SAFETY: the table exists only on a CPU that has its instruction set.
             unsafe { (self.kernels.scale)(&scratch.acc[row * stride..][..head_dim], factor, out) }
         }

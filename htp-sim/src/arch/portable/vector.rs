@@ -118,23 +118,33 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
     }
 }
 
-/// Adds `part`, made with the totals `new`, to `acc`, made with `totals`; both are brought to the larger maximum.
+/// Adds to the maximum and the sum of each row those of a part; writes the factors that bring what was made with each to the larger
+/// maximum.
 #[inline(always)]
-pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
-    let [old, new] = merge_totals(totals, new);
-    in_lanes(acc, part, |acc, part| *acc = *acc * old + part * new);
+pub(crate) fn merge_totals(
+    [maxima, sums]: [&mut [f32]; 2],
+    new: [&[f32]; 2],
+    [old_factors, new_factors]: [&mut [f32]; 2],
+) {
+    let rows = maxima.iter_mut().zip(sums).zip(new[0].iter().zip(new[1]));
+    for (((max, sum), (new_max, new_sum)), (old_factor, new_factor)) in
+        rows.zip(old_factors.iter_mut().zip(new_factors))
+    {
+        // Of two powers one is that of 0. Which is as good as random: no branch for the CPU to guess.
+        let is_old = *max >= *new_max;
+        let power = exp(-(*max - *new_max).abs());
+        (*old_factor, *new_factor) = if is_old { (1.0, power) } else { (power, 1.0) };
+        *max = if is_old { *max } else { *new_max };
+        let merged = *sum * *old_factor + new_sum * *new_factor;
+        // Of two parts without anything the factors are no numbers.
+        *sum = if *new_sum == 0.0 { *sum } else { merged };
+    }
 }
 
-/// Adds `new` to `totals`; returns the factors of what was made with each.
+/// Adds a part to what is there, each times its factor.
 #[inline(always)]
-pub(crate) fn merge_totals(totals: &mut SoftmaxTotals, new: SoftmaxTotals) -> [f32; 2] {
-    // Of two powers one is that of 0. Which is as good as random, and no branch for the CPU to guess.
-    let is_old = totals.max >= new.max;
-    let max = if is_old { totals.max } else { new.max };
-    let power = exp(-(totals.max - new.max).abs());
-    let (old_factor, new_factor) = if is_old { (1.0, power) } else { (power, 1.0) };
-    *totals = SoftmaxTotals { max, sum: totals.sum * old_factor + new.sum * new_factor };
-    [old_factor, new_factor]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], [old, new]: [f32; 2]) {
+    in_lanes(acc, part, |acc, part| *acc = *acc * old + part * new);
 }
 
 /// `out = x · factor`.

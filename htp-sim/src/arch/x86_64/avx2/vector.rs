@@ -65,8 +65,13 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
-    vector::merge(acc, totals, part, new);
+pub(crate) fn merge_totals(totals: [&mut [f32]; 2], new: [&[f32]; 2], factors: [&mut [f32]; 2]) {
+    vector::merge_totals(totals, new, factors);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
+    vector::merge(acc, part, factors);
 }
 
 #[target_feature(enable = "avx2,fma")]

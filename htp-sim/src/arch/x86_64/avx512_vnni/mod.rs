@@ -37,6 +37,7 @@ pub(crate) const KERNELS: Kernels = Kernels {
     rotate: vector::rotate,
     add_row: vector::add_row,
     store_rows: vector::store_rows,
+    merge_totals: vector::merge_totals,
     merge: vector::merge,
     scale: vector::scale,
     straight: None,

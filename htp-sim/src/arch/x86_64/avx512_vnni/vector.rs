@@ -89,8 +89,13 @@ pub(crate) fn store_rows(values: &[f32], width: usize, to: RowsMut<'_>) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn merge(acc: &mut [f32], totals: &mut SoftmaxTotals, part: &[f32], new: SoftmaxTotals) {
-    let [old, new] = vector::merge_totals(totals, new).map(|factor| _mm512_set1_ps(factor));
+pub(crate) fn merge_totals(totals: [&mut [f32]; 2], new: [&[f32]; 2], factors: [&mut [f32]; 2]) {
+    vector::merge_totals(totals, new, factors);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn merge(acc: &mut [f32], part: &[f32], factors: [f32; 2]) {
+    let [old, new] = factors.map(|factor| _mm512_set1_ps(factor));
     in_registers!(acc, part, |acc, part| _mm512_add_ps(_mm512_mul_ps(acc, old), _mm512_mul_ps(part, new)));
 }
 
