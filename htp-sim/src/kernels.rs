@@ -59,7 +59,7 @@ pub struct Kernels {
     pub(crate) store_rows: unsafe fn(&[f32], usize, RowsMut<'_>),
     /// Merging parts of attention: of each row, the maximum and sum so far, which get those of the part added, and the factors of what
     /// was made with either; then, row by row, `acc = acc · factor + part · factor`.
-    pub(crate) merge_totals: unsafe fn([&mut [f32]; 2], [&[f32]; 2], [&mut [f32]; 2]),
+    pub(crate) merge_totals: MergeFn,
     pub(crate) merge: unsafe fn(&mut [f32], &[f32], [f32; 2]),
     /// `out = x · factor`.
     pub(crate) scale: unsafe fn(&[f32], f32, &mut [f32]),
@@ -94,6 +94,7 @@ pub(crate) type IntegerFn = unsafe fn(&IntegerTile<'_>, &mut [f32]);
 pub(crate) type FloatFn = unsafe fn(&FloatTile<'_>, &mut [f32]);
 pub(crate) type RotateFn = unsafe fn(&mut [f32], &mut [f32], &[f32], &[f32]);
 pub(crate) type WeighFn = unsafe fn(&[f32], &[[u8; 4]], [f32; 2], WeightsMut<'_>) -> f32;
+pub(crate) type MergeFn = unsafe fn([&mut [f32]; 2], [&[f32]; 2], [&mut [f32]; 2]);
 pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 
 /// Quantized rows by integer weights: `out[rows, 16 · panels]` is overwritten with the floats.
