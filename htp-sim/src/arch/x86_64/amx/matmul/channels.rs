@@ -121,9 +121,9 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
             // piece stores the sums that the others load.
             unsafe {
                 if two_heights || PLANES == 2 {
-                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums.0[slot..][..2]);
+                    group.multiply::<U, 2, W>(&mut self.unit, &mut self.sums.0[slot..][..2], &mut ahead);
                 } else {
-                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums.0[slot..][..1]);
+                    group.multiply::<U, 1, W>(&mut self.unit, &mut self.sums.0[slot..][..1], &mut ahead);
                 }
             }
             if is_last {
@@ -134,22 +134,20 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
                     unsafe { self.finish(finish) }
                 }
             }
-            ahead.ask_for_some::<W>();
             row += rows;
         }
     }
 
-    /// The next panels' codes, to come to the second cache meanwhile.
+    /// The same inputs of the next panels, to come to the second cache while these are multiplied by all rows.
     #[inline(always)]
     fn codes_ahead(&self, piece: &Piece<'_>) -> CodesAhead {
         let tile = self.tiles[0];
-        let lines = match tile.rows {
-            ..=ROWS => 0,
-            rows => tile.panel_bytes.div_ceil(64).div_ceil(rows.div_ceil(ROWS)),
-        };
+        let [from, bytes] = [piece.inputs.start, piece.inputs.len()].map(|inputs| tile.panel_bytes * inputs / tile.k);
+        let steps = piece.inputs.len() / (self.fours * 4) * tile.rows.div_ceil(ROWS);
+        let lines = if tile.rows > ROWS { bytes.div_ceil(64).div_ceil(steps).min(MAX_LINES) } else { 0 };
         let next = std::array::from_fn(|i| {
             let panel = piece.panel + Self::PANELS + if GATED { 0 } else { i };
-            self.tiles[i].codes.as_ptr().wrapping_add(panel * tile.panel_bytes)
+            self.tiles[i].codes.as_ptr().wrapping_add(panel * tile.panel_bytes + from)
         });
         CodesAhead { next, lines }
     }
@@ -224,7 +222,8 @@ impl Piece<'_> {
     }
 }
 
-/// Where the next codes of both panels lie, and how many lines of them are asked for at a time.
+/// Where the next codes of both panels lie, and how many lines of them are asked for with each step. (All of 16 rows' at once were so
+/// many that the core waited for them: that cost long rows a tenth to a third of their time.)
 struct CodesAhead {
     next: [*const u8; PANELS],
     lines: usize,
@@ -265,7 +264,12 @@ impl Group {
     /// The unit is configured for the height and the width of the tiles, and x and weights hold the piece's inputs of as many rows.
     /// But for the first piece, the sums were stored before.
     #[inline(always)]
-    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(&self, unit: &mut U, sums: &mut [PairSums]) {
+    unsafe fn multiply<U: TileUnit, const X: usize, const W: usize>(
+        &self,
+        unit: &mut U,
+        sums: &mut [PairSums],
+        ahead: &mut CodesAhead,
+    ) {
         let places: [*mut u8; 4] = std::array::from_fn(|i| sums[(i / 2).min(X - 1)][i % 2].as_mut_ptr().cast());
         // SAFETY: the caller's promise; each place in the sums has 16 rows.
         unsafe {
@@ -312,6 +316,7 @@ impl Group {
                 if X == 2 && W == 2 {
                     unit.dot::<3, 5, 7>()
                 }
+                ahead.ask_for_some::<W>();
                 at += self.step;
             }
             unit.store::<0>(places[0], 64);
@@ -460,6 +465,9 @@ impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
         }
     }
 }
+
+/// Lines of a panel that are asked for with a step at most. Few rows have to do with a part: more would make them wait.
+const MAX_LINES: usize = 2;
 
 /// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes.
 const MAX_JOINED: usize = 508;
