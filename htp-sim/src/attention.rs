@@ -1,7 +1,7 @@
 //! Grouped-query causal attention over a KV cache.
 //!
 //! ```text
-//! for each KV head, for each tile of up to 48 query rows (all query heads of the KV head, then the next position):
+//! for each KV head, for each tile of up to 96 query rows (all query heads of the KV head, then the next position):
 //!     for each range of 256 positions that the tile sees:
 //!         scores = q · Kᵀ            (the matmul kernels: keys lie in panels of 16 positions, like weights)
 //!         p = exp(scores - max), 0 where a row does not see the position
@@ -100,8 +100,12 @@ pub fn attention(
     if m == 0 {
         return Ok(());
     }
-    let problem = Problem { kernels: cx.kernels, cache: *cache, past, m, q, params: *params };
     let kv_heads = cache.layout.kv_heads();
+    // Tiles of more rows compute more that a prompt's later rows alone see, which matters where there is little before them.
+    let rows = m * (params.heads / kv_heads);
+    let is_deep = past >= RANGE && kv_heads * rows.div_ceil(TILE_ROWS) >= TILES_PER_WORKER * cx.workers.count();
+    let tile_rows = if is_deep { TILE_ROWS } else { TILE_ROWS / 2 };
+    let problem = Problem { kernels: cx.kernels, cache: *cache, past, m, q, params: *params, tile_rows };
     let n_items = kv_heads * problem.tiles();
     let (ranges, slot) = ((past + m).div_ceil(RANGE), cache.layout.value_head_dim() + 2);
     let few = n_items < TILES_PER_WORKER * cx.workers.count();
@@ -216,9 +220,9 @@ fn check_heads(layout: CacheLayout, heads: usize) -> Result<(), ShapeError> {
 /// Positions that are computed in one go, and the unit in which a long cache is shared out.
 const RANGE: usize = 256;
 
-/// Query rows of a tile: three times what the AMX unit takes at once, so that it sleeps and wakes less often between scores and
-/// values (each time it wakes costs as much as thirty of its products).
-const TILE_ROWS: usize = 48;
+/// Query rows of a tile, at most: six times what the AMX unit takes at once, so that it sleeps and wakes less often between scores and
+/// values (each time it wakes costs as much as fifty of its products).
+const TILE_ROWS: usize = 96;
 
 /// Pieces of neighbouring ranges for each worker, when ranges are shared out.
 const CHUNKS_PER_WORKER: usize = 4;

@@ -106,8 +106,9 @@ fn cases() -> Vec<Case> {
         for head_dim in [1, 7, 36, 80, 128, 192] {
             cases.push(Case::new(layout(1, head_dim, 100), params(2, head_dim), 33, 4));
         }
-        // More query heads than rows in a tile; more KV heads than workers.
+        // More query heads than rows in a tile, in tiles of few rows and of many; more KV heads than workers.
         cases.push(Case::new(layout(1, 16, 300), params(60, 16), 270, 2));
+        cases.push(Case::new(layout(1, 16, 300), params(60, 16), 270, 20));
         cases.push(Case::new(layout(13, 8, 300), params(13, 8), 270, 1));
         let window = |window| AttentionParams { window: Some(window), ..params(4, 32) };
         for (past, m, size) in [(0, 40, 8), (500, 1, 300), (500, 20, 17), (600, 1, 1), (100, 3, 1000)] {

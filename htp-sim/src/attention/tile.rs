@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::scratch::WorkerScratch;
-use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE, TILE_ROWS};
+use super::{AttentionParams, Cache, CacheFormat, MAX_HEAD_DIM, RANGE};
 use crate::kernels::{
     FloatTile, IntegerTile, Kernels, QuantizedRowMut, RowValues, SoftmaxTotals, ValuesTile, WeightsMut,
 };
@@ -19,6 +19,8 @@ pub(super) struct Problem<'a> {
     pub(super) m: usize,
     pub(super) q: &'a [f32],
     pub(super) params: AttentionParams,
+    /// At most `TILE_ROWS`.
+    pub(super) tile_rows: usize,
 }
 
 /// Query rows `first..first + rows` of a KV head, counted over positions and, inside a position, over its query heads.
@@ -50,12 +52,12 @@ struct Span {
 impl Problem<'_> {
     /// Tiles of one KV head.
     pub(super) fn tiles(&self) -> usize {
-        self.rows().div_ceil(TILE_ROWS)
+        self.rows().div_ceil(self.tile_rows)
     }
 
     pub(super) fn tile(&self, kv_head: usize, tile: usize) -> Tile {
-        let first = tile * TILE_ROWS;
-        let rows = TILE_ROWS.min(self.rows() - first);
+        let first = tile * self.tile_rows;
+        let rows = self.tile_rows.min(self.rows() - first);
         let positions = self.visible(first).start..self.visible(first + rows - 1).end;
         Tile { kv_head, first, rows, slot: kv_head * self.rows() + first, positions }
     }
