@@ -27,7 +27,7 @@ pub(super) struct WorkerScratch {
     /// product.
     pub(super) log_scales: [f32; RANGE],
     pub(super) log_tops: [f32; TILE_ROWS],
-    /// Their inverses.
+    /// The inverses of `p_scales`, or 0.
     pub(super) factors: [f32; TILE_ROWS],
     pub(super) part: Aligned<f32>,
     /// All ranges so far.

@@ -145,8 +145,8 @@ impl Problem<'_> {
                 plane_sums: &mut scratch.p_sums[row],
             };
             // SAFETY: as above; all slices are as long as `visible`.
-            let sum = unsafe { (self.kernels.weigh)(seen, &scales[visible], [max, scratch.factors[row]], target) };
-            scratch.totals.sums[row] = sum;
+            scratch.totals.sums[row] =
+                unsafe { (self.kernels.weigh)(seen, &scales[visible], [max, scratch.factors[row]], target) };
         }
         let values = IntegerTile {
             rows: tile.rows,

@@ -130,7 +130,7 @@ pub(crate) fn merge_totals(
     for (((max, sum), (new_max, new_sum)), (old_factor, new_factor)) in
         rows.zip(old_factors.iter_mut().zip(new_factors))
     {
-        // Of two powers one is that of 0. Which is as good as random: no branch for the CPU to guess.
+        // Of two powers one is that of 0. Which one is as good as random, so there is no branch for the CPU to guess.
         let is_old = *max >= *new_max;
         let power = exp(-(*max - *new_max).abs());
         (*old_factor, *new_factor) = if is_old { (1.0, power) } else { (power, 1.0) };
