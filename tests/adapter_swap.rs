@@ -57,7 +57,8 @@ impl Files {
             tiny.write_peft(folder, 100 + i as u64, FIRST_RANK + i).unwrap();
         }
         let named: Vec<(&str, &Path)> = WEIGHTS.into_iter().zip(folders.iter().map(PathBuf::as_path)).collect();
-        let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::Default };
+        // Without blocks: on every tier a conversation that goes on has the bits of one that is fed whole.
+        let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::PerChannel };
         let precision = Precision { weights, activations: ActivationBits::Sixteen, cache: None };
         let convert = |tiny: &TinyModel| match kind {
             Kind::Weights => Converted::tiny_with_adapters(tiny, precision, &named),

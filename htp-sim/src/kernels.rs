@@ -86,6 +86,17 @@ pub(crate) struct Straight {
     pub(crate) silu_w8c: GatedFn,
     pub(crate) silu_w4c: GatedFn,
     pub(crate) silu_w4e: GatedFn,
+    /// Products with block weights: whether so many rows of so many inputs are worth it. They and those of [`Kernels::matmul_q_w4b`] and
+    /// its like then round weights, see [`IntegerTile`].
+    pub(crate) fits_blocks: fn(usize, usize) -> bool,
+    pub(crate) q_w8b: StraightFn,
+    pub(crate) q_w6b: StraightFn,
+    pub(crate) q_w5b: StraightFn,
+    pub(crate) q_w4b: StraightFn,
+    pub(crate) silu_w8b: GatedFn,
+    pub(crate) silu_w6b: GatedFn,
+    pub(crate) silu_w5b: GatedFn,
+    pub(crate) silu_w4b: GatedFn,
 }
 
 pub(crate) type StraightFn = unsafe fn(&IntegerTile<'_>, &RowsMut<'_>);
@@ -101,12 +112,15 @@ pub(crate) type ValuesFn = unsafe fn(&ValuesTile<'_>, &mut [f32]);
 ///
 /// All tiers give the same bits: with `dot` the exact integer `Σ x · code`, blocks in ascending order compute
 /// `acc += scale · float(dot + offset · Σx)` (and `acc += min · float(Σx)`), each rounded once, and the result is
-/// `acc · x_scale`. Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`, of 8-bit x
+/// `acc · x_scale`. (Where [`Straight::fits_blocks`], weights are rounded to 16 bits of their output's range instead: see the kernels
+/// that do so.) Per channel it is `(256 · float(dot_hi) + float(dot_lo)) · (scale · x_scale)`, of 8-bit x
 /// `float(dot_hi) · (scale · x_scale)`; with steps too, and the code is then `(u - 8) · step`.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// At most [`MAX_TILE_ROWS`].
     pub(crate) rows: usize,
+    /// Rows of the product that the tile is a part of.
+    pub(crate) all_rows: usize,
     pub(crate) panels: usize,
     /// Inputs to sum over: a multiple of 4, or of 8, 32 and 16 where codes have 4, 5 and 6 bits.
     pub(crate) k: usize,

@@ -7,7 +7,7 @@
 //! this CPU, which is the one place that chooses by instruction set, and the [`Workers`] team that shares the work.
 //!
 //! Operations check every length first and write nothing if one is wrong. After construction nothing allocates. Results
-//! depend neither on the number of workers nor on how many rows are computed together.
+//! depend neither on the number of workers nor, but for one case that [`linear`] tells of, on how many rows are computed together.
 
 #![deny(unsafe_code)]
 

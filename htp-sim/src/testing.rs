@@ -1,7 +1,7 @@
 //! Numbers and matrices for the tests of this crate.
 
 use crate::packed::{BlockOffset, Offsets, PackedLayout, WeightFormat, pack_float, pack_quantized};
-use crate::{Cx, Kernels, Workers};
+use crate::{Cx, Kernels, PackedWeights, QuantizedRows, Workers};
 
 /// A small generator of reproducible noise (splitmix64).
 pub(crate) struct Noise(pub(crate) u64);
@@ -110,4 +110,70 @@ pub(crate) fn team(n: usize) -> Workers {
 /// The bits of floats: comparisons that see the sign of zero and equal NaNs.
 pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Whether a tier rounds these weights to 16 bits in a product of `m` rows.
+pub(crate) fn rounds(kernels: &Kernels, weights: PackedWeights<'_>, m: usize) -> bool {
+    let (k, block) = (weights.layout().k(), weights.layout().format().block());
+    block.is_some() && kernels.straight.is_some_and(|kernels| (kernels.fits_blocks)(m, k))
+}
+
+/// `x · Wᵀ` by weights rounded to 16 bits, to the bit: what tiers that [`rounds`] says make.
+pub(crate) fn rounded_product(x: &QuantizedRows, weights: PackedWeights<'_>) -> Vec<f32> {
+    let (n, k) = (weights.layout().n(), weights.layout().k());
+    let mut out = vec![0.0; x.rows() * n];
+    for column in 0..n {
+        let (unit, codes) = rounded_weights(weights, column);
+        for row in 0..x.rows() {
+            let (mut high, mut mixed) = (0, 0);
+            for (i, &w) in codes.iter().enumerate() {
+                let ([x_high, x_low], [w_high, w_low]) = (planes(x.code(row, i)), planes(w));
+                let (x_high, x_low) = if x.bits() == crate::ActBits::Eight { (x_low, 0) } else { (x_high, x_low) };
+                high += x_high * w_high;
+                mixed += x_high * w_low + x_low * w_high;
+            }
+            assert!(k <= 65536);
+            // With one rounding where both fit 32 bits.
+            let sum = if k <= 508 { (256 * high + mixed) as f32 } else { (high as f32).mul_add(256.0, mixed as f32) };
+            let scale = if x.bits() == crate::ActBits::Eight { unit } else { unit * 256.0 };
+            out[row * n + column] = sum * (scale * x.scale(row));
+        }
+    }
+    out
+}
+
+/// How far apart the rounded weights of an output are.
+pub(crate) fn rounding_unit(weights: PackedWeights<'_>, output: usize) -> f32 {
+    rounded_weights(weights, output).0
+}
+
+/// The unit of a row of weights, and its values in units.
+fn rounded_weights(weights: PackedWeights<'_>, row: usize) -> (f32, Vec<i64>) {
+    let format = weights.layout().format();
+    let (k, zero, half) = (weights.layout().k(), format.zero_code(), 1_i32 << (format.bits() - 1));
+    let middle = |i: usize| {
+        let (scale, min) = (weights.scale(row, i), weights.min(row, i));
+        match format.block_offset() {
+            BlockOffset::Integer if scale != 0.0 => ((min / scale).round() + f32::from(zero)) * scale,
+            BlockOffset::Min => scale.mul_add(f32::from(zero), min),
+            _ => 0.0,
+        }
+    };
+    let largest = |of: &dyn Fn(usize) -> f32| (0..k).map(|i| of(i).abs()).fold(0.0, f32::max);
+    let bound = largest(&|i| weights.scale(row, i)).mul_add(half as f32, largest(&middle));
+    let per_unit = if bound == 0.0 { 0.0 } else { 32512.0 / bound };
+    let code = |i: usize| {
+        let step = (weights.scale(row, i) * (per_unit * half as f32)).round_ties_even() as i32;
+        let code = (weights.code(row, i) - i32::from(zero)) * (32768 / half);
+        let product = (code * step + (1 << 14)) >> 15;
+        i64::from(product + (middle(i) * per_unit).round_ties_even() as i32)
+    };
+    (bound / 32512.0, (0..k).map(code).collect())
+}
+
+/// The two signed bytes of a number of 16 bits.
+fn planes(code: impl Into<i64>) -> [i64; 2] {
+    let code = code.into();
+    let high = (code + 128) >> 8;
+    [high, code - high * 256]
 }

@@ -161,7 +161,8 @@ impl Converted {
         let windows: Vec<&[u32]> = ids.chunks(32).collect();
         let calibration = Calibration::MinMax;
         let activations = Activations { bits: 8, calibration, schema: Schema::Asymmetric, least_sqnr_db: None };
-        let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::Default };
+        // Without blocks: on every tier a conversation that goes on has the bits of one that is fed whole.
+        let weights = WeightType::Int { bits: Bits::Eight, grouping: Grouping::PerChannel };
         let options = QuantizeOptions { weights, activations, cache: None };
         let (backend, workers) = (HtpBackend::new(2)?, Workers::new(2)?);
         let mut tools = Tools { backend: &backend, workers: &workers, progress: &mut |_| {} };

@@ -150,6 +150,7 @@ impl Problem<'_> {
         }
         let values = IntegerTile {
             rows: tile.rows,
+            all_rows: tile.rows,
             panels: layout.value_head_dim() / PANEL,
             k: span.width,
             hi: &scratch.p_hi,
@@ -224,6 +225,7 @@ impl Problem<'_> {
         if layout.format() == CacheFormat::Int8 {
             let tile = IntegerTile {
                 rows: tile.rows,
+                all_rows: tile.rows,
                 panels: width / PANEL,
                 k: layout.key_head_dim(),
                 hi: &scratch.hi,

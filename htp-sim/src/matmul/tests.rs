@@ -1,7 +1,10 @@
 use super::*;
 use crate::packed::{BlockOffset, PackedLayout, WeightFormat};
 use crate::quantize::{ActBits, quantize_rows};
-use crate::testing::{FLOAT_FORMATS, Noise, bits, block_formats, each_tier, integer_formats, portable, team, weights};
+use crate::testing::{
+    FLOAT_FORMATS, Noise, bits, block_formats, each_tier, integer_formats, portable, rounded_product, rounding_unit,
+    rounds, team, weights,
+};
 use crate::{Kernels, Workers};
 
 mod branches;
@@ -30,6 +33,20 @@ fn product(cx: &Cx<'_>, x: Rows<'_>, weights: PackedWeights<'_>) -> Vec<f32> {
     let mut out = vec![f32::NAN; x.count() * weights.layout().n()];
     linear(cx, x, &mut [part(weights, &mut out)]).expect("lengths match");
     out
+}
+
+/// Asserts that every tier gives the bits of `portable`, or, where it rounds weights, those of the definition.
+fn assert_tiers_agree(workers: &Workers, rows: &QuantizedRows, weights: PackedWeights<'_>, what: &str) {
+    let expected = bits(&product(&portable(workers), Rows::Quantized(rows), weights));
+    let mut rounded = None;
+    each_tier(workers, |cx| {
+        let expected = match rounds(cx.kernels, weights, rows.rows()) {
+            true => rounded.get_or_insert_with(|| bits(&rounded_product(rows, weights))),
+            false => &expected,
+        };
+        let found = bits(&product(cx, Rows::Quantized(rows), weights));
+        assert!(found == *expected, "{} {}x{:?} {what}", cx.kernels.name, rows.rows(), weights.layout());
+    });
 }
 
 /// `x · Wᵀ` in f64, and the sum of the products' magnitudes.
@@ -73,6 +90,40 @@ fn integer_products_mean_what_the_encoding_says() {
                 // Minima and offsets make large terms that cancel; the bound is relative to the terms, not the sum.
                 let bound = if format.block().is_some() && format.bits() < 8 { 4e-5 } else { 2e-6 };
                 assert_near(&found, &expected, bound, &format!("{m}x{n}x{k} {format:?} {act:?}"));
+            }
+        }
+    }
+}
+
+/// Products by weights that a tier rounds are within the stated bound of what the encoding says.
+#[test]
+fn rounded_products_are_within_the_bound() {
+    let workers = team(2);
+    let mut noise = Noise(31);
+    for (m, n, k) in [(16, 17, 32), (33, 40, 576), (16, 16, 1536)] {
+        for format in integer_formats(k).into_iter().filter(|format| format.block().is_some()) {
+            let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+            let blob = weights(&layout, 7);
+            let w = layout.view(&blob).expect("length matches");
+            let units: Vec<f64> = (0..n).map(|output| f64::from(rounding_unit(w, output))).collect();
+            // Minima and offsets make large terms that cancel where nothing is rounded.
+            let floats = if format.bits() < 8 { 4e-5 } else { 2e-6 };
+            let x = noise.floats(m * k);
+            for act in BITS {
+                let rows = quantized(&portable(&workers), &x, &layout, act);
+                let value = |row: usize, i: usize| f64::from(rows.value(row, i));
+                let expected = oracle(value, m, w);
+                let sums: Vec<f64> = (0..m).map(|row| (0..k).map(|i| value(row, i).abs()).sum()).collect();
+                each_tier(&workers, |cx| {
+                    let found = product(cx, Rows::Quantized(&rows), w);
+                    for (i, (&found, &(expected, size))) in found.iter().zip(&expected).enumerate() {
+                        let row = i / n;
+                        let low = if act == ActBits::Eight { 0.0 } else { 16384.0 * f64::from(rows.scale(row)) };
+                        let bound = units[i % n] * (1.5 * sums[row] + k as f64 * low) + floats * size;
+                        let error = (f64::from(found) - expected).abs();
+                        assert!(error <= bound, "{} {format:?} {act:?}: {found}, expected {expected}", cx.kernels.name);
+                    }
+                });
             }
         }
     }
@@ -140,7 +191,7 @@ fn few_steps_are_eight_bits_wherever_they_are_kept() {
     });
 }
 
-/// Every tier gives the bits of `portable` for integer weights, at every edge of a tile.
+/// Every tier gives the bits of `portable` for integer weights, or those of the rounding that it states, at every edge of a tile.
 #[test]
 fn tiers_agree_on_integer_products() {
     // One worker has tiles of many panels.
@@ -171,11 +222,7 @@ fn tiers_agree_on_integer_products() {
                 let x: Vec<f32> = (0..m * k).map(|_| f32::from(noise.code(-1, 1)) * 2.0 + noise.float()).collect();
                 for act in BITS {
                     let rows = quantized(&portable(workers), &x, &layout, act);
-                    let expected = bits(&product(&portable(workers), Rows::Quantized(&rows), w));
-                    each_tier(workers, |cx| {
-                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
-                        assert_eq!(found, expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
-                    });
+                    assert_tiers_agree(workers, &rows, w, &format!("{act:?}"));
                 }
             }
         }
@@ -235,10 +282,7 @@ fn extreme_codes_do_not_saturate() {
                     let expected = oracle(|_, _| f64::from(x), m, w);
                     let portable = product(&portable(&workers), Rows::Quantized(&rows), w);
                     assert_near(&portable, &expected, 1e-5, &format!("{format:?} {act:?} {x}"));
-                    each_tier(&workers, |cx| {
-                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
-                        assert_eq!(found, bits(&portable), "{} {format:?} {act:?} {x}", cx.kernels.name);
-                    });
+                    assert_tiers_agree(&workers, &rows, w, &format!("{act:?} {x}"));
                 }
             }
         }
@@ -367,7 +411,8 @@ fn float_products_are_within_the_bound() {
     }
 }
 
-/// A result depends neither on the number of workers nor on which rows and parts are computed together.
+/// A result depends neither on the number of workers nor on which rows and parts are computed together, as far as these do not decide
+/// whether weights are rounded.
 #[test]
 fn results_do_not_depend_on_the_split() {
     let teams: Vec<Workers> = (1..=4).map(team).collect();
@@ -395,8 +440,10 @@ fn results_do_not_depend_on_the_split() {
                     workers.count()
                 );
             }
-            let one_by_one: Vec<f32> = x.chunks(k).flat_map(|x| run(&teams[1], x)).collect();
-            assert_eq!(bits(&one_by_one), expected, "{} {format:?} row by row", kernels.name);
+            // Few rows are not rounded.
+            let rows_at_once = if rounds(kernels, w, m) { 86 } else { 1 };
+            let in_parts: Vec<f32> = x.chunks(rows_at_once * k).flat_map(|x| run(&teams[1], x)).collect();
+            assert_eq!(bits(&in_parts), expected, "{} {format:?} {rows_at_once} at once", kernels.name);
         }
     }
 }
@@ -420,10 +467,7 @@ fn real_layers_agree() {
         let w = layout.view(&blob).expect("length matches");
         let x = Noise(5).floats(m * k);
         let rows = quantized(&portable(&workers), &x, &layout, ActBits::Sixteen);
-        let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
-        each_tier(&workers, |cx| {
-            assert!(bits(&product(cx, Rows::Quantized(&rows), w)) == expected, "{} {format:?}", cx.kernels.name)
-        });
+        assert_tiers_agree(&workers, &rows, w, "");
     }
 }
 
@@ -465,11 +509,7 @@ fn rows_of_few_and_many_blocks_agree() {
                 let w = layout.view(&blob).expect("length matches");
                 for act in BITS {
                     let rows = quantized(&portable(&workers), &x[..m * k], &layout, act);
-                    let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
-                    each_tier(&workers, |cx| {
-                        let found = bits(&product(cx, Rows::Quantized(&rows), w));
-                        assert!(found == expected, "{} {m}x{n}x{k} {format:?} {act:?}", cx.kernels.name);
-                    });
+                    assert_tiers_agree(&workers, &rows, w, &format!("{act:?}"));
                 }
             }
         }

@@ -54,7 +54,11 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
         WeightFormat::Int8PerChannel => kernels.q_w8c,
         WeightFormat::Int4PerChannel => kernels.q_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
-        _ => return false,
+        WeightFormat::Int8Block { .. } => kernels.q_w8b,
+        WeightFormat::Int6Block { .. } => kernels.q_w6b,
+        WeightFormat::Int5Block { .. } => kernels.q_w5b,
+        WeightFormat::Int4Block { .. } => kernels.q_w4b,
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
     };
     // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
     unsafe { kernel(&tile, to) }
@@ -86,7 +90,11 @@ pub(super) fn compute_gated_straight(
         WeightFormat::Int8PerChannel => kernels.silu_w8c,
         WeightFormat::Int4PerChannel => kernels.silu_w4c,
         WeightFormat::Int4Expansion { .. } => kernels.silu_w4e,
-        _ => return false,
+        WeightFormat::Int8Block { .. } => kernels.silu_w8b,
+        WeightFormat::Int6Block { .. } => kernels.silu_w6b,
+        WeightFormat::Int5Block { .. } => kernels.silu_w5b,
+        WeightFormat::Int4Block { .. } => kernels.silu_w4b,
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
     };
     // SAFETY: as above; `gated_linear` checked that the two have one shape, and `k` is that of both (checked here).
     unsafe { kernel([&gate, &up], to) }
@@ -115,8 +123,13 @@ fn straight<'a>(
     if let Some(bias) = half.bias {
         tile.added[1] = (&bias[first..], 1.0);
     }
-    // SAFETY: the table exists only on a CPU that has its instruction set.
-    unsafe { (kernels.fits)(&tile) }.then_some((kernels, tile))
+    let fits = if half.weights.layout().format().block().is_some() {
+        (kernels.fits_blocks)(tile.all_rows, tile.k)
+    } else {
+        // SAFETY: the table exists only on a CPU that has its instruction set.
+        unsafe { (kernels.fits)(&tile) }
+    };
+    fits.then_some((kernels, tile))
 }
 
 /// Rows of floats, starting at a tile's first row.
@@ -213,6 +226,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
     let from = x.from(tile.row, format.block().unwrap_or(layout.k()));
     IntegerTile {
         rows: tile.rows,
+        all_rows: x.rows(),
         panels: tile.panels,
         k,
         hi: from.hi,

@@ -98,6 +98,7 @@ impl IntegerRows {
         let (layout, stride) = (weights.layout(), stride(weights.layout().k()));
         let tile = IntegerTile {
             rows: end - row,
+            all_rows: end - row,
             panels: tile.panels,
             k: layout.k_padded(),
             hi: &self.hi[row * stride..],

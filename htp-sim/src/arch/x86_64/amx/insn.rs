@@ -149,8 +149,11 @@ impl TileUnit for Hardware {
             (0, 4, 6) => tdpbssd!("tmm0", "tmm4", "tmm6"),
             (1, 4, 7) => tdpbssd!("tmm1", "tmm4", "tmm7"),
             (1, 5, 6) => tdpbssd!("tmm1", "tmm5", "tmm6"),
+            (2, 4, 6) => tdpbssd!("tmm2", "tmm4", "tmm6"),
             (2, 4, 7) => tdpbssd!("tmm2", "tmm4", "tmm7"),
             (2, 5, 6) => tdpbssd!("tmm2", "tmm5", "tmm6"),
+            (3, 4, 7) => tdpbssd!("tmm3", "tmm4", "tmm7"),
+            (3, 5, 6) => tdpbssd!("tmm3", "tmm5", "tmm6"),
             (3, 5, 7) => tdpbssd!("tmm3", "tmm5", "tmm7"),
             _ => unreachable!("no kernel uses these registers together"),
         }

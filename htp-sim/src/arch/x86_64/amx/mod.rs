@@ -1,7 +1,7 @@
 //! AMX: tiles of 16 rows by 64 bytes for prompts, everything else from [`avx512_vnni`](super::avx512_vnni).
 //!
-//! Weights with one scale per output (8 and 4 bit, with steps or without) are summed in the tiles over all of k. With a float
-//! scale per block, the sums leave the tiles after every block.
+//! Weights with one scale per output (8 and 4 bit, with steps or without) are summed in the tiles over all of k. So are those with a
+//! float scale per block, rounded to 16 bits of the output's range, in products of 16 rows and more.
 
 mod insn;
 mod matmul;
@@ -32,12 +32,21 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         matmul_q_w4b: matmul::q_w4b::<U>,
         straight: Some(Straight {
             fits: matmul::fits_channels,
+            fits_blocks: matmul::fits_blocks,
             q_w8c: matmul::q_w8c_straight::<U>,
             q_w4c: matmul::q_w4c_straight::<U>,
             q_w4e: matmul::q_w4e_straight::<U>,
             silu_w8c: matmul::silu_w8c::<U>,
             silu_w4c: matmul::silu_w4c::<U>,
             silu_w4e: matmul::silu_w4e::<U>,
+            q_w8b: matmul::q_w8b_straight::<U>,
+            q_w6b: matmul::q_w6b_straight::<U>,
+            q_w5b: matmul::q_w5b_straight::<U>,
+            q_w4b: matmul::q_w4b_straight::<U>,
+            silu_w8b: matmul::silu_w8b::<U>,
+            silu_w6b: matmul::silu_w6b::<U>,
+            silu_w5b: matmul::silu_w5b::<U>,
+            silu_w4b: matmul::silu_w4b::<U>,
         }),
         leave: leave::<U>,
         ..avx512_vnni::KERNELS
@@ -72,6 +81,7 @@ unsafe fn agrees_with_portable() -> bool {
     let scales = 1.0_f32.to_le_bytes().repeat(16);
     let tile = IntegerTile {
         rows: ROWS,
+        all_rows: ROWS,
         panels: 1,
         k: K,
         hi: &hi,

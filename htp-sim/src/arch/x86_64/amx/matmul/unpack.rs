@@ -4,10 +4,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::{EIGHT_BIT, FIVE_BIT_BLOCKS, FOUR_BIT_BLOCKS, FOUR_BIT_STEPS, PANELS, SIX_BIT_BLOCKS};
-use crate::arch::x86_64::avx512_vnni::matmul::{join, load_bytes, load_i8, upper_bits};
+use super::{EIGHT_BIT, FOUR_BIT_STEPS, PANELS};
+use crate::arch::x86_64::avx512_vnni::matmul::{load_bytes, load_i8};
 use crate::kernels::IntegerTile;
-use crate::packed::{BlockOffset, PANEL};
+use crate::packed::PANEL;
 
 /// Room for the unpacked codes of the panels that are computed together.
 #[repr(align(64))]
@@ -38,11 +38,7 @@ impl Unpacked {
         let mut filled: [&[[u8; 64]]; PANELS] = [&[]; PANELS];
         for (i, (to, (tile, panel))) in self.0.iter_mut().zip(pair).enumerate().take(n) {
             let to = &mut to[..fours];
-            filled[i] = match CODES {
-                SIX_BIT_BLOCKS => unpack_split::<2>(tile, *panel, inputs.start, to),
-                FIVE_BIT_BLOCKS => unpack_split::<1>(tile, *panel, inputs.start, to),
-                _ => unpack::<CODES>(tile, *panel, inputs.start, to),
-            };
+            filled[i] = unpack::<CODES>(tile, *panel, inputs.start, to);
         }
         (n..PANELS).for_each(|i| filled[i] = filled[n - 1]);
         filled
@@ -60,11 +56,7 @@ fn unpack<'a, const CODES: u8>(
 ) -> &'a [[u8; 64]] {
     let codes = &tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0[from / 8..];
     let blocks = tile.k / tile.block;
-    let mut zero = match (CODES, tile.offset) {
-        (FOUR_BIT_BLOCKS, BlockOffset::Integer | BlockOffset::Min) => _mm512_setzero_si512(),
-        _ => _mm512_set1_epi8(8),
-    };
-    let (low_mask, mut step) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
+    let (low_mask, mut zero, mut step) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8), _mm512_set1_epi16(1));
     assert!(to.len() <= codes.len() * 2 && to.len().is_multiple_of(2));
     let (mut k, mut next_block) = (from, from);
     for (pair, codes) in to.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
@@ -89,35 +81,6 @@ fn unpack<'a, const CODES: u8>(
         k += 8;
     }
     // SAFETY: the loop wrote every element, as the assertion says.
-    unsafe { to.assume_init_ref() }
-}
-
-/// The same for codes of `4 + HIGH` bits, see [`crate::packed`]: `from` and the inputs that `to` has room for are multiples of those
-/// that share a row of upper bits.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn unpack_split<'a, const HIGH: usize>(
-    tile: &IntegerTile<'_>,
-    panel: usize,
-    from: usize,
-    to: &'a mut [MaybeUninit<[u8; 64]>],
-) -> &'a [[u8; 64]] {
-    let (rows, groups) = (4 / HIGH + 1, 8 / HIGH);
-    let codes = &tile.codes[panel * tile.panel_bytes..].as_chunks::<64>().0[from / 4 / groups * rows..];
-    let zero = _mm512_set1_epi8(if tile.offset == BlockOffset::Symmetric { 8 << HIGH } else { 0 });
-    assert!(to.len() / groups * rows <= codes.len() && to.len().is_multiple_of(groups));
-    for (to, rows) in to.chunks_exact_mut(groups).zip(codes.chunks_exact(rows)) {
-        for (i, to) in to.chunks_exact_mut(groups / 2).enumerate() {
-            let mut high = upper_bits::<HIGH>(rows, i);
-            for (pair, row) in to.as_chunks_mut::<2>().0.iter_mut().zip(&rows[i * 2 / HIGH..]) {
-                let (first, second) = join::<HIGH>(load_bytes(row), &mut high);
-                for (to, codes) in pair.iter_mut().zip([first, second]) {
-                    // SAFETY: 64 bytes, unaligned.
-                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_sub_epi8(codes, zero)) };
-                }
-            }
-        }
-    }
-    // SAFETY: the loops wrote every element, as the assertion says.
     unsafe { to.assume_init_ref() }
 }
 

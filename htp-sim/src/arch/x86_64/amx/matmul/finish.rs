@@ -1,0 +1,244 @@
+//! What becomes of the sums of some rows and a pair of panels: floats, with the same operations as on the other tiers.
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+
+use super::{PANELS, ROWS, bytes_up, load_sums, times_256};
+use crate::arch::x86_64::avx512_vnni::vector::silu;
+use crate::kernels::{IntegerTile, MAX_TILE_ROWS, RowsMut};
+use crate::matmul::Write;
+use crate::packed::PANEL;
+
+/// Writes the outputs of a tile or, of gate and up, `silu(gate) · up`.
+pub(super) struct Writer<'a, const GATED: bool> {
+    /// Of the first panel of a pair and of the second: one and the same, or gate and up. Their x and shapes are the same.
+    pub(super) tiles: [&'a IntegerTile<'a>; PANELS],
+    to: &'a RowsMut<'a>,
+    /// Whether something is added to the outputs.
+    adds: bool,
+}
+
+/// Some rows of a pair of panels.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    /// The first of the pair.
+    pub(super) panel: usize,
+    /// Whether it is alone: the last of an odd number.
+    pub(super) is_single: bool,
+    pub(super) row: usize,
+    /// At most 16.
+    pub(super) count: usize,
+}
+
+impl<'a, const GATED: bool> Writer<'a, GATED> {
+    /// Panels of the output that a pair makes.
+    pub(super) const PANELS: usize = if GATED { 1 } else { PANELS };
+
+    #[inline]
+    pub(super) fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
+        let adds = tiles.iter().any(|tile| tile.added.iter().any(|(row, _)| !row.is_empty()));
+        Self { tiles, to, adds }
+    }
+
+    /// How many panels the pair that starts at `panel` has, and each panel with its tile.
+    #[inline]
+    pub(super) fn pair(&self, panel: usize) -> (usize, [(&'a IntegerTile<'a>, usize); PANELS]) {
+        let [first, second] = self.tiles;
+        let n_panels = if GATED { PANELS } else { PANELS.min(first.panels - panel) };
+        let next = if GATED || n_panels == 1 { panel } else { panel + 1 };
+        (n_panels, [(first, panel), (second, next)])
+    }
+
+    /// Writes rows whose sums these are, of each plane; `scales` are those of each panel's outputs.
+    ///
+    /// # Safety
+    /// The sums of these rows were stored, of as many panels as there are.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn write<const PLANES: usize>(&self, rows: Rows, scales: [__m512; PANELS], sums: &[PairSums]) {
+        let joins = PLANES == 2 && self.tiles[0].k <= MAX_JOINED;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (rows.is_single, self.adds, joins) {
+                (true, false, false) => self.write_panels::<PLANES, 1, false, false>(rows, scales, sums),
+                (true, false, true) => self.write_panels::<PLANES, 1, false, true>(rows, scales, sums),
+                (true, true, _) => self.write_panels::<PLANES, 1, true, false>(rows, scales, sums),
+                (false, false, false) => self.write_panels::<PLANES, 2, false, false>(rows, scales, sums),
+                (false, false, true) => self.write_panels::<PLANES, 2, false, true>(rows, scales, sums),
+                (false, true, _) => self.write_panels::<PLANES, 2, true, false>(rows, scales, sums),
+            }
+        }
+    }
+
+    /// The same of `W` panels. `ADDS` says whether something is added to their outputs, `JOINS` whether planes meet as integers.
+    ///
+    /// # Safety
+    /// As [`write`](Self::write).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn write_panels<const PLANES: usize, const W: usize, const ADDS: bool, const JOINS: bool>(
+        &self,
+        rows: Rows,
+        [first, second]: [__m512; PANELS],
+        sums: &[PairSums],
+    ) {
+        let Rows { panel, row, count, .. } = rows;
+        let (next, columns) = if GATED { (panel, PANEL) } else { (panel + W - 1, W * PANEL) };
+        let outputs =
+            [Outputs::<ADDS>::new(self.tiles[0], panel, first), Outputs::<ADDS>::new(self.tiles[1], next, second)];
+        let x_scales = &self.tiles[0].x_scales[row..][..count];
+        let to = self.to.place(row, count, panel * PANEL, columns);
+        let sums = RowSums::<PLANES, JOINS>::new(sums);
+        let to = Places { to, stride: self.to.stride };
+        // SAFETY: the caller's promise; `place` has room for the rows.
+        unsafe {
+            match self.to.write {
+                Write::Store => write_rows::<PLANES, W, ADDS, JOINS, GATED, false>(&outputs, &sums, x_scales, to),
+                Write::Add => write_rows::<PLANES, W, ADDS, JOINS, GATED, true>(&outputs, &sums, x_scales, to),
+            }
+        }
+    }
+}
+
+/// Where the rows of a panel go.
+#[derive(Clone, Copy)]
+struct Places {
+    to: *mut f32,
+    stride: usize,
+}
+
+/// Writes, or with `ADD` adds, as many rows as there are scales.
+///
+/// # Safety
+/// The rows' sums were stored. There is room for the rows of `W` panels (gate and up make one), which are this tile's own.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn write_rows<
+    const PLANES: usize,
+    const W: usize,
+    const ADDS: bool,
+    const JOINS: bool,
+    const GATED: bool,
+    const ADD: bool,
+>(
+    outputs: &[Outputs<ADDS>; PANELS],
+    sums: &RowSums<PLANES, JOINS>,
+    x_scales: &[f32],
+    to: Places,
+) {
+    for (row, x_scale) in x_scales.iter().enumerate() {
+        let to = to.to.wrapping_add(row * to.stride);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let first = outputs[0].value(sums.get(0, row), *x_scale);
+            if GATED {
+                let up = outputs[1].value(sums.get(1, row), *x_scale);
+                write::<ADD>(_mm512_mul_ps(silu(first), up), to);
+            } else {
+                write::<ADD>(first, to);
+                if W == 2 {
+                    write::<ADD>(outputs[1].value(sums.get(1, row), *x_scale), to.wrapping_add(PANEL));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `to` has room for 16 values, which are this tile's own.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn write<const ADD: bool>(mut value: __m512, to: *mut f32) {
+    // SAFETY: the caller's promise; unaligned.
+    unsafe {
+        if ADD {
+            value = _mm512_add_ps(_mm512_loadu_ps(to), value);
+        }
+        _mm512_storeu_ps(to, value);
+    }
+}
+
+/// What makes floats of the sums of a panel's outputs.
+struct Outputs<const ADDS: bool> {
+    scales: __m512,
+    /// -0.0, which changes nothing, where there is nothing to add.
+    added: [__m512; 2],
+}
+
+impl<const ADDS: bool> Outputs<ADDS> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn new(tile: &IntegerTile<'_>, panel: usize, scales: __m512) -> Self {
+        let mut added = [_mm512_set1_ps(-0.0); 2];
+        for (added, (row, factor)) in added.iter_mut().zip(&tile.added) {
+            if ADDS && !row.is_empty() {
+                // SAFETY: the slice has sixteen values (checked here), unaligned.
+                let row = unsafe { _mm512_loadu_ps(row[panel * PANEL..][..PANEL].as_ptr()) };
+                *added = _mm512_mul_ps(row, _mm512_set1_ps(*factor));
+            }
+        }
+        Self { scales, added }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn value(&self, dot: __m512, x_scale: f32) -> __m512 {
+        let value = _mm512_mul_ps(dot, _mm512_mul_ps(self.scales, _mm512_set1_ps(x_scale)));
+        if ADDS { _mm512_add_ps(_mm512_add_ps(value, self.added[0]), self.added[1]) } else { value }
+    }
+}
+
+/// Sums of some rows and a pair of panels.
+struct RowSums<const PLANES: usize, const JOINS: bool>(*const [i32; PANEL]);
+
+impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
+    /// Those of each plane.
+    #[inline(always)]
+    fn new(planes: &[PairSums]) -> Self {
+        assert_eq!(planes.len(), PLANES);
+        Self(planes.as_ptr().cast())
+    }
+
+    /// Those of a row and panel 0 or 1, both planes together.
+    ///
+    /// # Safety
+    /// The row is one of 16, and its sums were stored.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn get(&self, panel: usize, row: usize) -> __m512 {
+        let plane = |plane: usize| self.0.wrapping_add((plane * PANELS + panel) * ROWS + row);
+        // SAFETY: the caller's promise.
+        let (hi, lo) = unsafe { (load_sums(&*plane(0)), load_sums(&*plane(PLANES - 1))) };
+        // The products are exact, so that there is one rounding either way.
+        if JOINS {
+            // Next to the unit floats have one port: this is two of their operations less.
+            _mm512_cvtepi32_ps(_mm512_add_epi32(times_256(hi, bytes_up()), lo))
+        } else if PLANES == 2 {
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(hi), _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(lo))
+        } else {
+            _mm512_cvtepi32_ps(hi)
+        }
+    }
+}
+
+/// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes.
+const MAX_JOINED: usize = 508;
+const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
+
+/// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
+/// products of a short row.
+#[repr(align(64))]
+pub(super) struct Sums(pub(super) [PairSums; 2 * MAX_TILE_ROWS / ROWS]);
+
+/// One plane's (or 16 rows') of a pair of panels.
+pub(super) type PairSums = [MaybeUninit<SumTile>; PANELS];
+
+/// Sixteen rows of sums: what a register of the unit holds.
+pub(super) type SumTile = [[i32; PANEL]; ROWS];
+
+impl Sums {
+    #[inline]
+    pub(super) fn uninit() -> Self {
+        Self([const { [const { MaybeUninit::uninit() }; PANELS] }; 2 * MAX_TILE_ROWS / ROWS])
+    }
+}
