@@ -89,6 +89,8 @@ pub(crate) struct Straight {
     /// Products with block weights: whether so many rows of so many inputs are worth it. They and those of [`Kernels::matmul_q_w4b`] and
     /// its like then round weights, see [`IntegerTile`].
     pub(crate) fits_blocks: fn(usize, usize) -> bool,
+    /// Whether they can add a branch to rows of so many inputs, of a rank.
+    pub(crate) fits_branch: fn(usize, usize) -> bool,
     pub(crate) q_w8b: StraightFn,
     pub(crate) q_w6b: StraightFn,
     pub(crate) q_w5b: StraightFn,
@@ -150,6 +152,9 @@ pub(crate) struct IntegerTile<'a> {
     /// What the kernels of [`Straight`] add to each row, one after the other: `factor · row` from the tile's first panel on. A row
     /// without values is left out.
     pub(crate) added: [(&'a [f32], f32); 2],
+    /// What they add last, to rows of it that are not all zeros: the product of other rows with 8-bit weights per channel. These rows
+    /// have zeros up to a multiple of 64 inputs.
+    pub(crate) branch: Option<&'a IntegerTile<'a>>,
 }
 
 /// Float rows by weights: `out[rows, 16 · panels] = x · Wᵀ`. Sums run over `k` in ascending order.

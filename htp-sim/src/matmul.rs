@@ -195,7 +195,7 @@ pub fn gated_linear(
     let target = Target { write: Write::Store, n, out: Disjoint::new(out) };
     let tiles = |item: usize| {
         let tile = grid.tile(item / n_groups, item % n_groups, gate.weights);
-        if compute_gated_straight(cx, x, [&gate, &up], activation, &tile, &target.rows(&tile)) {
+        if compute_gated_straight(cx, x, [&gate, &up], activation, &firsts, &tile, &target.rows(&tile)) {
             return;
         }
         with_buffer(&VALUES, 2 * tile.values(), |values| {
@@ -281,7 +281,7 @@ impl Target<'_> {
     /// Computes a tile of a linear layer and writes or adds it to its place. What a branch adds is added there, too.
     fn fill(&self, cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>, tile: &Tile) {
         prefetch_branch(cx, half, tile);
-        if half.branch.is_none() && compute_straight(cx, x, half, tile, &self.rows(tile)) {
+        if compute_straight(cx, x, half, firsts, tile, &self.rows(tile)) {
             return;
         }
         with_buffer(&VALUES, tile.values(), |values| {

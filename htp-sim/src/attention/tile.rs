@@ -167,6 +167,7 @@ impl Problem<'_> {
             block: span.width,
             offset: BlockOffset::Symmetric,
             added: [(&[], 0.0); 2],
+            branch: None,
         };
         let part = &mut scratch.part[..tile.rows * layout.value_head_dim()];
         // SAFETY: the table exists only on a CPU that has its instruction set. The cache holds whole groups of 16 positions,
@@ -242,6 +243,7 @@ impl Problem<'_> {
                 block: layout.key_head_dim(),
                 offset: BlockOffset::Symmetric,
                 added: [(&[], 0.0); 2],
+                branch: None,
             };
             // SAFETY: the table exists only on a CPU that has its instruction set. The cache holds whole panels, so the
             // last one is inside it; planes and scores have `rows` rows.

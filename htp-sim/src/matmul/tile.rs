@@ -47,9 +47,16 @@ pub(super) fn compute(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, va
     }
 }
 
-/// Computes the tile with its bias straight into the output, if this tier has kernels for that. Says whether it did.
-pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: &Tile, to: &RowsMut<'_>) -> bool {
-    let Some((kernels, tile)) = straight(cx, x, half, tile, to) else { return false };
+/// Computes the tile, with all that is added to it, straight into the output, if this tier has kernels for that. Says whether it did.
+pub(super) fn compute_straight(
+    cx: &Cx<'_>,
+    x: Rows<'_>,
+    half: &Half<'_>,
+    firsts: &FirstHalves<'_>,
+    tile: &Tile,
+    to: &RowsMut<'_>,
+) -> bool {
+    let Some((kernels, integers)) = straight(cx, x, half, tile, to) else { return false };
     let kernel = match half.weights.layout().format() {
         WeightFormat::Int8PerChannel => kernels.q_w8c,
         WeightFormat::Int4PerChannel => kernels.q_w4c,
@@ -60,8 +67,10 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
         WeightFormat::Int4Block { .. } => kernels.q_w4b,
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
     };
-    // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
-    unsafe { kernel(&tile, to) }
+    with_branches(cx, [half; 2], firsts, tile, |[branch, _]| {
+        // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
+        unsafe { kernel(&IntegerTile { branch, ..integers }, to) }
+    });
     true
 }
 
@@ -69,17 +78,18 @@ pub(super) fn compute_straight(cx: &Cx<'_>, x: Rows<'_>, half: &Half<'_>, tile: 
 pub(super) fn compute_gated_straight(
     cx: &Cx<'_>,
     x: Rows<'_>,
-    [gate, up]: [&Half<'_>; 2],
+    halves: [&Half<'_>; 2],
     activation: Activation,
+    firsts: &FirstHalves<'_>,
     tile: &Tile,
     to: &RowsMut<'_>,
 ) -> bool {
-    let (format, other) = (gate.weights.layout().format(), up.weights.layout().format());
-    if activation != Activation::Silu || format != other || gate.branch.is_some() || up.branch.is_some() {
+    let [format, other] = halves.map(|half| half.weights.layout().format());
+    let [gate_has_branch, up_has_branch] = halves.map(|half| half.branch.is_some());
+    if activation != Activation::Silu || format != other || gate_has_branch != up_has_branch {
         return false;
     }
-    let (Some((kernels, gate)), Some((_, up))) = (straight(cx, x, gate, tile, to), straight(cx, x, up, tile, to))
-    else {
+    let [Some((kernels, gate)), Some((_, up))] = halves.map(|half| straight(cx, x, half, tile, to)) else {
         return false;
     };
     // Of two layouts, one tight, the inputs as stored may differ.
@@ -96,9 +106,34 @@ pub(super) fn compute_gated_straight(
         WeightFormat::Int4Block { .. } => kernels.silu_w4b,
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
     };
-    // SAFETY: as above; `gated_linear` checked that the two have one shape, and `k` is that of both (checked here).
-    unsafe { kernel([&gate, &up], to) }
+    with_branches(cx, halves, firsts, tile, |branches| {
+        let tiles = [&IntegerTile { branch: branches[0], ..gate }, &IntegerTile { branch: branches[1], ..up }];
+        // SAFETY: as above; `gated_linear` checked that the two have one shape, and `k` is that of both (checked here).
+        unsafe { kernel(tiles, to) }
+    });
     true
+}
+
+/// Calls `f` with the branches of a tile as kernels add them, if both halves have one. It is not called if a first half panicked.
+fn with_branches(
+    cx: &Cx<'_>,
+    halves: [&Half<'_>; 2],
+    firsts: &FirstHalves<'_>,
+    tile: &Tile,
+    f: impl FnOnce([Option<&IntegerTile<'_>>; 2]),
+) {
+    let [Some(first), Some(second)] = halves.map(|half| half.branch) else { return f([None; 2]) };
+    let branches = [first, second];
+    let [Some(first), Some(second)] = branches.map(|branch| firsts.rows(cx, &branch, tile.row, tile.rows)) else {
+        return;
+    };
+    let [up_0, up_1] = branches.map(|branch| branch.up);
+    let [key_0, key_1] = branches.map(|branch| firsts.key(&branch, tile));
+    let rows = [(key_0, first, up_0.layout().k()), (key_1, second, up_1.layout().k())];
+    IntegerRows::with(cx, rows, |[first, second]| {
+        let tiles = [first.tile(0..tile.rows, up_0, tile), second.tile(0..tile.rows, up_1, tile)];
+        f(tiles.each_ref().map(Some));
+    });
 }
 
 /// The kernels, and the tile as they see it, if it can go straight to its place.
@@ -129,7 +164,11 @@ fn straight<'a>(
         // SAFETY: the table exists only on a CPU that has its instruction set.
         unsafe { (kernels.fits)(&tile) }
     };
-    fits.then_some((kernels, tile))
+    let takes_branch = half
+        .branch
+        .as_ref()
+        .is_none_or(|branch| branch.in_integers && (kernels.fits_branch)(tile.k, branch.up.layout().k()));
+    (fits && takes_branch).then_some((kernels, tile))
 }
 
 /// Rows of floats, starting at a tile's first row.
@@ -162,7 +201,7 @@ pub(super) fn add_branch(cx: &Cx<'_>, half: &Half<'_>, firsts: &FirstHalves<'_>,
     let Some(t) = firsts.rows(cx, branch, tile.row, tile.rows) else { return };
     if branch.in_integers {
         let key = firsts.key(branch, tile);
-        return IntegerRows::with(cx, key, t, rank, |t| add_integers(cx, t, branch.up, tile, values));
+        return IntegerRows::with(cx, [(key, t, rank)], |[t]| add_integers(cx, t, branch.up, tile, values));
     }
     let is_zero = |row: &[f32]| row.iter().all(|&t| t == 0.0);
     if !t.chunks_exact(rank).any(is_zero) {
@@ -243,6 +282,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
         block: format.block().or(format.step_block()).unwrap_or(k),
         offset: format.block_offset(),
         added: [(&[], 0.0); 2],
+        branch: None,
     }
 }
 

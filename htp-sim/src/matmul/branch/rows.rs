@@ -48,24 +48,31 @@ impl IntegerRows {
         key: Key { layer: 0, first: 0, row: 0, rows: 0 },
     };
 
-    /// Calls `f` with the rows of `t`, `[_, rank]`, which `key` names.
-    pub(in crate::matmul) fn with(cx: &Cx<'_>, key: Key, t: &[f32], rank: usize, f: impl FnOnce(&Self)) {
+    /// Calls `f` with the rows of first halves, `[_, rank]` each, which the keys name. Of two, one is a gate's and one is that of what it
+    /// gates.
+    pub(in crate::matmul) fn with<const N: usize>(
+        cx: &Cx<'_>,
+        halves: [(Key, &[f32], usize); N],
+        f: impl FnOnce([&Self; N]),
+    ) {
         ROWS.with_borrow_mut(|rows| {
-            let rows = &mut rows[key.first % 2];
-            if rows.key != key {
-                rows.quantize(cx, t, rank);
-                rows.key = key;
+            for (key, t, rank) in halves {
+                let rows = &mut rows[key.first % 2];
+                if rows.key != key {
+                    rows.quantize(cx, t, rank);
+                    rows.key = key;
+                }
             }
-            f(rows);
+            f(halves.map(|(key, ..)| &rows[key.first % 2]));
         });
     }
 
     fn quantize(&mut self, cx: &Cx<'_>, t: &[f32], rank: usize) {
-        let (stride, padded) = (stride(rank), rank.next_multiple_of(8));
+        let stride = stride(rank);
         for (row, x) in t.chunks_exact(rank).enumerate() {
             let at = row * stride;
-            self.hi[at + rank..at + padded].fill(0);
-            self.lo[at + rank..at + padded].fill(0);
+            self.hi[at + rank..at + stride].fill(0);
+            self.lo[at + rank..at + stride].fill(0);
             let mut sum = 0;
             let target = QuantizedRowMut {
                 hi: &mut self.hi[at..at + rank],
@@ -90,13 +97,25 @@ impl IntegerRows {
     pub(in crate::matmul) fn product(
         &self,
         cx: &Cx<'_>,
-        Range { start: row, end }: Range<usize>,
+        rows: Range<usize>,
         weights: PackedWeights<'_>,
         tile: &Tile,
         out: &mut [f32],
     ) {
+        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote,
+        // with zeros up to the stored k; the grid bounded rows and panels, and `out` has their length.
+        unsafe { (cx.kernels.matmul_q_w8c)(&self.tile(rows, weights, tile), out) }
+    }
+
+    /// The same, as kernels see it.
+    pub(in crate::matmul) fn tile<'a>(
+        &'a self,
+        Range { start: row, end }: Range<usize>,
+        weights: PackedWeights<'a>,
+        tile: &Tile,
+    ) -> IntegerTile<'a> {
         let (layout, stride) = (weights.layout(), stride(weights.layout().k()));
-        let tile = IntegerTile {
+        IntegerTile {
             rows: end - row,
             all_rows: end - row,
             panels: tile.panels,
@@ -115,10 +134,8 @@ impl IntegerRows {
             block: layout.k_padded(),
             offset: BlockOffset::Symmetric,
             added: [(&[], 0.0); 2],
-        };
-        // SAFETY: the table exists only on a CPU that has its instruction set. The planes have the rows that `quantize` wrote,
-        // with zeros up to the stored k; the grid bounded rows and panels, and `out` has their length.
-        unsafe { (cx.kernels.matmul_q_w8c)(&tile, out) }
+            branch: None,
+        }
     }
 }
 

@@ -141,12 +141,21 @@ fn branches_do_not_depend_on_workers() {
 #[test]
 fn a_branch_is_added_last() {
     let workers = team(2);
-    for size in [(13, 4), (33, 65), (165, 128), (20, 129)] {
+    let check = |added: &Added<'_>| {
+        for (m, has_zeros) in [(1, false), (3, true), (17, false), (17, true), (130, true)] {
+            added.check(m, has_zeros);
+        }
+    };
+    for (n, r) in [(13, 4), (33, 65), (165, 128), (20, 129)] {
         for (layout_of, integers) in [(NEW, false), (TIGHT, false), (NEW, true), (TIGHT, true)] {
-            let added = Added::new(&workers, size, layout_of, integers);
-            for (m, has_zeros) in [(1, false), (3, true), (17, false), (17, true), (130, true)] {
-                added.check(m, has_zeros);
-            }
+            check(&Added::new(&workers, (n, r, 64), WeightFormat::Int8PerChannel, layout_of, integers));
+        }
+    }
+    // Kernels that go straight to the output add it there: with one panel left over, with ranks of one tile and of two.
+    let blocks = WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min };
+    for format in [WeightFormat::Int8PerChannel, WeightFormat::Int4Expansion { block: 64 }, blocks] {
+        for size in [(80, 16, 128), (48, 20, 576), (176, 128, 192), (16, 65, 640), (32, 129, 128), (32, 8, 36 * 32)] {
+            check(&Added::new(&workers, size, format, TIGHT, true));
         }
     }
 }
@@ -157,6 +166,7 @@ struct Added<'a> {
     n: usize,
     /// Rank.
     r: usize,
+    k: usize,
     /// Of the base, the first half and the second.
     layouts: [PackedLayout; 3],
     blobs: [Vec<u8>; 3],
@@ -167,17 +177,22 @@ struct Added<'a> {
 }
 
 impl Added<'_> {
-    const K: usize = 64;
-
-    fn new(workers: &Workers, (n, r): (usize, usize), layout_of: LayoutOf, integers: bool) -> Added<'_> {
+    fn new(
+        workers: &Workers,
+        (n, r, k): (usize, usize, usize),
+        format: WeightFormat,
+        layout_of: LayoutOf,
+        integers: bool,
+    ) -> Added<'_> {
         let w8c = WeightFormat::Int8PerChannel;
         let down = if integers { w8c } else { WeightFormat::F32 };
-        let layouts = [(n, Self::K, w8c), (r, Self::K, down), (n, r, w8c)]
+        let layouts = [(n, k, format), (r, k, down), (n, r, w8c)]
             .map(|(n, k, format)| layout_of(n, k, format).expect("sizes are fine"));
         Added {
             workers,
             n,
             r,
+            k,
             layouts,
             blobs: layouts.map(|layout| weights(&layout, 79)),
             integers,
@@ -186,16 +201,16 @@ impl Added<'_> {
     }
 
     fn check(&self, m: usize, has_zeros: bool) {
-        let Added { n, r, layouts, blobs, integers, .. } = self;
-        let (n, r) = (*n, *r);
-        let [w, down, up] = [0, 1, 2].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
+        let Added { n, r, k, layouts, blobs, integers, .. } = self;
+        let (n, r, k) = (*n, *r, *k);
+        let [w, down, second] = [0, 1, 2].map(|i| layouts[i].view(&blobs[i]).expect("length matches"));
         let mut noise = Noise(17);
         let bias = noise.floats(n);
-        let (mut x, mut branch_x) = (noise.floats(m * Self::K), noise.floats(m * Self::K));
+        let (mut x, mut branch_x) = (noise.floats(m * k), noise.floats(m * k));
         if has_zeros {
             // Zeros of both signs in the base of row 0, and no branch there.
-            x[..Self::K].fill(-0.0);
-            branch_x[..Self::K].fill(-0.0);
+            x[..k].fill(-0.0);
+            branch_x[..k].fill(-0.0);
         }
         let before: Vec<f32> = (0..m * n).map(|i| if i % 3 == 0 { -0.0 } else { noise.float() }).collect();
         let mut bits_of_tiers = Vec::new();
@@ -206,38 +221,40 @@ impl Added<'_> {
             let rows = Rows::Quantized(&rows);
             let branch_x = if *integers { Rows::Quantized(&branch_rows) } else { Rows::F32 { x: &branch_x, m } };
             let t = product(cx, branch_x, down);
-            let products = self.second_half(cx, &t, up);
-            assert_near(&products, &oracle(|row, j| f64::from(t[row * r + j]), m, up), 2e-4, &name);
+            let products = self.second_half(cx, &t, second);
+            assert_near(&products, &oracle(|row, j| f64::from(t[row * r + j]), m, second), 2e-4, &name);
             let zeros: Vec<bool> = t.chunks(r).map(|t| t.iter().all(|&t| t == 0.0)).collect();
             assert_eq!(zeros.iter().filter(|&&zero| zero).count(), usize::from(has_zeros));
-            let with_branch = |write, bias| {
+            let with_branch = |write, bias, alpha: f32| {
                 let mut out = before.clone();
                 linear(cx, rows, &mut [Part { write, bias, ..part(w, &mut out) }]).expect("lengths match");
                 let added = out.iter_mut().zip(&products).enumerate().filter(|(i, _)| !zeros[i / n]);
-                added.for_each(|(_, (out, product))| *out += product);
+                added.for_each(|(_, (out, product))| *out += alpha * product);
                 out
             };
             for (write, bias) in [(Write::Store, None), (Write::Add, Some(&bias[..]))] {
                 let (mut found, mut t) = (before.clone(), vec![f32::NAN; m * r]);
-                let branch = Some(Branch { x: branch_x, down, alpha: &[1.0], up, t: &mut t });
+                let branch = Some(Branch { x: branch_x, down, alpha: &[1.0], up: second, t: &mut t });
                 linear(cx, rows, &mut [Part { write, bias, branch, ..part(w, &mut found) }]).expect("lengths match");
-                assert!(bits(&found) == bits(&with_branch(write, bias)), "{name} {write:?}");
+                assert!(bits(&found) == bits(&with_branch(write, bias, 1.0)), "{name} {write:?}");
                 bits_of_tiers.push(bits(&found));
             }
             let mut expected = vec![0.0; m * n];
-            crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..])), &mut expected)
+            crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..]), 1.0), &mut expected)
                 .expect("lengths match");
-            crate::elementwise::mul_assign(cx, &mut expected, &with_branch(Write::Store, None)).expect("lengths match");
+            // A power of two, which changes no other bit.
+            let up = with_branch(Write::Store, None, 2.0);
+            crate::elementwise::mul_assign(cx, &mut expected, &up).expect("lengths match");
             let (mut found, mut ts) = (vec![f32::NAN; m * n], [vec![f32::NAN; m * r], vec![f32::NAN; m * r]]);
-            let [gate, up] = ts.each_mut().map(|t| Some(Branch { x: branch_x, down, alpha: &[1.0], up, t }));
-            let halves = GateUp {
-                gate: Gate { weights: w, bias: Some(&bias), branch: gate },
-                up: Gate { weights: w, bias: None, branch: up },
-            };
+            let [gate_t, up_t] = &mut ts;
+            let branch = Branch { x: branch_x, down, alpha: &[1.0], up: second, t: gate_t };
+            let gate = Gate { weights: w, bias: Some(&bias), branch: Some(branch) };
+            let branch = Branch { x: branch_x, down, alpha: &[2.0], up: second, t: up_t };
+            let halves = GateUp { gate, up: Gate { weights: w, bias: None, branch: Some(branch) } };
             gated_linear(cx, rows, halves, Activation::Silu, &mut found).expect("lengths match");
             assert!(bits(&found) == bits(&expected), "{name} gated");
         });
-        if self.quantizes {
+        if self.quantizes && layouts[0].format().block().is_none() {
             // The same on every tier.
             assert!(bits_of_tiers.iter().skip(2).zip(&bits_of_tiers).all(|(a, b)| a == b), "{m}x{n} rank {r}");
         }

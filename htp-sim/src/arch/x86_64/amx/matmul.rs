@@ -8,6 +8,7 @@
 //! Two panels share the loads of x, two planes (or 16 rows and the next) those of weights. Sums stay in the tiles over all of k, or
 //! over a piece of it: weights with a scale per output are bytes as they are, those with a scale per block become two.
 
+mod branch;
 mod finish;
 mod grid;
 mod product;
@@ -70,6 +71,11 @@ pub(crate) fn fits_blocks(all_rows: usize, k: usize) -> bool {
 /// The same for a tile of the product.
 fn tile_fits_blocks(tile: &IntegerTile<'_>) -> bool {
     fits_blocks(tile.all_rows, tile.k)
+}
+
+/// Whether what a branch of such a rank adds to rows of `k` inputs can be multiplied beside them.
+pub(crate) fn fits_branch(k: usize, rank: usize) -> bool {
+    branch::fits(k, rank)
 }
 
 /// The rows of a tile side by side, as a kernel leaves them that knows no other place.

@@ -33,6 +33,7 @@ const fn table<U: TileUnit>(name: &'static str) -> Kernels {
         straight: Some(Straight {
             fits: matmul::fits_channels,
             fits_blocks: matmul::fits_blocks,
+            fits_branch: matmul::fits_branch,
             q_w8c: matmul::q_w8c_straight::<U>,
             q_w4c: matmul::q_w4c_straight::<U>,
             q_w4e: matmul::q_w4e_straight::<U>,
@@ -98,6 +99,7 @@ unsafe fn agrees_with_portable() -> bool {
         block: K,
         offset: crate::packed::BlockOffset::Symmetric,
         added: [(&[], 0.0); 2],
+        branch: None,
     };
     let (mut found, mut expected) = ([0.0; ROWS * 16], [0.0; ROWS * 16]);
     // SAFETY: the caller's promise; the arrays above have the lengths that the tile states.

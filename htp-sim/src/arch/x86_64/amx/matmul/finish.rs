@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
+use super::branch::Branch;
 use super::{PANELS, ROWS, bytes_up, load_sums, times_256};
 use crate::arch::x86_64::avx512_vnni::vector::silu;
 use crate::kernels::{IntegerTile, MAX_TILE_ROWS, RowsMut};
@@ -49,23 +50,29 @@ impl<'a, const GATED: bool> Writer<'a, GATED> {
         (n_panels, [(first, panel), (second, next)])
     }
 
-    /// Writes rows whose sums these are, of each plane; `scales` are those of each panel's outputs.
+    /// Writes rows whose sums these are, of each plane, and what a branch adds; `scales` are those of each panel's outputs.
     ///
     /// # Safety
     /// The sums of these rows were stored, of as many panels as there are.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn write<const PLANES: usize>(&self, rows: Rows, scales: [__m512; PANELS], sums: &[PairSums]) {
+    pub(super) unsafe fn write<const PLANES: usize>(
+        &self,
+        rows: Rows,
+        scales: [__m512; PANELS],
+        sums: &[PairSums],
+        branch: Option<Branch<'_>>,
+    ) {
         let joins = PLANES == 2 && self.tiles[0].k <= MAX_JOINED;
         // SAFETY: the caller's promise.
         unsafe {
             match (rows.is_single, self.adds, joins) {
-                (true, false, false) => self.write_panels::<PLANES, 1, false, false>(rows, scales, sums),
-                (true, false, true) => self.write_panels::<PLANES, 1, false, true>(rows, scales, sums),
-                (true, true, _) => self.write_panels::<PLANES, 1, true, false>(rows, scales, sums),
-                (false, false, false) => self.write_panels::<PLANES, 2, false, false>(rows, scales, sums),
-                (false, false, true) => self.write_panels::<PLANES, 2, false, true>(rows, scales, sums),
-                (false, true, _) => self.write_panels::<PLANES, 2, true, false>(rows, scales, sums),
+                (true, false, false) => self.write_panels::<PLANES, 1, false, false>(rows, scales, sums, branch),
+                (true, false, true) => self.write_panels::<PLANES, 1, false, true>(rows, scales, sums, branch),
+                (true, true, _) => self.write_panels::<PLANES, 1, true, false>(rows, scales, sums, branch),
+                (false, false, false) => self.write_panels::<PLANES, 2, false, false>(rows, scales, sums, branch),
+                (false, false, true) => self.write_panels::<PLANES, 2, false, true>(rows, scales, sums, branch),
+                (false, true, _) => self.write_panels::<PLANES, 2, true, false>(rows, scales, sums, branch),
             }
         }
     }
@@ -81,20 +88,24 @@ impl<'a, const GATED: bool> Writer<'a, GATED> {
         rows: Rows,
         [first, second]: [__m512; PANELS],
         sums: &[PairSums],
+        branch: Option<Branch<'_>>,
     ) {
         let Rows { panel, row, count, .. } = rows;
         let (next, columns) = if GATED { (panel, PANEL) } else { (panel + W - 1, W * PANEL) };
         let outputs =
             [Outputs::<ADDS>::new(self.tiles[0], panel, first), Outputs::<ADDS>::new(self.tiles[1], next, second)];
         let x_scales = &self.tiles[0].x_scales[row..][..count];
-        let to = self.to.place(row, count, panel * PANEL, columns);
-        let sums = RowSums::<PLANES, JOINS>::new(sums);
-        let to = Places { to, stride: self.to.stride };
+        let to = Places { to: self.to.place(row, count, panel * PANEL, columns), stride: self.to.stride };
+        let rows = RowValues::<PLANES, W, ADDS, JOINS, GATED> { outputs, sums: RowSums::new(sums), x_scales, to };
         // SAFETY: the caller's promise; `place` has room for the rows.
         unsafe {
-            match self.to.write {
-                Write::Store => write_rows::<PLANES, W, ADDS, JOINS, GATED, false>(&outputs, &sums, x_scales, to),
-                Write::Add => write_rows::<PLANES, W, ADDS, JOINS, GATED, true>(&outputs, &sums, x_scales, to),
+            match (self.to.write, branch) {
+                (Write::Store, None) => rows.write::<false>(|value, _, _| value),
+                (Write::Add, None) => rows.write::<true>(|value, _, _| value),
+                (Write::Store, Some(branch)) => {
+                    rows.write::<false>(|value, panel, row| branch.add_to(value, panel, row))
+                }
+                (Write::Add, Some(branch)) => rows.write::<true>(|value, panel, row| branch.add_to(value, panel, row)),
             }
         }
     }
@@ -107,54 +118,44 @@ struct Places {
     stride: usize,
 }
 
-/// Writes, or with `ADD` adds, as many rows as there are scales.
-///
-/// # Safety
-/// The rows' sums were stored. There is room for the rows of `W` panels (gate and up make one), which are this tile's own.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn write_rows<
-    const PLANES: usize,
-    const W: usize,
-    const ADDS: bool,
-    const JOINS: bool,
-    const GATED: bool,
-    const ADD: bool,
->(
-    outputs: &[Outputs<ADDS>; PANELS],
-    sums: &RowSums<PLANES, JOINS>,
-    x_scales: &[f32],
+/// Some rows of `W` panels (gate and up make one).
+struct RowValues<'a, const PLANES: usize, const W: usize, const ADDS: bool, const JOINS: bool, const GATED: bool> {
+    outputs: [Outputs<ADDS>; PANELS],
+    sums: RowSums<PLANES, JOINS>,
+    /// One for each row.
+    x_scales: &'a [f32],
     to: Places,
-) {
-    for (row, x_scale) in x_scales.iter().enumerate() {
-        let to = to.to.wrapping_add(row * to.stride);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let first = outputs[0].value(sums.get(0, row), *x_scale);
-            if GATED {
-                let up = outputs[1].value(sums.get(1, row), *x_scale);
-                write::<ADD>(_mm512_mul_ps(silu(first), up), to);
-            } else {
-                write::<ADD>(first, to);
-                if W == 2 {
-                    write::<ADD>(outputs[1].value(sums.get(1, row), *x_scale), to.wrapping_add(PANEL));
+}
+
+impl<const PLANES: usize, const W: usize, const ADDS: bool, const JOINS: bool, const GATED: bool>
+    RowValues<'_, PLANES, W, ADDS, JOINS, GATED>
+{
+    /// Writes all rows, or with `ADD` adds them, and what `branch` makes of a value, a panel and a row.
+    ///
+    /// # Safety
+    /// The rows' sums were stored. There is room for the rows, which are this tile's own.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn write<const ADD: bool>(&self, branch: impl Fn(__m512, usize, usize) -> __m512) {
+        for (row, x_scale) in self.x_scales.iter().enumerate() {
+            let to = self.to.to.wrapping_add(row * self.to.stride);
+            for panel in 0..if GATED { 1 } else { W } {
+                let to = to.wrapping_add(panel * PANEL);
+                // SAFETY: the caller's promise; unaligned.
+                unsafe {
+                    let mut value = self.outputs[panel].value(self.sums.get(panel, row), *x_scale);
+                    if ADD {
+                        value = _mm512_add_ps(_mm512_loadu_ps(to), value);
+                    }
+                    value = branch(value, panel, row);
+                    if GATED {
+                        let up = self.outputs[1].value(self.sums.get(1, row), *x_scale);
+                        value = _mm512_mul_ps(silu(value), branch(up, 1, row));
+                    }
+                    _mm512_storeu_ps(to, value);
                 }
             }
         }
-    }
-}
-
-/// # Safety
-/// `to` has room for 16 values, which are this tile's own.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn write<const ADD: bool>(mut value: __m512, to: *mut f32) {
-    // SAFETY: the caller's promise; unaligned.
-    unsafe {
-        if ADD {
-            value = _mm512_add_ps(_mm512_loadu_ps(to), value);
-        }
-        _mm512_storeu_ps(to, value);
     }
 }
 
@@ -189,12 +190,12 @@ impl<const ADDS: bool> Outputs<ADDS> {
 }
 
 /// Sums of some rows and a pair of panels.
-struct RowSums<const PLANES: usize, const JOINS: bool>(*const [i32; PANEL]);
+pub(super) struct RowSums<const PLANES: usize, const JOINS: bool>(*const [i32; PANEL]);
 
 impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
     /// Those of each plane.
     #[inline(always)]
-    fn new(planes: &[PairSums]) -> Self {
+    pub(super) fn new(planes: &[PairSums]) -> Self {
         assert_eq!(planes.len(), PLANES);
         Self(planes.as_ptr().cast())
     }
@@ -205,7 +206,7 @@ impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
     /// The row is one of 16, and its sums were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn get(&self, panel: usize, row: usize) -> __m512 {
+    pub(super) unsafe fn get(&self, panel: usize, row: usize) -> __m512 {
         let plane = |plane: usize| self.0.wrapping_add((plane * PANELS + panel) * ROWS + row);
         // SAFETY: the caller's promise.
         let (hi, lo) = unsafe { (load_sums(&*plane(0)), load_sums(&*plane(PLANES - 1))) };
@@ -228,7 +229,7 @@ const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
 /// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
 /// products of a short row.
 #[repr(align(64))]
-pub(super) struct Sums(pub(super) [PairSums; 2 * MAX_TILE_ROWS / ROWS]);
+pub(super) struct Sums<const N: usize>(pub(super) [PairSums; N]);
 
 /// One plane's (or 16 rows') of a pair of panels.
 pub(super) type PairSums = [MaybeUninit<SumTile>; PANELS];
@@ -236,9 +237,12 @@ pub(super) type PairSums = [MaybeUninit<SumTile>; PANELS];
 /// Sixteen rows of sums: what a register of the unit holds.
 pub(super) type SumTile = [[i32; PANEL]; ROWS];
 
-impl Sums {
+impl<const N: usize> Sums<N> {
     #[inline]
     pub(super) fn uninit() -> Self {
-        Self([const { [const { MaybeUninit::uninit() }; PANELS] }; 2 * MAX_TILE_ROWS / ROWS])
+        Self([const { [const { MaybeUninit::uninit() }; PANELS] }; N])
     }
 }
+
+/// Those of a tile's rows, two for each 16.
+pub(super) const MAX_SUMS: usize = 2 * MAX_TILE_ROWS / ROWS;

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::finish::{PairSums, Rows, Sums, Writer};
+use super::branch::{Branches, Room};
+use super::finish::{MAX_SUMS, PairSums, Rows, Sums, Writer};
 use super::unpack::{PIECE, Unpacked};
 use super::{CodesAhead, PANELS, ROWS, configure, piece_inputs, tile_fours, x_planes};
 use crate::arch::x86_64::amx::insn::TileUnit;
@@ -16,9 +17,10 @@ pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
     tiles: [&IntegerTile<'_>; PANELS],
     to: &RowsMut<'_>,
 ) {
+    let mut room = Room::uninit();
     match tiles[0].lo.is_empty() {
-        true => Product::<U, 1, GATED>::new(tiles, to).run::<CODES>(),
-        false => Product::<U, 2, GATED>::new(tiles, to).run::<CODES>(),
+        true => Product::<U, 1, GATED>::new(tiles, to, &mut room).run::<CODES>(),
+        false => Product::<U, 2, GATED>::new(tiles, to, &mut room).run::<CODES>(),
     }
 }
 
@@ -26,21 +28,23 @@ pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
 struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     unit: U,
     writer: Writer<'a, GATED>,
+    branches: Option<Branches<'a>>,
     /// Groups of four inputs in a tile of the unit.
     fours: usize,
     /// Rows that the registers are shaped for.
     height: usize,
-    sums: Sums,
+    sums: Sums<MAX_SUMS>,
     /// Where all of k is one step: rows whose sums are on their way to memory. They become floats when the unit has the next to do.
     pending: Option<Finish>,
 }
 
 impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLANES, GATED> {
     #[inline]
-    fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>) -> Self {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>, room: &'a mut Room) -> Self {
         let fours = tile_fours(tiles[0].k);
-        let writer = Writer::new(tiles, to);
-        Self { unit: U::default(), writer, fours, height: 0, sums: Sums::uninit(), pending: None }
+        let (writer, branches) = (Writer::new(tiles, to), Branches::new(tiles, room));
+        Self { unit: U::default(), writer, branches, fours, height: 0, sums: Sums::uninit(), pending: None }
     }
 
     #[inline]
@@ -52,6 +56,9 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         let piece = piece_inputs(tile.k, self.fours, 8, PIECE);
         for panel in (0..tile.panels).step_by(Writer::<GATED>::PANELS) {
             let (n_panels, pair) = self.writer.pair(panel);
+            if let Some(branches) = &mut self.branches {
+                branches.set_panels(pair.map(|(_, panel)| panel));
+            }
             for from in (0..tile.k).step_by(piece) {
                 let inputs = from..tile.k.min(from + piece);
                 let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
@@ -137,15 +144,18 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     /// The sums of all rows were stored.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn finish(&self, finish: Finish) {
+    unsafe fn finish(&mut self, finish: Finish) {
         let Finish { panel, is_single, row, rows, slot } = finish;
         let (_, pair) = self.writer.pair(panel);
         let scales = pair.map(|(tile, panel)| load_f32(&tile.scales[panel * PANEL * 4..]));
         // One plane has its second 16 rows where two have the second plane.
         for i in 0..rows.div_ceil(ROWS) {
             let rows = Rows { panel, is_single, row: row + i * ROWS, count: (rows - i * ROWS).min(ROWS) };
-            // SAFETY: the caller's promise.
-            unsafe { self.writer.write::<PLANES>(rows, scales, &self.sums.0[slot + i..][..PLANES]) }
+            // SAFETY: the caller's promise. Branches are only there if the unit is shaped for them, see `fits_branch`.
+            unsafe {
+                let branch = self.branches.as_mut().map(|branches| branches.multiply(&mut self.unit, rows.row));
+                self.writer.write::<PLANES>(rows, scales, &self.sums.0[slot + i..][..PLANES], branch);
+            }
         }
     }
 }

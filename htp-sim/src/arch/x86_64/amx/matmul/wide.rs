@@ -11,7 +11,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::finish::{PairSums, Rows, Sums, Writer};
+use super::branch::{Branches, Room};
+use super::finish::{MAX_SUMS, PairSums, Rows, Sums, Writer};
 use super::grid::{Grid, Planes};
 use super::{CodesAhead, PANELS, ROWS, configure, piece_inputs, tile_fours, x_planes};
 use crate::arch::x86_64::amx::insn::TileUnit;
@@ -24,9 +25,15 @@ pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
     tiles: [&IntegerTile<'_>; PANELS],
     to: &RowsMut<'_>,
 ) {
-    let fours = tile_fours(tiles[0].k);
-    let mut product =
-        Product { unit: U::default(), writer: Writer::<GATED>::new(tiles, to), fours, height: 0, sums: Sums::uninit() };
+    let mut room = Room::uninit();
+    let mut product = Product {
+        unit: U::default(),
+        writer: Writer::<GATED>::new(tiles, to),
+        branches: Branches::new(tiles, &mut room),
+        fours: tile_fours(tiles[0].k),
+        height: 0,
+        sums: Sums::uninit(),
+    };
     match tiles[0].lo.is_empty() {
         true => product.run::<CODES, 1>(),
         false => product.run::<CODES, 2>(),
@@ -37,11 +44,12 @@ pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
 struct Product<'a, U, const GATED: bool> {
     unit: U,
     writer: Writer<'a, GATED>,
+    branches: Option<Branches<'a>>,
     /// Groups of four inputs in a tile of the unit.
     fours: usize,
     /// Rows that the registers are shaped for.
     height: usize,
-    sums: Sums,
+    sums: Sums<MAX_SUMS>,
 }
 
 impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
@@ -53,6 +61,9 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
         let piece = piece_inputs(tile.k, self.fours, Planes::inputs_step::<CODES>(), Planes::INPUTS);
         for panel in (0..tile.panels).step_by(Writer::<GATED>::PANELS) {
             let (n_panels, pair) = self.writer.pair(panel);
+            if let Some(branches) = &mut self.branches {
+                branches.set_panels(pair.map(|(_, panel)| panel));
+            }
             let grids = pair.map(|(tile, panel)| Grid::new::<CODES>(tile, panel));
             for from in (0..tile.k).step_by(piece) {
                 let inputs = from..tile.k.min(from + piece);
@@ -94,11 +105,13 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
             let group = Group { x, stride: tile.x_stride, weights, inputs: inputs.len(), step, is_first };
             let sums = &mut self.sums.0[slot..][..2];
             // SAFETY: configured for the height and the inputs; `x_planes` saw that x holds what is read, and `fill` has written the
-            // weights; the first piece stores the sums that the others load, and the last one all.
+            // weights; the first piece stores the sums that the others load, and the last one all. Branches are only there if the
+            // unit is shaped for them, see `fits_branch`.
             unsafe {
                 group.multiply::<U, PLANES>(&mut self.unit, sums, &mut ahead);
                 if is_last {
-                    self.writer.write::<2>(Rows { panel, is_single, row, count: height }, scales, sums);
+                    let branch = self.branches.as_mut().map(|branches| branches.multiply(&mut self.unit, row));
+                    self.writer.write::<2>(Rows { panel, is_single, row, count: height }, scales, sums, branch);
                 }
             }
         }
