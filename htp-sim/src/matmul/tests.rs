@@ -448,6 +448,21 @@ fn results_do_not_depend_on_the_split() {
     }
 }
 
+/// A tile of few rows that is what many leave over is rounded as they are.
+#[test]
+fn rows_left_over_are_rounded_too() {
+    let workers = team(2);
+    // Seven tiles of 128 rows, and one.
+    let (m, n, k) = (897, 16, 64);
+    let x = Noise(33).floats(m * k);
+    for format in block_formats(32).into_iter().filter(|format| format.block().is_some()) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let blob = weights(&layout, 83);
+        let rows = quantized(&portable(&workers), &x, &layout, ActBits::Sixteen);
+        assert_tiers_agree(&workers, &rows, layout.view(&blob).expect("length matches"), "");
+    }
+}
+
 /// Real layers: every tier agrees, on one row and on some.
 #[test]
 fn real_layers_agree() {
@@ -499,7 +514,7 @@ fn long_rows_agree() {
 fn rows_of_few_and_many_blocks_agree() {
     // One worker gets all panels as one tile.
     let workers = team(1);
-    for (block, blocks) in [(16, 81), (32, 2), (64, 21), (128, 11), (256, 1), (256, 5)] {
+    for (block, blocks) in [(16, 81), (32, 2), (32, 15), (32, 39), (64, 21), (128, 11), (256, 1), (256, 5)] {
         let k = block * blocks;
         let x = Noise(15).floats(128 * k);
         for format in block_formats(block).into_iter().filter(|format| format.block().is_some()) {

@@ -105,8 +105,9 @@ pub(super) struct Planes([[Plane; 2]; PANELS]);
 type Plane = [MaybeUninit<[u8; 64]>; Planes::INPUTS / 4];
 
 impl Planes {
-    /// Inputs that there is room for: four planes of them are 32 KiB, which leaves the first cache room for 16 rows of x.
-    pub(super) const INPUTS: usize = 384;
+    /// Inputs that there is room for: four planes of them are 30 KiB, which leaves the first cache room for 16 rows of x. It is the
+    /// least common multiple of the widest tile that a row can want, 60 inputs, and of what shares rows of 5-bit codes.
+    pub(super) const INPUTS: usize = 480;
 
     #[inline]
     pub(super) fn uninit() -> Self {
