@@ -1,3 +1,5 @@
+use half::f16;
+
 use super::*;
 use crate::packed::{BlockOffset, PackedLayout, WeightFormat};
 use crate::quantize::{ActBits, quantize_rows};
@@ -577,6 +579,44 @@ fn gated_linear_is_gate_times_up() {
                     };
                     gated_linear(cx, rows, halves, activation, &mut found).expect("lengths match");
                     assert_eq!(bits(&found), bits(&expected), "{} {format:?} {k} {activation:?}", cx.kernels.name);
+                }
+            });
+        }
+    }
+}
+
+/// A scale of a block that is no number makes its output one that is none in every row, and leaves other outputs alone.
+#[test]
+fn broken_scales_are_contained() {
+    let workers = team(1);
+    let (m, n, k) = (17, 20, 64);
+    let x = Noise(35).floats(m * k);
+    for format in block_formats(32).into_iter().filter(|format| format.block().is_some()) {
+        let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
+        let codes = vec![3; n * k];
+        // Scale 5, that of block 1 of output 2, is another one, so that its place shows: packing itself refuses what is no number.
+        let mut scales = vec![0.5; n * layout.blocks()];
+        scales[5] = 0.4375;
+        let (integers, minima) = (vec![-8; scales.len()], vec![-1.0; scales.len()]);
+        let offsets = match format.block_offset() {
+            BlockOffset::Integer => crate::Offsets::Integer(&integers),
+            BlockOffset::Min => crate::Offsets::Min(&minima),
+            BlockOffset::Symmetric => crate::Offsets::None,
+        };
+        let sound = crate::pack_quantized(&layout, &codes, &scales, offsets).expect("lengths match");
+        let is_scale = |bytes: &[u8]| bytes == f16::from_f32(0.4375).to_le_bytes();
+        let at = sound.chunks(2).position(is_scale).expect("it is there") * 2;
+        let rows = quantized(&portable(&workers), &x, &layout, ActBits::Sixteen);
+        for broken in [f16::NAN, f16::INFINITY] {
+            let mut blob = sound.clone();
+            blob[at..at + 2].copy_from_slice(&broken.to_le_bytes());
+            each_tier(&workers, |cx| {
+                let [sound, found] = [&sound, &blob]
+                    .map(|blob| product(cx, Rows::Quantized(&rows), layout.view(blob).expect("length matches")));
+                for (i, (found, sound)) in found.iter().zip(sound).enumerate() {
+                    let is_as_it_should =
+                        if i % n == 2 { !found.is_finite() } else { found.to_bits() == sound.to_bits() };
+                    assert!(is_as_it_should, "{} {format:?} {broken}: {i} is {found}, not {sound}", cx.kernels.name);
                 }
             });
         }
