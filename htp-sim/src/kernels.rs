@@ -152,8 +152,8 @@ pub(crate) struct IntegerTile<'a> {
     /// What the kernels of [`Straight`] add to each row, one after the other: `factor · row` from the tile's first panel on. A row
     /// without values is left out.
     pub(crate) added: [(&'a [f32], f32); 2],
-    /// What they add last, to rows of it that are not all zeros: the product of other rows with 8-bit weights per channel. These rows
-    /// have zeros up to a multiple of 64 inputs.
+    /// What they add last, where [`Straight::fits_branch`]: the product of other rows, of 16 bits and as many, with 8-bit weights per
+    /// channel, of the same panels. These rows have zeros up to a multiple of 64 inputs; to one that is all zeros nothing is added.
     pub(crate) branch: Option<&'a IntegerTile<'a>>,
 }
 

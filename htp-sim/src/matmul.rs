@@ -64,8 +64,9 @@ pub struct Part<'a> {
 /// An adapter's branch of a weight: `out += (alpha · (x · downᵀ)) · upᵀ`, added while the output tile is hot.
 ///
 /// Where x has integers and `up` 8 bits per channel, the first half `t = alpha · (x · downᵀ)` gets 16 bits and a scale per row,
-/// up to rank 128. The branch then has the same bits on every tier, costs less than with floats, and is off by up to
-/// `max |t| / 65024 · Σ |up|` of an output's row, and by what rounding to f32 adds.
+/// up to rank 128. The branch then has the same bits on every tier (unless `down` has blocks, and a tier rounds them, see
+/// [`linear`]), costs less than with floats, and is off by up to `max |t| / 65024 · Σ |up|` of an output's row, and by what rounding
+/// to f32 adds.
 ///
 /// Where a row of the first half is all zeros nothing is added, so strength 0 gives the base bit for bit.
 #[derive(Debug)]
@@ -110,9 +111,11 @@ pub struct GateUp<'a> {
 /// are computed together.
 ///
 /// One case is rounded: on AMX, 16 rows and more by weights with a float scale per block, which take half of the time so. Weights
-/// become 16 bits of their output's range, `unit` apart (its largest weight / 32512, or a little more), and products of low bytes are
-/// left out. A result is off by up to `unit · (1.5 · Σ |x| + k · 2^14 · x_scale)`, the last term of 16-bit rows only, and not the one
-/// that fewer rows give. Everything else above holds.
+/// become integers of 16 bits, `unit` apart, on one grid per output, and products of low bytes are left out. With the middle code of a
+/// block standing for `middle`, and half of the codes on each side of it, `unit` is
+/// `(half · largest |scale| + largest |middle|) / 32512` over the blocks of the output. A result is off by up to
+/// `unit · x_scale · (1.5 · Σ |code of x| + k · 2^14)`, the last term of 16-bit rows only, and not the one that fewer rows give. All
+/// else above holds.
 ///
 /// # Errors
 /// [`ShapeError`] if a length does not match, there are more than [`MAX_PARTS`] parts, quantized rows meet float weights,

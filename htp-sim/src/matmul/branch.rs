@@ -1,7 +1,8 @@
 //! Adapters' branches in the region of their layer.
 //!
 //! The first halves are small products. Whoever has a tile of the layer helps with them first, and waits for the last of them
-//! only before it adds the second half: by then they are done, and a barrier of their own would cost more than they do. In a decode
+//! only before it adds the second half (kernels that add it themselves: before the tile): by then they are done, or nearly, and a
+//! barrier of their own would cost more than they do. In a decode
 //! step the calling thread, which has just made x, leaves them to those who waited for it and meanwhile asked for their weights (see
 //! `ahead`); it helps with what is not taken when it needs them.
 //!

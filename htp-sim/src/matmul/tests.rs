@@ -108,8 +108,6 @@ fn rounded_products_are_within_the_bound() {
             let blob = weights(&layout, 7);
             let w = layout.view(&blob).expect("length matches");
             let units: Vec<f64> = (0..n).map(|output| f64::from(rounding_unit(w, output))).collect();
-            // Minima and offsets make large terms that cancel where nothing is rounded.
-            let floats = if format.bits() < 8 { 4e-5 } else { 2e-6 };
             let x = noise.floats(m * k);
             for act in BITS {
                 let rows = quantized(&portable(&workers), &x, &layout, act);
@@ -118,6 +116,8 @@ fn rounded_products_are_within_the_bound() {
                 let sums: Vec<f64> = (0..m).map(|row| (0..k).map(|i| value(row, i).abs()).sum()).collect();
                 each_tier(&workers, |cx| {
                     let found = product(cx, Rows::Quantized(&rows), w);
+                    // Minima and offsets make large terms that cancel where nothing is rounded.
+                    let floats = if rounds(cx.kernels, w, m) || format.bits() == 8 { 2e-6 } else { 4e-5 };
                     for (i, (&found, &(expected, size))) in found.iter().zip(&expected).enumerate() {
                         let row = i / n;
                         let low = if act == ActBits::Eight { 0.0 } else { 16384.0 * f64::from(rows.scale(row)) };
@@ -352,8 +352,9 @@ fn sums_of_low_bytes_round_alike() {
 fn the_longest_rows_agree() {
     let workers = team(1);
     let (n, k) = (16, crate::packed::MAX_INTEGER_K);
-    let x = Noise(18).floats(5 * k);
+    let x = Noise(18).floats(16 * k);
     for (m, format) in [
+        (16, WeightFormat::Int8Block { block: 256 }),
         (5, WeightFormat::Int4Expansion { block: 8 }),
         (1, WeightFormat::Int4Expansion { block: 32 }),
         (1, WeightFormat::Int8Block { block: 32 }),
@@ -364,12 +365,25 @@ fn the_longest_rows_agree() {
         let w = layout.view(&blob).expect("length matches");
         for act in BITS {
             let rows = quantized(&portable(&workers), &x[..m * k], &layout, act);
-            let expected = bits(&product(&portable(&workers), Rows::Quantized(&rows), w));
-            each_tier(&workers, |cx| {
-                let found = bits(&product(cx, Rows::Quantized(&rows), w));
-                assert_eq!(found, expected, "{} {m} {format:?} {act:?}", cx.kernels.name);
-            });
+            assert_tiers_agree(&workers, &rows, w, &format!("{act:?}"));
         }
+    }
+}
+
+/// The largest sums of the longest rows fit where weights are rounded, too: the lowest codes of x by weights of either sign.
+#[test]
+fn the_largest_rounded_sums_fit() {
+    let workers = team(1);
+    let (m, n, k) = (16, 16, crate::packed::MAX_INTEGER_K);
+    let layout = PackedLayout::new(n, k, WeightFormat::Int8Block { block: 256 }).expect("sizes are fine");
+    let mut rows = QuantizedRows::new(m, k, ActBits::Sixteen, 256).expect("sizes are fine");
+    rows.set_grid(crate::Grid::new(1.0, -32896, 32639)).expect("the grid fits");
+    quantize_rows(&portable(&workers), &vec![-32896.0; m * k], &mut rows).expect("lengths match");
+    for scale in [1.0, -1.0] {
+        let scales = vec![scale; n * layout.blocks()];
+        let blob = crate::pack_quantized(&layout, &vec![-128; n * k], &scales, crate::Offsets::None);
+        let blob = blob.expect("lengths match");
+        assert_tiers_agree(&workers, &rows, layout.view(&blob).expect("length matches"), "");
     }
 }
 
@@ -418,10 +432,12 @@ fn float_products_are_within_the_bound() {
 #[test]
 fn results_do_not_depend_on_the_split() {
     let teams: Vec<Workers> = (1..=4).map(team).collect();
-    // Four workers leave the last of their tiles 17 rows, one worker has 65 there.
-    let (m, n, k) = (257, 35, 96);
-    let x = Noise(4).floats(m * k);
-    for format in integer_formats(k).into_iter().chain(FLOAT_FORMATS) {
+    let k = 96;
+    // Four workers leave the last of their tiles 17 rows, one worker has 65 there; or they have tiles of other panels.
+    let shapes = [(257, 35), (33, 400)];
+    let formats = integer_formats(k).into_iter().chain(FLOAT_FORMATS);
+    for (format, (m, n)) in formats.flat_map(|format| shapes.map(|shape| (format, shape))) {
+        let x = Noise(4).floats(m * k);
         let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
         let blob = weights(&layout, 17);
         let w = layout.view(&blob).expect("length matches");
@@ -443,7 +459,7 @@ fn results_do_not_depend_on_the_split() {
                 );
             }
             // Few rows are not rounded.
-            let rows_at_once = if rounds(kernels, w, m) { 86 } else { 1 };
+            let rows_at_once = if rounds(kernels, w, m) { m.div_ceil(3).max(17) } else { 1 };
             let in_parts: Vec<f32> = x.chunks(rows_at_once * k).flat_map(|x| run(&teams[1], x)).collect();
             assert_eq!(bits(&in_parts), expected, "{} {format:?} {rows_at_once} at once", kernels.name);
         }

@@ -68,7 +68,8 @@ pub(super) fn compute_straight(
         WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
     };
     with_branches(cx, [half; 2], firsts, tile, |[branch, _]| {
-        // SAFETY: as in `compute`; the tile fits, and its place has whole panels.
+        // SAFETY: as in `compute`; the tile fits, and its place has whole panels. `straight` saw that k and rank fit, too, and
+        // `IntegerRows` are padded with zeros.
         unsafe { kernel(&IntegerTile { branch, ..integers }, to) }
     });
     true

@@ -98,8 +98,13 @@ fn zero_branch_is_the_base() {
 /// Second halves wait for the first ones: with more workers than cores, one row or many, the bits are those of one worker.
 #[test]
 fn branches_do_not_depend_on_workers() {
-    let (n, k, r) = (320, 64, 8);
-    let layout = PackedLayout::new(n, k, WeightFormat::Int4Expansion { block: 32 }).expect("sizes are fine");
+    branches_with_workers(64, WeightFormat::Int4Expansion { block: 32 });
+    branches_with_workers(128, WeightFormat::Int4Block { block: 32, offset: BlockOffset::Min });
+}
+
+fn branches_with_workers(k: usize, format: WeightFormat) {
+    let (n, r) = (320, 8);
+    let layout = PackedLayout::new(n, k, format).expect("sizes are fine");
     let down = PackedLayout::new(r, k, WeightFormat::Int8PerChannel).expect("sizes are fine");
     let up = PackedLayout::new(n, r, WeightFormat::Int8PerChannel).expect("sizes are fine");
     let (blob, down_blob, up_blob) = (weights(&layout, 61), weights(&down, 67), weights(&up, 71));
@@ -239,20 +244,23 @@ impl Added<'_> {
                 assert!(bits(&found) == bits(&with_branch(write, bias, 1.0)), "{name} {write:?}");
                 bits_of_tiers.push(bits(&found));
             }
-            let mut expected = vec![0.0; m * n];
-            crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..]), 1.0), &mut expected)
+            let mut gates = vec![0.0; m * n];
+            crate::elementwise::silu(cx, &with_branch(Write::Store, Some(&bias[..]), 1.0), &mut gates)
                 .expect("lengths match");
-            // A power of two, which changes no other bit.
-            let up = with_branch(Write::Store, None, 2.0);
-            crate::elementwise::mul_assign(cx, &mut expected, &up).expect("lengths match");
-            let (mut found, mut ts) = (vec![f32::NAN; m * n], [vec![f32::NAN; m * r], vec![f32::NAN; m * r]]);
-            let [gate_t, up_t] = &mut ts;
-            let branch = Branch { x: branch_x, down, alpha: &[1.0], up: second, t: gate_t };
-            let gate = Gate { weights: w, bias: Some(&bias), branch: Some(branch) };
-            let branch = Branch { x: branch_x, down, alpha: &[2.0], up: second, t: up_t };
-            let halves = GateUp { gate, up: Gate { weights: w, bias: None, branch: Some(branch) } };
-            gated_linear(cx, rows, halves, Activation::Silu, &mut found).expect("lengths match");
-            assert!(bits(&found) == bits(&expected), "{name} gated");
+            for both in [true, false] {
+                // A power of two, which changes no other bit.
+                let ups = if both { with_branch(Write::Store, None, 2.0) } else { product(cx, rows, w) };
+                let mut expected = gates.clone();
+                crate::elementwise::mul_assign(cx, &mut expected, &ups).expect("lengths match");
+                let (mut found, mut ts) = (vec![f32::NAN; m * n], [vec![f32::NAN; m * r], vec![f32::NAN; m * r]]);
+                let [gate_t, up_t] = &mut ts;
+                let branch = Branch { x: branch_x, down, alpha: &[1.0], up: second, t: gate_t };
+                let gate = Gate { weights: w, bias: Some(&bias), branch: Some(branch) };
+                let branch = Branch { x: branch_x, down, alpha: &[2.0], up: second, t: up_t };
+                let up = Gate { weights: w, bias: None, branch: both.then_some(branch) };
+                gated_linear(cx, rows, GateUp { gate, up }, Activation::Silu, &mut found).expect("lengths match");
+                assert!(bits(&found) == bits(&expected), "{name} gated, both: {both}");
+            }
         });
         if self.quantizes && layouts[0].format().block().is_none() {
             // The same on every tier.

@@ -63,7 +63,7 @@ pub(crate) fn fits_channels(tile: &IntegerTile<'_>) -> bool {
 }
 
 /// Whether they are worth it for so many rows, in the whole product, of `k` inputs, if weights have a scale per block. As weights are
-/// rounded then, it does not matter how the output is cut.
+/// rounded then, the answer must not depend on how the output is cut.
 pub(crate) fn fits_blocks(all_rows: usize, k: usize) -> bool {
     all_rows >= MIN_WIDE_ROWS && tile_fours(k) >= MIN_FOURS
 }

@@ -126,7 +126,8 @@ impl Branch<'_> {
     }
 }
 
-/// Whether rows of so many inputs, and a branch of so many, can be multiplied side by side.
+/// Whether rows of so many inputs, and a branch of so many, can be multiplied side by side: by tiles of one width, and not where all
+/// inputs are one step, whose tiles of x stay in their registers and whose floats wait for rows of another height.
 pub(super) fn fits(k: usize, rank: usize) -> bool {
     k > STEP && k.is_multiple_of(STEP) && rank <= MAX_INPUTS
 }

@@ -1,4 +1,5 @@
-//! What becomes of the sums of some rows and a pair of panels: floats, with the same operations as on the other tiers.
+//! What becomes of the sums of some rows and a pair of panels: floats. Where weights are not rounded it is by the same operations as on
+//! the other tiers.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -222,9 +223,9 @@ impl<const PLANES: usize, const JOINS: bool> RowSums<PLANES, JOINS> {
     }
 }
 
-/// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes.
+/// Inputs up to which `256 · Σhi + Σlo` is inside i32, whatever the codes, also where the second plane has two products for each input.
 const MAX_JOINED: usize = 508;
-const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 257 <= i32::MAX as i64);
+const _: () = assert!(MAX_JOINED as i64 * 128 * 128 * 258 <= i32::MAX as i64);
 
 /// Sums of each plane (or each 16 rows) and panel. Left as they are at the start: filling 32 KiB would cost as much as the
 /// products of a short row.

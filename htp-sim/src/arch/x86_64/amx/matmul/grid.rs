@@ -14,10 +14,10 @@ use std::ops::Range;
 use super::{EIGHT_BIT_BLOCKS, FIVE_BIT_BLOCKS, FOUR_BIT_BLOCKS, PANELS, SIX_BIT_BLOCKS};
 use crate::arch::x86_64::avx512_vnni::matmul::{join, load_bytes, load_f16, load_i8, upper_bits};
 use crate::kernels::IntegerTile;
-use crate::packed::{BlockOffset, PANEL};
+use crate::packed::{BlockOffset, MAX_INTEGER_K, PANEL};
 
 /// The grid of a panel's outputs.
-pub(super) struct Grid<'a> {
+pub(super) struct WeightGrid<'a> {
     tile: &'a IntegerTile<'a>,
     panel: usize,
     unit: __m512,
@@ -25,7 +25,7 @@ pub(super) struct Grid<'a> {
     per_unit: __m512,
 }
 
-impl<'a> Grid<'a> {
+impl<'a> WeightGrid<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn new<const CODES: u8>(tile: &'a IntegerTile<'a>, panel: usize) -> Self {
@@ -105,8 +105,9 @@ pub(super) struct Planes([[Plane; 2]; PANELS]);
 type Plane = [MaybeUninit<[u8; 64]>; Planes::INPUTS / 4];
 
 impl Planes {
-    /// Inputs that there is room for: four planes of them are 30 KiB, which leaves the first cache room for 16 rows of x. It is the
-    /// least common multiple of the widest tile that a row can want, 60 inputs, and of what shares rows of 5-bit codes.
+    /// Inputs that there is room for: four planes of them are 30 KiB, which leaves the first cache room for 16 rows of x. A piece is
+    /// whole tiles and whole rows of upper bits: no tile, of up to 64 inputs, has a least common multiple with the 32 of 5-bit codes
+    /// that is larger than that of 60.
     pub(super) const INPUTS: usize = 480;
 
     #[inline]
@@ -129,7 +130,7 @@ impl Planes {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn fill<const CODES: u8>(
         &mut self,
-        grids: &[Grid<'_>],
+        grids: &[WeightGrid<'_>],
         inputs: Range<usize>,
     ) -> [[*const u8; 2]; PANELS] {
         for (planes, grid) in self.0.iter_mut().zip(grids) {
@@ -141,7 +142,7 @@ impl Planes {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn fill<const CODES: u8>(grid: &Grid<'_>, inputs: Range<usize>, [high, low]: &mut [Plane; 2]) {
+fn fill<const CODES: u8>(grid: &WeightGrid<'_>, inputs: Range<usize>, [high, low]: &mut [Plane; 2]) {
     let tile = grid.tile;
     let (high, low) = (&mut high[..inputs.len() / 4], &mut low[..inputs.len() / 4]);
     let codes = tile.codes[grid.panel * tile.panel_bytes..].as_chunks::<64>().0;
@@ -266,5 +267,8 @@ fn scale_and_middle<const CODES: u8>(tile: &IntegerTile<'_>, block: usize) -> (_
     (scale, middle)
 }
 
-/// Units that no weight exceeds: with 128 more it is still a number of 16 bits.
+/// Units that no weight exceeds by more than rounding: with 128 more it is still a number of 16 bits, and a high byte is never -128.
 const LARGEST: f32 = 32512.0;
+
+// So the sums of two mixed products for each input are inside i32, whatever the bytes of x.
+const _: () = assert!(MAX_INTEGER_K as i64 * 128 * (128 + 127) <= i32::MAX as i64);

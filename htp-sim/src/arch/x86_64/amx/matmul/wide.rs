@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::branch::{Branches, Room};
 use super::finish::{MAX_SUMS, PairSums, Rows, Sums, Writer};
-use super::grid::{Grid, Planes};
+use super::grid::{Planes, WeightGrid};
 use super::{CodesAhead, PANELS, ROWS, configure, piece_inputs, tile_fours, x_planes};
 use crate::arch::x86_64::amx::insn::TileUnit;
 use crate::kernels::{IntegerTile, RowsMut};
@@ -64,7 +64,7 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
             if let Some(branches) = &mut self.branches {
                 branches.set_panels(pair.map(|(_, panel)| panel));
             }
-            let grids = pair.map(|(tile, panel)| Grid::new::<CODES>(tile, panel));
+            let grids = pair.map(|(tile, panel)| WeightGrid::new::<CODES>(tile, panel));
             for from in (0..tile.k).step_by(piece) {
                 let inputs = from..tile.k.min(from + piece);
                 let weights = planes.fill::<CODES>(&grids[..n_panels], inputs.clone());
