@@ -2,9 +2,8 @@
 //!
 //! The first halves are small products. Whoever has a tile of the layer helps with them first, and waits for the last of them
 //! only before it adds the second half (kernels that add it themselves: before the tile): by then they are done, or nearly, and a
-//! barrier of their own would cost more than they do. In a decode
-//! step the calling thread, which has just made x, leaves them to those who waited for it and meanwhile asked for their weights (see
-//! `ahead`); it helps with what is not taken when it needs them.
+//! barrier of their own would cost more than they do. In a decode step the calling thread, which has just made x, leaves them to those
+//! who waited for it and meanwhile asked for their weights (see `ahead`); it helps with what is not taken when it needs them.
 //!
 //! Where x and the second half's weights have integers, `t` gets them, too: each worker quantizes the rows that its tiles need.
 //!

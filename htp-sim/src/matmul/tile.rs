@@ -4,7 +4,9 @@ use super::branch::{FirstHalves, IntegerRows};
 use super::{Half, PANEL, PRODUCTS, Rows, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
-use crate::kernels::{FloatFn, FloatTile, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight};
+use crate::kernels::{
+    FloatFn, FloatTile, GatedFn, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight, StraightFn,
+};
 use crate::packed::{PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
 
@@ -57,16 +59,7 @@ pub(super) fn compute_straight(
     to: &RowsMut<'_>,
 ) -> bool {
     let Some((kernels, integers)) = straight(cx, x, half, tile, to) else { return false };
-    let kernel = match half.weights.layout().format() {
-        WeightFormat::Int8PerChannel => kernels.q_w8c,
-        WeightFormat::Int4PerChannel => kernels.q_w4c,
-        WeightFormat::Int4Expansion { .. } => kernels.q_w4e,
-        WeightFormat::Int8Block { .. } => kernels.q_w8b,
-        WeightFormat::Int6Block { .. } => kernels.q_w6b,
-        WeightFormat::Int5Block { .. } => kernels.q_w5b,
-        WeightFormat::Int4Block { .. } => kernels.q_w4b,
-        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
-    };
+    let Some((kernel, _)) = straight_kernels(&kernels, half.weights) else { return false };
     with_branches(cx, [half; 2], firsts, tile, |[branch, _]| {
         // SAFETY: as in `compute`; the tile fits, and its place has whole panels. `straight` saw that k and rank fit, too, and
         // `IntegerRows` are padded with zeros.
@@ -97,16 +90,7 @@ pub(super) fn compute_gated_straight(
     if gate.k != up.k {
         return false;
     }
-    let kernel = match format {
-        WeightFormat::Int8PerChannel => kernels.silu_w8c,
-        WeightFormat::Int4PerChannel => kernels.silu_w4c,
-        WeightFormat::Int4Expansion { .. } => kernels.silu_w4e,
-        WeightFormat::Int8Block { .. } => kernels.silu_w8b,
-        WeightFormat::Int6Block { .. } => kernels.silu_w6b,
-        WeightFormat::Int5Block { .. } => kernels.silu_w5b,
-        WeightFormat::Int4Block { .. } => kernels.silu_w4b,
-        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => return false,
-    };
+    let Some((_, kernel)) = straight_kernels(&kernels, halves[0].weights) else { return false };
     with_branches(cx, halves, firsts, tile, |branches| {
         let tiles = [&IntegerTile { branch: branches[0], ..gate }, &IntegerTile { branch: branches[1], ..up }];
         // SAFETY: as above; `gated_linear` checked that the two have one shape, and `k` is that of both (checked here).
@@ -135,6 +119,20 @@ fn with_branches(
         let tiles = [first.tile(0..tile.rows, up_0, tile), second.tile(0..tile.rows, up_1, tile)];
         f(tiles.each_ref().map(Some));
     });
+}
+
+/// The kernels of the weights' format: for a product, and for a gated layer. Floats have none.
+fn straight_kernels(kernels: &Straight, weights: PackedWeights<'_>) -> Option<(StraightFn, GatedFn)> {
+    match weights.layout().format() {
+        WeightFormat::Int8PerChannel => Some((kernels.q_w8c, kernels.silu_w8c)),
+        WeightFormat::Int4PerChannel => Some((kernels.q_w4c, kernels.silu_w4c)),
+        WeightFormat::Int4Expansion { .. } => Some((kernels.q_w4e, kernels.silu_w4e)),
+        WeightFormat::Int8Block { .. } => Some((kernels.q_w8b, kernels.silu_w8b)),
+        WeightFormat::Int6Block { .. } => Some((kernels.q_w6b, kernels.silu_w6b)),
+        WeightFormat::Int5Block { .. } => Some((kernels.q_w5b, kernels.silu_w5b)),
+        WeightFormat::Int4Block { .. } => Some((kernels.q_w4b, kernels.silu_w4b)),
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
+    }
 }
 
 /// The kernels, and the tile as they see it, if it can go straight to its place.

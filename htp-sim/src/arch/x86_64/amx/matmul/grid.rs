@@ -85,10 +85,10 @@ impl Block {
     fn write(&self, codes: [__m512i; 2], high: &mut MaybeUninit<[u8; 64]>, low: &mut MaybeUninit<[u8; 64]>) {
         let even = _mm512_add_epi16(_mm512_mulhrs_epi16(codes[0], self.step), self.middle);
         let odd = _mm512_add_epi16(_mm512_mulhrs_epi16(codes[1], self.step), self.middle);
-        let (low_bytes, sign) = (_mm512_set1_epi16(0xff), _mm512_set1_epi8(i8::MIN));
+        let (mask, sign) = (_mm512_set1_epi16(0xff), _mm512_set1_epi8(i8::MIN));
         // Of the second where the mask has ones, else of the third.
-        let high_bytes = _mm512_ternarylogic_epi32::<0xca>(low_bytes, _mm512_srli_epi16::<8>(even), odd);
-        let low_bytes = _mm512_ternarylogic_epi32::<0xca>(low_bytes, even, _mm512_slli_epi16::<8>(odd));
+        let high_bytes = _mm512_ternarylogic_epi32::<0xca>(mask, _mm512_srli_epi16::<8>(even), odd);
+        let low_bytes = _mm512_ternarylogic_epi32::<0xca>(mask, even, _mm512_slli_epi16::<8>(odd));
         // SAFETY: 64 bytes each, unaligned.
         unsafe {
             _mm512_storeu_si512(high.as_mut_ptr().cast(), high_bytes);
@@ -140,6 +140,7 @@ impl Planes {
     }
 }
 
+/// Writes the high and low bytes of some inputs of a panel.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn fill<const CODES: u8>(grid: &WeightGrid<'_>, inputs: Range<usize>, [high, low]: &mut [Plane; 2]) {
