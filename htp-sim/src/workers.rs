@@ -125,10 +125,10 @@ impl Workers {
         self.shared.ahead[worker].set(ranges, start);
     }
 
-    /// The next line that `worker` would ask for.
+    /// Where the next lines are that `worker` would ask for.
     #[cfg(test)]
     pub(crate) fn next_ahead(&self, worker: usize) -> Option<usize> {
-        self.shared.ahead[worker].next()
+        self.shared.ahead[worker].next().map(|(at, _)| at)
     }
 
     /// The number of the worker of this team that is running this code, if any is.
