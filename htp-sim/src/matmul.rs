@@ -128,7 +128,7 @@ pub fn linear(cx: &Cx<'_>, x: Rows<'_>, parts: &mut [Part<'_>]) -> Result<(), Sh
     }
     let m = x.count();
     let layouts = parts.iter().map(|part| part.weights.layout());
-    let grid = Grid::of_linear(m, layouts.clone(), cx.workers.count(), shared_rows(cx, layouts));
+    let grid = Grid::of_linear(m, layouts.clone(), cx.workers.count(), Limits::of(cx, layouts));
     let mut firsts = FirstHalves::new();
     let mut targets = [const { None }; MAX_PARTS];
     let mut n_groups = 0;
@@ -188,7 +188,7 @@ pub fn gated_linear(
     let n = gate.weights.layout().n();
     expect_len("outputs of up", up.weights.layout().n(), n)?;
     let layouts = [gate.weights.layout(), up.weights.layout()];
-    let grid = Grid::of_gated(x.count(), layouts, cx.workers.count(), shared_rows(cx, layouts.into_iter()));
+    let grid = Grid::of_gated(x.count(), layouts, cx.workers.count(), Limits::of(cx, layouts.into_iter()));
     let n_groups = grid.groups(gate.weights);
     let mut firsts = FirstHalves::new();
     let [gate, up] = [&mut gate, &mut up].map(|half| {
@@ -201,17 +201,19 @@ pub fn gated_linear(
         if compute_gated_straight(cx, x, [&gate, &up], activation, &firsts, &tile, &target.rows(&tile)) {
             return;
         }
-        with_buffer(&VALUES, 2 * tile.values(), |values| {
-            let (gate_values, up_values) = values.split_at_mut(tile.values());
-            for (half, values) in [(&gate, &mut *gate_values), (&up, &mut *up_values)] {
-                prefetch_branch(cx, half, &tile);
-                compute(cx, x, half, &tile, values);
-                add_branch(cx, half, &firsts, &tile, values);
-            }
-            // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
-            unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
-            target.store(cx, &tile, Write::Store, gate_values);
-        });
+        for tile in tile.pieces() {
+            with_buffer(&VALUES, 2 * tile.values(), |values| {
+                let (gate_values, up_values) = values.split_at_mut(tile.values());
+                for (half, values) in [(&gate, &mut *gate_values), (&up, &mut *up_values)] {
+                    prefetch_branch(cx, half, &tile);
+                    compute(cx, x, half, &tile, values);
+                    add_branch(cx, half, &firsts, &tile, values);
+                }
+                // SAFETY: the table exists only on a CPU that has its instruction set; both slices have the tile's length.
+                unsafe { (cx.kernels.gate)(activation, gate_values, up_values) };
+                target.store(cx, &tile, Write::Store, gate_values);
+            });
+        }
     };
     firsts.then_each(cx, grid.row_blocks() * n_groups, tiles);
     Ok(())
@@ -287,17 +289,19 @@ impl Target<'_> {
         if compute_straight(cx, x, half, firsts, tile, &self.rows(tile)) {
             return;
         }
-        with_buffer(&VALUES, tile.values(), |values| {
-            compute(cx, x, half, tile, values);
-            let mut write = self.write;
-            if half.branch.is_some() {
-                // The branch comes last, in whatever way the base is computed: results do not depend on that.
-                self.add_old(cx, tile, values);
-                add_branch(cx, half, firsts, tile, values);
-                write = Write::Store;
-            }
-            self.store(cx, tile, write, values);
-        });
+        for tile in tile.pieces() {
+            with_buffer(&VALUES, tile.values(), |values| {
+                compute(cx, x, half, &tile, values);
+                let mut write = self.write;
+                if half.branch.is_some() {
+                    // The branch comes last, in whatever way the base is computed: results do not depend on that.
+                    self.add_old(cx, &tile, values);
+                    add_branch(cx, half, firsts, &tile, values);
+                    write = Write::Store;
+                }
+                self.store(cx, &tile, write, values);
+            });
+        }
     }
 
     /// Adds what is at the tile's place to its values, if they are to be added there.
@@ -364,31 +368,32 @@ impl Grid {
         m: usize,
         layouts: impl Iterator<Item = PackedLayout> + Clone,
         workers: usize,
-        shared_rows: usize,
+        limits: Limits,
     ) -> Self {
         let n_panels = layouts.clone().map(|layout| layout.panels()).sum();
-        Self::plan(m, n_panels, layouts.map(|layout| layout.size_bytes()).sum(), workers, shared_rows)
+        Self::plan(m, n_panels, layouts.map(|layout| layout.size_bytes()).sum(), workers, limits)
     }
 
     /// For a gated layer of gate and up, whose tiles have both.
-    fn of_gated(m: usize, [gate, up]: [PackedLayout; 2], workers: usize, shared_rows: usize) -> Self {
-        Self::plan(m, gate.panels(), gate.size_bytes() + up.size_bytes(), workers, shared_rows)
+    fn of_gated(m: usize, [gate, up]: [PackedLayout; 2], workers: usize, limits: Limits) -> Self {
+        Self::plan(m, gate.panels(), gate.size_bytes() + up.size_bytes(), workers, limits)
     }
 
-    /// For `m` rows and weights of `n_panels`, `bytes` in all. A worker should have `shared_rows`, of many.
-    fn plan(m: usize, n_panels: usize, bytes: usize, workers: usize, shared_rows: usize) -> Self {
+    /// For `m` rows and weights of `n_panels`, `bytes` in all.
+    fn plan(m: usize, n_panels: usize, bytes: usize, workers: usize, limits: Limits) -> Self {
         // Rows are shared out before panels: what a worker reads it has mostly written itself, and lines of the output do not go
         // from core to core.
-        let row_blocks = (m / shared_rows).clamp(1, workers).max(m.div_ceil(MAX_TILE_ROWS));
+        let row_blocks = (m / limits.shared_rows).clamp(1, workers).max(m.div_ceil(MAX_TILE_ROWS));
         let tile_rows = m.div_ceil(row_blocks).next_multiple_of(PANEL).min(m).clamp(1, MAX_TILE_ROWS);
-        let fits = TILE_VALUES / PANEL / tile_rows;
         if m < PANEL {
             // One worker waits for nobody.
             let n_tiles = if workers == 1 { 1 } else { (bytes / workers / STREAMED_BYTES).max(1) };
+            let fits = TILE_VALUES / PANEL / tile_rows;
             return Self { m, tile_rows, tile_panels: n_panels.div_ceil(workers * n_tiles).min(fits) };
         }
         // Even numbers: a kernel may take two panels at a time.
         let share = n_panels.div_ceil(workers * TILES_PER_WORKER).next_multiple_of(2);
+        let fits = limits.tile_values / PANEL / tile_rows;
         Self { m, tile_rows, tile_panels: share.min(fits).min(MAX_TILE_PANELS) }
     }
 
@@ -425,18 +430,34 @@ const TILE_VALUES: usize = 4096;
 // As many rows fit with two panels.
 const _: () = assert!(MAX_TILE_ROWS * 2 * PANEL <= TILE_VALUES);
 
-/// Rows that a worker should have, so that weights are not unpacked too often.
-fn shared_rows(cx: &Cx<'_>, mut layouts: impl Iterator<Item = PackedLayout>) -> usize {
-    // Kernels that go straight to the output have most to do with blocks.
-    let has_blocks = layouts.any(|layout| layout.format().block().is_some());
-    if cx.kernels.straight.is_some() && has_blocks { MAX_TILE_ROWS } else { SHARED_ROWS }
+/// What bounds tiles of many rows.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Rows that a worker should have, so that weights are not unpacked too often.
+    shared_rows: usize,
+    /// Values of a tile, at most.
+    tile_values: usize,
 }
 
-/// See [`shared_rows`].
-const SHARED_ROWS: usize = 64;
+impl Limits {
+    /// Of tiles that go through a buffer.
+    const BUFFERED: Self = Self { shared_rows: 64, tile_values: TILE_VALUES };
+
+    /// Of a product with weights of some layouts.
+    fn of(cx: &Cx<'_>, mut layouts: impl Iterator<Item = PackedLayout>) -> Self {
+        if cx.kernels.straight.is_none() {
+            return Self::BUFFERED;
+        }
+        // Kernels that go straight to the output need no buffer (a tile of them that has to do without goes through it in pieces). They
+        // have most to do with blocks.
+        let has_blocks = layouts.any(|layout| layout.format().block().is_some());
+        let shared_rows = if has_blocks { MAX_TILE_ROWS } else { Self::BUFFERED.shared_rows };
+        Self { shared_rows, tile_values: MAX_TILE_ROWS * MAX_TILE_PANELS * PANEL }
+    }
+}
 
 /// Panels of a tile of many rows.
-const MAX_TILE_PANELS: usize = 8;
+const MAX_TILE_PANELS: usize = 16;
 
 /// Tiles of many rows per worker, as far as there are panels: what a worker waits for in the end is one tile of another.
 const TILES_PER_WORKER: usize = 5;

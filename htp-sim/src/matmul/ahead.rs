@@ -1,6 +1,6 @@
 //! Which weights a product of one row will read first, for workers who wait.
 
-use super::{Grid, SHARED_ROWS};
+use super::{Grid, Limits};
 use crate::Cx;
 use crate::packed::PackedWeights;
 use crate::workers::{RANGES, Start, Workers, share};
@@ -33,14 +33,16 @@ impl Starts {
 
     /// Takes over the product `next`, or nothing, under the next number from 0 on.
     pub fn push(&mut self, next: Option<Next<'_>>) {
+        // They bound tiles of many rows.
+        let (workers, limits) = (self.workers, Limits::BUFFERED);
         let (weights, grid) = match next {
-            None => (&[][..], Grid::of_linear(1, [].into_iter(), self.workers, SHARED_ROWS)),
+            None => (&[][..], Grid::of_linear(1, [].into_iter(), workers, limits)),
             Some(Next::Linear(weights)) => {
-                (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), self.workers, SHARED_ROWS))
+                (weights, Grid::of_linear(1, weights.iter().map(|weights| weights.layout()), workers, limits))
             }
             // It starts with the gate's half of its tiles.
             Some(Next::Gated(halves)) => {
-                (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), self.workers, SHARED_ROWS))
+                (&halves[..1], Grid::of_gated(1, halves.map(|weights| weights.layout()), workers, limits))
             }
         };
         let n_items = weights.iter().map(|weights| grid.groups(*weights)).sum();
@@ -136,7 +138,7 @@ mod tests {
         expect(&cx, &Starts::new(&Workers::new(1).expect("threads can be started")), 0, &[]);
         assert_eq!(cx.workers.next_ahead(0), Some(one));
 
-        let grid = Grid::plan(1, 8, 2 * layout.size_bytes(), 2, SHARED_ROWS);
+        let grid = Grid::plan(1, 8, 2 * layout.size_bytes(), 2, Limits::BUFFERED);
         let start = place(&grid, &views, grid.groups(views[0])).expect("the second weight has a tile");
         assert_eq!((start.sections[0].0, start.panels), (other, 4));
         assert!(place(&grid, &views, 2 * grid.groups(views[0])).is_none(), "there are no more items");

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::{hint, mem, thread};
 
 use super::tile::{Tile, compute};
-use super::{Branch, Grid, Half, MAX_PARTS, PANEL, PRODUCTS, Rows, SHARED_ROWS, Target, Write, with_buffer};
+use super::{Branch, Grid, Half, Limits, MAX_PARTS, PANEL, PRODUCTS, Rows, Target, Write, with_buffer};
 use crate::Cx;
 use crate::packed::{PackedWeights, WeightFormat};
 use crate::scratch::Disjoint;
@@ -67,7 +67,7 @@ impl<'a> FirstHalves<'a> {
         let Branch { x, down, alpha, up, ref mut t } = *branch;
         let first = self.halves.iter().position(Option::is_none).expect("as many branches as weights, at most");
         let (layout, workers) = (down.layout(), cx.workers.count());
-        let grid = Grid::plan(x.count(), layout.panels(), layout.size_bytes(), workers, SHARED_ROWS);
+        let grid = Grid::plan(x.count(), layout.panels(), layout.size_bytes(), workers, Limits::BUFFERED);
         let n_items = grid.row_blocks() * grid.groups(down);
         let t = Target { write: Write::Store, n: down.layout().n(), out: Disjoint::new(t) };
         self.halves[first] = Some(FirstHalf { x, down, alpha, t, grid, n_items });

@@ -1,7 +1,7 @@
 //! One tile of a matrix product: the kernel's call, then bias and branch.
 
 use super::branch::{FirstHalves, IntegerRows};
-use super::{Half, PANEL, PRODUCTS, Rows, Write, with_buffer};
+use super::{Half, PANEL, PRODUCTS, Rows, TILE_VALUES, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::kernels::{
@@ -23,6 +23,13 @@ impl Tile {
     /// Values in the tile's buffer.
     pub(super) fn values(&self) -> usize {
         self.rows * self.panels * PANEL
+    }
+
+    /// The tile in pieces that a buffer has room for.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = Tile> {
+        let Tile { row, rows, panel, panels } = *self;
+        let most = TILE_VALUES / PANEL / rows;
+        (0..panels).step_by(most).map(move |at| Tile { row, rows, panel: panel + at, panels: most.min(panels - at) })
     }
 }
 

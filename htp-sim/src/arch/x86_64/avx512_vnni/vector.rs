@@ -59,7 +59,10 @@ pub(crate) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     if activation != Activation::Silu {
         return vector::gate(activation, gate, up);
     }
-    in_registers!(gate, up, |x, up| _mm512_mul_ps(silu(x), up));
+    in_registers!(gate, up, |x, up| {
+        let [x] = silu([x]);
+        _mm512_mul_ps(x, up)
+    });
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -138,51 +141,66 @@ pub(super) fn high_plane(code: __m512i) -> __m512i {
     _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128)))
 }
 
-/// As in `portable`.
+/// As in `portable`, of `N` registers. Each waits for the result of one operation after the other, and a core looks ahead over no more
+/// than two such chains: they go side by side.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(crate) fn silu(x: __m512) -> __m512 {
-    _mm512_mul_ps(x, logistic(x))
-}
-
-/// As in `portable`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn exp_within(x: __m512) -> __m512 {
-    let shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(ROUND));
-    let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LOW), _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), x));
-    let mut p = _mm512_set1_ps(EXP[0]);
-    for c in &EXP[1..] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-    }
-    let exponent = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
-    _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
-}
-
-/// As in `portable`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn logistic(x: __m512) -> __m512 {
+pub(crate) fn silu<const N: usize>(x: [__m512; N]) -> [__m512; N] {
     let (least, most) = (_mm512_set1_ps(-87.0), _mm512_set1_ps(87.0));
-    // In this order NaN stays.
-    let within = _mm512_max_ps(least, _mm512_min_ps(most, x));
-    let power = exp_within(_mm512_sub_ps(_mm512_setzero_ps(), within));
-    let is_above = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
-    _mm512_maskz_mov_ps(is_above, inverse(_mm512_add_ps(_mm512_set1_ps(1.0), power)))
+    let mut y = x;
+    for y in &mut y {
+        // In this order NaN stays.
+        *y = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(least, _mm512_min_ps(most, *y)));
+    }
+    exp_within(&mut y);
+    for y in &mut y {
+        *y = _mm512_add_ps(_mm512_set1_ps(1.0), *y);
+    }
+    inverse(&mut y);
+    for (y, x) in y.iter_mut().zip(x) {
+        let is_above = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
+        *y = _mm512_mul_ps(x, _mm512_maskz_mov_ps(is_above, *y));
+    }
+    y
 }
 
 /// As in `portable`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn inverse(d: __m512) -> __m512 {
-    let bits = _mm512_sub_epi32(_mm512_set1_epi32(INVERSE.cast_signed()), _mm512_castps_si512(d));
-    let mut r = _mm512_castsi512_ps(bits);
-    for _ in 0..2 {
-        let error = _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0));
-        r = _mm512_fmadd_ps(r, _mm512_fmadd_ps(error, error, error), r);
+fn exp_within<const N: usize>(x: &mut [__m512; N]) {
+    let (mut shifted, mut p) = (*x, [_mm512_set1_ps(EXP[0]); N]);
+    for (x, shifted) in x.iter_mut().zip(&mut shifted) {
+        *shifted = _mm512_fmadd_ps(*x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(ROUND));
+        let n = _mm512_sub_ps(*shifted, _mm512_set1_ps(ROUND));
+        *x = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LOW), _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), *x));
     }
-    r
+    for c in &EXP[1..] {
+        for (p, r) in p.iter_mut().zip(*x) {
+            *p = _mm512_fmadd_ps(*p, r, _mm512_set1_ps(*c));
+        }
+    }
+    for ((x, p), shifted) in x.iter_mut().zip(p).zip(shifted) {
+        let exponent = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
+        *x = _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)));
+    }
+}
+
+/// As in `portable`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn inverse<const N: usize>(d: &mut [__m512; N]) {
+    let mut r = *d;
+    for r in &mut r {
+        let bits = _mm512_sub_epi32(_mm512_set1_epi32(INVERSE.cast_signed()), _mm512_castps_si512(*r));
+        *r = _mm512_castsi512_ps(bits);
+    }
+    for _ in 0..2 {
+        for (r, d) in r.iter_mut().zip(*d) {
+            let error = _mm512_fnmadd_ps(d, *r, _mm512_set1_ps(1.0));
+            *r = _mm512_fmadd_ps(*r, _mm512_fmadd_ps(error, error, error), *r);
+        }
+    }
+    *d = r;
 }
 
 /// The first `n` lanes.

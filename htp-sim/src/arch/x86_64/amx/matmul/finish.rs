@@ -138,27 +138,62 @@ impl<const PLANES: usize, const W: usize, const ADDS: bool, const JOINS: bool, c
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn write<const ADD: bool>(&self, branch: impl Fn(__m512, usize, usize) -> __m512) {
-        for (row, x_scale) in self.x_scales.iter().enumerate() {
-            let to = self.to.to.wrapping_add(row * self.to.stride);
-            for panel in 0..if GATED { 1 } else { W } {
-                let to = to.wrapping_add(panel * PANEL);
-                // SAFETY: the caller's promise; unaligned.
-                unsafe {
-                    let mut value = self.outputs[panel].value(self.sums.get(panel, row), *x_scale);
-                    if ADD {
-                        value = _mm512_add_ps(_mm512_loadu_ps(to), value);
-                    }
-                    value = branch(value, panel, row);
-                    if GATED {
-                        let up = self.outputs[1].value(self.sums.get(1, row), *x_scale);
-                        value = _mm512_mul_ps(silu(value), branch(up, 1, row));
-                    }
-                    _mm512_storeu_ps(to, value);
+        let (mut row, rows) = (0, self.x_scales.len());
+        // SAFETY: the caller's promise; these are rows of `x_scales`.
+        unsafe {
+            while GATED && row + TOGETHER <= rows {
+                self.write_some::<ADD, TOGETHER>(row, &branch);
+                row += TOGETHER;
+            }
+            while row < rows {
+                self.write_some::<ADD, 1>(row, &branch);
+                row += 1;
+            }
+        }
+    }
+
+    /// The same for `N` rows from `first` on.
+    ///
+    /// # Safety
+    /// As [`write`](Self::write), for these rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn write_some<const ADD: bool, const N: usize>(
+        &self,
+        first: usize,
+        branch: &impl Fn(__m512, usize, usize) -> __m512,
+    ) {
+        // SAFETY: the caller's promise.
+        let value = |panel: usize, row: usize| unsafe {
+            self.outputs[panel].value(self.sums.get(panel, row), self.x_scales[row])
+        };
+        for panel in 0..if GATED { 1 } else { W } {
+            let to = |row: usize| self.to.to.wrapping_add(row * self.to.stride + panel * PANEL);
+            let mut values = [_mm512_setzero_ps(); N];
+            for (row, to_be) in (first..).zip(&mut values) {
+                let mut value = value(panel, row);
+                if ADD {
+                    // SAFETY: the caller's promise; unaligned.
+                    value = _mm512_add_ps(unsafe { _mm512_loadu_ps(to(row)) }, value);
                 }
+                *to_be = branch(value, panel, row);
+            }
+            if GATED {
+                values = silu(values);
+                for (row, gate) in (first..).zip(&mut values) {
+                    *gate = _mm512_mul_ps(*gate, branch(value(1, row), 1, row));
+                }
+            }
+            for (row, value) in (first..).zip(values) {
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_ps(to(row), value) }
             }
         }
     }
 }
+
+/// Rows of gate and up whose floats are made side by side, see [`silu`].
+const TOGETHER: usize = 2;
 
 /// What makes floats of the sums of a panel's outputs.
 struct Outputs<const ADDS: bool> {
