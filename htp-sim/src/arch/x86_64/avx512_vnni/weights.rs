@@ -67,17 +67,18 @@ pub(crate) fn weigh(scores: &[f32], scales: &[[u8; 4]], [max, factor]: [f32; 2],
     let (from, scales) = (scores.as_ptr(), scales.as_ptr().cast::<f32>());
     let (hi, lo) = (out.hi.as_mut_ptr(), out.lo.as_mut_ptr());
     let mut weigh = |at: usize, left: usize| {
-        let mut codes = [_mm512_set1_epi32(PLANES_SHIFT); 4];
-        for (i, codes) in codes.iter_mut().enumerate() {
+        let mut p = [_mm512_setzero_ps(); 4];
+        for (i, p) in p.iter_mut().enumerate() {
             let (at, mask) = (at + i * LANES, mask(left.saturating_sub(i * LANES)));
-            // SAFETY: `mask` names the scores from `at` on that exist; there are as many scales. Unaligned.
-            let (score, scale) = unsafe {
-                (
-                    _mm512_maskz_loadu_ps(mask, from.wrapping_add(at)),
-                    _mm512_maskz_loadu_ps(mask, scales.wrapping_add(at)),
-                )
-            };
-            let p = exp_nonpositive(_mm512_sub_ps(score, max));
+            // SAFETY: `mask` names the scores from `at` on that exist; unaligned.
+            *p = _mm512_sub_ps(unsafe { _mm512_maskz_loadu_ps(mask, from.wrapping_add(at)) }, max);
+        }
+        exp_nonpositive(&mut p);
+        let mut codes = [_mm512_set1_epi32(PLANES_SHIFT); 4];
+        for (i, (codes, p)) in codes.iter_mut().zip(p).enumerate() {
+            let (at, mask) = (at + i * LANES, mask(left.saturating_sub(i * LANES)));
+            // SAFETY: as above; there are as many scales.
+            let scale = unsafe { _mm512_maskz_loadu_ps(mask, scales.wrapping_add(at)) };
             sums = _mm512_mask_add_ps(sums, mask, sums, p);
             // Where there is no score the scale is 0, and the code too.
             let rounded = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_mul_ps(p, scale), factor, round));
@@ -105,18 +106,25 @@ pub(crate) fn weigh(scores: &[f32], scales: &[[u8; 4]], [max, factor]: [f32; 2],
     sum
 }
 
-/// As in `portable`: what is multiplied by a power of two there is scaled here, and no result is so small that it makes a difference.
+/// As in `portable`, side by side: what is multiplied by a power of two there is scaled here, and no result is so small that it makes
+/// a difference.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn exp_nonpositive(x: __m512) -> __m512 {
-    // In this order NaN stays.
-    let x = _mm512_max_ps(_mm512_set1_ps(-87.0), x);
+fn exp_nonpositive<const N: usize>(x: &mut [__m512; N]) {
     let (log2_e, round) = (_mm512_set1_ps(LOG2_E), _mm512_set1_ps(ROUND));
-    let n = _mm512_sub_ps(_mm512_fmadd_ps(x, log2_e, round), round);
-    let r = _mm512_fmsub_ps(x, log2_e, n);
-    let mut p = _mm512_set1_ps(EXP2[0]);
-    for c in &EXP2[1..] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+    let (mut n, mut p) = (*x, [_mm512_set1_ps(EXP2[0]); N]);
+    for (x, n) in x.iter_mut().zip(&mut n) {
+        // In this order NaN stays.
+        *x = _mm512_max_ps(_mm512_set1_ps(-87.0), *x);
+        *n = _mm512_sub_ps(_mm512_fmadd_ps(*x, log2_e, round), round);
+        *x = _mm512_fmsub_ps(*x, log2_e, *n);
     }
-    _mm512_scalef_ps(p, n)
+    for c in &EXP2[1..] {
+        for (p, r) in p.iter_mut().zip(*x) {
+            *p = _mm512_fmadd_ps(*p, r, _mm512_set1_ps(*c));
+        }
+    }
+    for ((x, p), n) in x.iter_mut().zip(p).zip(n) {
+        *x = _mm512_scalef_ps(p, n);
+    }
 }
