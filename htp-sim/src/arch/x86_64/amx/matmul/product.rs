@@ -1,9 +1,10 @@
 //! Weights with a scale per output: sums stay in the tiles over all of k, or over a piece of it.
 
+use std::arch::x86_64::__m512;
 use std::ops::Range;
 
 use super::branch::{Branches, Room};
-use super::finish::{MAX_SUMS, PairSums, Rows, Sums, Writer};
+use super::finish::{MAX_SUMS, PairSums, PairWriter, Sums, Writer};
 use super::unpack::{PIECE, Unpacked};
 use super::{CodesAhead, PANELS, ROWS, configure, piece_inputs, tile_fours, x_planes};
 use crate::arch::x86_64::amx::insn::TileUnit;
@@ -28,6 +29,8 @@ pub(super) fn product<U: TileUnit, const CODES: u8, const GATED: bool>(
 struct Product<'a, U, const PLANES: usize, const GATED: bool> {
     unit: U,
     writer: Writer<'a, GATED>,
+    /// Of the pair that is being multiplied and of the one before, in turn.
+    pairs: [PairWriter<'a, GATED>; 2],
     branches: Option<Branches<'a>>,
     /// Groups of four inputs in a tile of the unit.
     fours: usize,
@@ -44,7 +47,8 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>, room: &'a mut Room) -> Self {
         let fours = tile_fours(tiles[0].k);
         let (writer, branches) = (Writer::new(tiles, to), Branches::new(tiles, room));
-        Self { unit: U::default(), writer, branches, fours, height: 0, sums: Sums::uninit(), pending: None }
+        let pairs = [writer.of_pair(0, scales(&writer, 0)), writer.of_pair(0, scales(&writer, 0))];
+        Self { unit: U::default(), writer, pairs, branches, fours, height: 0, sums: Sums::uninit(), pending: None }
     }
 
     #[inline]
@@ -54,15 +58,16 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         let tile = self.writer.tiles[0];
         // Whole rows of 4-bit codes.
         let piece = piece_inputs(tile.k, self.fours, 8, PIECE);
-        for panel in (0..tile.panels).step_by(Writer::<GATED>::PANELS) {
+        for (number, panel) in (0..tile.panels).step_by(Writer::<GATED>::PANELS).enumerate() {
             let (n_panels, pair) = self.writer.pair(panel);
+            self.pairs[number % 2] = self.writer.of_pair(panel, scales(&self.writer, panel));
             if let Some(branches) = &mut self.branches {
                 branches.set_panels(pair.map(|(_, panel)| panel));
             }
             for from in (0..tile.k).step_by(piece) {
                 let inputs = from..tile.k.min(from + piece);
                 let weights = unpacked.fill::<CODES>(&pair, n_panels, inputs.clone());
-                let piece = Piece { panel, inputs, weights };
+                let piece = Piece { number, panel, inputs, weights };
                 match n_panels {
                     1 => self.rows::<1>(&piece),
                     _ => self.rows::<2>(&piece),
@@ -127,7 +132,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
                 }
             }
             if is_last {
-                let finish = Finish { panel: piece.panel, is_single: W == 1, row, rows, slot };
+                let finish = Finish { pair: piece.number % 2, row, rows, slot };
                 let finish = if is_one_step { self.pending.replace(finish) } else { Some(finish) };
                 if let Some(finish) = finish {
                     // SAFETY: the last piece stored the sums of these rows.
@@ -145,24 +150,31 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn finish(&mut self, finish: Finish) {
-        let Finish { panel, is_single, row, rows, slot } = finish;
-        let (_, pair) = self.writer.pair(panel);
-        let scales = pair.map(|(tile, panel)| load_f32(&tile.scales[panel * PANEL * 4..]));
+        let Finish { pair, row, rows, slot } = finish;
         // One plane has its second 16 rows where two have the second plane.
-        for i in 0..rows.div_ceil(ROWS) {
-            let rows = Rows { panel, is_single, row: row + i * ROWS, count: (rows - i * ROWS).min(ROWS) };
+        for (i, row) in (row..row + rows).step_by(ROWS).enumerate() {
+            let sums = &self.sums.0[slot + i..][..PLANES];
             // SAFETY: the caller's promise. Branches are only there if the unit is shaped for them, see `fits_branch`.
             unsafe {
-                let branch = self.branches.as_mut().map(|branches| branches.multiply(&mut self.unit, rows.row));
-                self.writer.write::<PLANES>(rows, scales, &self.sums.0[slot + i..][..PLANES], branch);
+                let branch = self.branches.as_mut().map(|branches| branches.multiply(&mut self.unit, row));
+                self.pairs[pair].write::<PLANES>(row..row + ROWS.min(rows - i * ROWS), sums, branch);
             }
         }
     }
 }
 
+/// The scales of a pair's outputs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn scales<const GATED: bool>(writer: &Writer<'_, GATED>, panel: usize) -> [__m512; PANELS] {
+    let (_, [(first, panel), (second, next)]) = writer.pair(panel);
+    [load_f32(&first.scales[panel * PANEL * 4..]), load_f32(&second.scales[next * PANEL * 4..])]
+}
+
 /// Some inputs of a pair.
 struct Piece<'w> {
-    /// The first of the pair.
+    /// The pair, and the first of its panels.
+    number: usize,
     panel: usize,
     inputs: Range<usize>,
     /// Signed bytes, `[k/4][16][4]`.
@@ -263,9 +275,8 @@ impl Group {
 /// Rows of a pair of panels whose sums are on their way to memory.
 #[derive(Clone, Copy)]
 struct Finish {
-    panel: usize,
-    /// Whether the panel is alone: the last of an odd number.
-    is_single: bool,
+    /// Which of the last two.
+    pair: usize,
     row: usize,
     /// At most 16 of two planes, 32 of one.
     rows: usize,

@@ -8,11 +8,10 @@
 //! So sums stay in the tiles over all of k, or over a piece of it. If they had to leave them for each block, products would take twice
 //! the time and more.
 
-use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::branch::{Branches, Room};
-use super::finish::{MAX_SUMS, PairSums, Rows, Sums, Writer};
+use super::finish::{MAX_SUMS, PairSums, PairWriter, Sums, Writer};
 use super::grid::{Planes, WeightGrid};
 use super::{CodesAhead, PANELS, ROWS, configure, piece_inputs, tile_fours, x_planes};
 use crate::arch::x86_64::amx::insn::TileUnit;
@@ -65,13 +64,14 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
                 branches.set_panels(pair.map(|(_, panel)| panel));
             }
             let grids = pair.map(|(tile, panel)| WeightGrid::new::<CODES>(tile, panel));
+            let scales = grids.each_ref().map(|grid| grid.scale::<PLANES>());
+            let writer = self.writer.of_pair(panel, scales);
             for from in (0..tile.k).step_by(piece) {
                 let inputs = from..tile.k.min(from + piece);
                 let weights = planes.fill::<CODES>(&grids[..n_panels], inputs.clone());
                 let ahead = pair.map(|(tile, panel)| (tile, panel + Writer::<GATED>::PANELS));
                 let ahead = CodesAhead::new(ahead, inputs.clone(), self.fours);
-                let scales = grids.each_ref().map(|grid| grid.scale::<PLANES>());
-                self.rows::<PLANES>(panel, n_panels == 1, inputs, weights, scales, ahead);
+                self.rows::<PLANES>(&writer, inputs, weights, ahead);
             }
         }
     }
@@ -81,11 +81,9 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn rows<const PLANES: usize>(
         &mut self,
-        panel: usize,
-        is_single: bool,
+        writer: &PairWriter<'_, GATED>,
         inputs: Range<usize>,
         weights: [[*const u8; 2]; PANELS],
-        scales: [__m512; PANELS],
         mut ahead: CodesAhead,
     ) {
         let tile = self.writer.tiles[0];
@@ -111,7 +109,7 @@ impl<U: TileUnit, const GATED: bool> Product<'_, U, GATED> {
                 group.multiply::<U, PLANES>(&mut self.unit, sums, &mut ahead);
                 if is_last {
                     let branch = self.branches.as_mut().map(|branches| branches.multiply(&mut self.unit, row));
-                    self.writer.write::<2>(Rows { panel, is_single, row, count: height }, scales, sums, branch);
+                    writer.write::<2>(row..row + height, sums, branch);
                 }
             }
         }
