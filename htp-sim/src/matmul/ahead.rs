@@ -102,7 +102,7 @@ fn place(grid: &Grid, weights: &[PackedWeights<'_>], mut group: usize) -> Option
     None
 }
 
-/// Bytes of codes to ask for: what one core reads in some microseconds, and a small part of its second cache.
+/// Bytes of codes to ask for: what one core reads in some microseconds, and a part of its second cache.
 const AHEAD_BYTES: usize = 128 << 10;
 
 #[cfg(test)]
