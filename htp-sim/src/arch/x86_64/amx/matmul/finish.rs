@@ -62,6 +62,7 @@ impl<'a, const GATED: bool> Writer<'a, GATED> {
 
 /// Writes rows of a pair of panels. What it needs is put together once for all of them: for each 16 rows anew it cost short ones 6 % of
 /// their time.
+#[derive(Clone, Copy)]
 pub(super) struct PairWriter<'a, const GATED: bool> {
     /// Whether the first panel is alone: the last of an odd number.
     is_single: bool,
@@ -212,6 +213,7 @@ impl<const PLANES: usize, const W: usize, const ADDS: bool, const JOINS: bool, c
 const TOGETHER: usize = 4;
 
 /// What makes floats of the sums of a panel's outputs.
+#[derive(Clone, Copy)]
 struct Outputs {
     scales: __m512,
     /// -0.0, which changes nothing, where there is nothing to add.

@@ -47,7 +47,7 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
     fn new(tiles: [&'a IntegerTile<'a>; PANELS], to: &'a RowsMut<'a>, room: &'a mut Room) -> Self {
         let fours = tile_fours(tiles[0].k);
         let (writer, branches) = (Writer::new(tiles, to), Branches::new(tiles, room));
-        let pairs = [writer.of_pair(0, scales(&writer, 0)), writer.of_pair(0, scales(&writer, 0))];
+        let pairs = [writer.of_pair(0, scales(&writer, 0)); 2];
         Self { unit: U::default(), writer, pairs, branches, fours, height: 0, sums: Sums::uninit(), pending: None }
     }
 
@@ -60,7 +60,9 @@ impl<'a, U: TileUnit, const PLANES: usize, const GATED: bool> Product<'a, U, PLA
         let piece = piece_inputs(tile.k, self.fours, 8, PIECE);
         for (number, panel) in (0..tile.panels).step_by(Writer::<GATED>::PANELS).enumerate() {
             let (n_panels, pair) = self.writer.pair(panel);
-            self.pairs[number % 2] = self.writer.of_pair(panel, scales(&self.writer, panel));
+            if number > 0 {
+                self.pairs[number % 2] = self.writer.of_pair(panel, scales(&self.writer, panel));
+            }
             if let Some(branches) = &mut self.branches {
                 branches.set_panels(pair.map(|(_, panel)| panel));
             }
