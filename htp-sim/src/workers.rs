@@ -408,8 +408,9 @@ thread_local! {
 /// Workers in the largest team.
 pub const MAX_WORKERS: usize = 256;
 
-/// Pauses before a waiting thread gives way: 30 to 80 µs, longer than the gaps inside a decode step.
-const SPINS: u32 = 2000;
+/// Pauses before a waiting thread gives way: 0.1 to 0.4 ms, longer than the gaps inside a decode step and that between two, where a
+/// token is chosen. (To wake a thread that sleeps took the caller 40 µs on a virtual machine, and the first region was then without it.)
+const SPINS: u32 = 10_000;
 
 /// The same when there are more workers than cores: whoever spins then keeps another from working.
 const SPINS_OVERSUBSCRIBED: u32 = 20;

@@ -8,13 +8,15 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use genie::Model;
-use genie::config::DialogConfig;
+use genie::config::{DialogConfig, SamplerConfig};
 use genie::engine::{Engine, GraphAccount, Logits, qnn::QnnEngine};
 use genie::profile::operations_table;
+use genie::sampler::Sampler;
 
 /// An open model.
 pub(crate) struct Bench {
     pub(crate) engine: QnnEngine,
+    greedy: Sampler,
     never: AtomicBool,
 }
 
@@ -44,7 +46,12 @@ impl Cost {
 
 impl Bench {
     pub(crate) fn open(config: &DialogConfig) -> anyhow::Result<Bench> {
-        Ok(Bench { engine: QnnEngine::open(&config.engine)?, never: AtomicBool::new(false) })
+        Bench::of(QnnEngine::open(&config.engine)?)
+    }
+
+    fn of(engine: QnnEngine) -> anyhow::Result<Bench> {
+        let greedy = Sampler::new(SamplerConfig { greedy: true, ..SamplerConfig::default() })?;
+        Ok(Bench { engine, greedy, never: AtomicBool::new(false) })
     }
 
     /// Milliseconds from a prompt to the id of its first answer token.
@@ -74,7 +81,7 @@ impl Bench {
         self.rates(n_tokens, rounds, fill, |bench| {
             let mut next = ids[depth];
             for _ in 0..n_tokens {
-                next = argmax(bench.engine.forward(&[next], Logits::Last, &bench.never)?);
+                next = bench.next(&[next])?;
             }
             Ok(())
         })
@@ -132,7 +139,13 @@ impl Bench {
 
     pub(crate) fn first_token(&mut self, ids: &[u32]) -> anyhow::Result<u32> {
         self.engine.rewind(0);
-        Ok(argmax(self.engine.forward(ids, Logits::Last, &self.never)?))
+        self.next(ids)
+    }
+
+    /// The likeliest token behind what is in the cache and `ids`.
+    fn next(&mut self, ids: &[u32]) -> anyhow::Result<u32> {
+        let logits = self.engine.forward(ids, Logits::Last, &self.never)?;
+        Ok(self.greedy.sample(logits, &[])?)
     }
 
     fn ids(&self, n: usize) -> Vec<u32> {
@@ -200,7 +213,7 @@ fn told(line: &str) -> Result<Option<f64>, std::num::ParseFloatError> {
 /// The other side of [`Child`]: everything a chat does up to its first token.
 pub(crate) fn first_token_child(config: &DialogConfig, prompt: usize) -> anyhow::Result<()> {
     let model = Model::open(config.clone())?;
-    let mut bench = Bench { engine: model.engine()?, never: AtomicBool::new(false) };
+    let mut bench = Bench::of(model.engine()?)?;
     let ids = bench.ids(prompt);
     bench.first_token(&ids)?;
     let memory = memory_mb("VmRSS:").map_or_else(|_| String::new(), |mb| mb.to_string());
@@ -229,12 +242,6 @@ fn account_mb(file: &str, field: &str) -> anyhow::Result<f64> {
 
 pub(crate) fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    let best =
-        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
-    best.0 as u32
 }
 
 #[cfg(test)]
