@@ -16,6 +16,7 @@ use crate::Cx;
 use crate::elementwise::expect_cap;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::scratch::Disjoint;
+use crate::workers::share;
 
 mod cache;
 mod scratch;
@@ -120,10 +121,13 @@ pub fn attention(
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
         // Tile by tile, as linear layers share out their rows.
         let tile = problem.tile(item % kv_heads, item / kv_heads);
+        let ranges = tile.ranges();
+        let next_item = next_of_share(cx, item, n_items).map(|next| (next % kv_heads, ranges.start));
         problem.load_queries(&tile, scratch);
         scratch.reset(&tile);
-        for range in tile.ranges() {
-            problem.compute_range(&tile, range, scratch);
+        for range in ranges.clone() {
+            let next = if range + 1 < ranges.end { Some((tile.kv_head, range + 1)) } else { next_item };
+            problem.compute_range(&tile, range, next, scratch);
             scratch.merge_part(cx.kernels, &tile);
         }
         problem.store(&tile, scratch, &out);
@@ -146,12 +150,17 @@ fn share_out_ranges(cx: &Cx<'_>, problem: &Problem<'_>, scratch: &mut AttentionS
     let parts = |chunk: usize, worker: usize| {
         // SAFETY: a worker runs one item at a time, and its scratch is its own.
         let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-        for part in chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks {
-            let (range, item) = (first_range + part / n_items, part % n_items);
+        let place = |part: usize| (first_range + part / n_items, part % n_items);
+        let of_chunk = |chunk: usize| chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks;
+        let last = next_of_share(cx, chunk, n_chunks).map_or(of_chunk(chunk), of_chunk).end;
+        for part in of_chunk(chunk) {
+            let (range, item) = place(part);
             let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
             if tile.ranges().contains(&range) {
+                let next =
+                    (part + 1 < last).then(|| place(part + 1)).map(|(range, item)| (item / problem.tiles(), range));
                 problem.load_queries(&tile, scratch);
-                problem.compute_range(&tile, range, scratch);
+                problem.compute_range(&tile, range, next, scratch);
                 let at = (tile.slot * ranges + range * tile.rows) * slot;
                 // SAFETY: each pair of tile and range is one part, and its slots are its own.
                 scratch.save_part(&tile, unsafe { partials.range(at, tile.rows * slot) });
@@ -172,6 +181,14 @@ fn share_out_ranges(cx: &Cx<'_>, problem: &Problem<'_>, scratch: &mut AttentionS
         }
         problem.store(&tile, scratch, out);
     });
+}
+
+/// The item that a worker whose share `item` is in takes next, unless others come to help.
+fn next_of_share(cx: &Cx<'_>, item: usize, n_items: usize) -> Option<usize> {
+    let n_workers = cx.workers.count();
+    let ends =
+        (0..n_workers).map(|worker| share(n_items, n_workers, worker)).any(|(first, len)| first + len == item + 1);
+    (!ends).then_some(item + 1)
 }
 
 /// Checks everything but the output; returns the number of query rows.

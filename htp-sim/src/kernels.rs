@@ -71,6 +71,9 @@ pub struct Kernels {
     pub(crate) prefetch: fn(&[u8]),
 }
 
+/// [`IntegerTile::ahead`] of codes that are read from one end to the other.
+pub(crate) const STREAM_AHEAD: isize = 6144;
+
 /// Rows of an [`IntegerTile`], at most: kernels keep sums for so many.
 pub(crate) const MAX_TILE_ROWS: usize = 128;
 
@@ -139,6 +142,8 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) codes: &'a [u8],
     /// Bytes from one panel's codes to the next.
     pub(crate) panel_bytes: usize,
+    /// Bytes from codes that are read to those that will be: kernels of few rows ask for these.
+    pub(crate) ahead: isize,
     /// Outputs of a panel as stored: 16, or, of per-channel weights and then with one panel in the tile, 4, 8 or 12. The
     /// other columns of `out` may be left as they are.
     pub(crate) width: usize,

@@ -13,6 +13,8 @@
 //! Ranges are [`CacheLayout::range_stride`] bytes apart. Layers whose ranges take turns in one memory touch it from its start as
 //! positions are written, so that large pages cost little more than small ones.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::RANGE;
@@ -213,6 +215,40 @@ impl<'a> Cache<'a> {
         let layout = &self.layout;
         let part = layout.block_key_bytes() + layout.block_scale_bytes();
         self.of_block(head, from, part, from % RANGE * layout.scale_bytes())
+    }
+
+    /// Asks for the values of a block, which is a KV head and a range, at some positions in it. Of all 256 positions only for their
+    /// scales: the product with the keys asks for the rest, as far from what it reads as this says, in bytes.
+    pub(super) fn ask_for_values(&self, kernels: &Kernels, block: (usize, usize), positions: Range<usize>) -> isize {
+        let ((head, range), layout) = (block, &self.layout);
+        let first = range * RANGE + positions.start;
+        (kernels.prefetch)(&self.value_scales(head, first)[..positions.len() * layout.scale_bytes()]);
+        if positions.len() == RANGE {
+            return (layout.block_bytes() - layout.block_value_bytes()).cast_signed();
+        }
+        if layout.format == CacheFormat::Int8 {
+            let panels = self.value_panels(head, first).chunks(RANGE * PANEL).take(layout.value_head_dim() / PANEL);
+            panels.for_each(|panel| (kernels.prefetch)(&panel[..positions.len() * PANEL]));
+        }
+        0
+    }
+
+    /// The same for the keys of the second of two blocks, and the product with the values of the first.
+    pub(super) fn ask_for_keys(
+        &self,
+        kernels: &Kernels,
+        blocks: [(usize, usize); 2],
+        positions: Range<usize>,
+    ) -> isize {
+        let (layout, (head, range)) = (&self.layout, blocks[1]);
+        let first = range * RANGE + positions.start;
+        (kernels.prefetch)(&self.key_scales(head, first)[..positions.len() * layout.scale_bytes()]);
+        if positions.len() == RANGE {
+            let [from, to] = blocks.map(|(head, range)| layout.block_at(head, range * RANGE).cast_signed());
+            return to - from - (layout.block_bytes() - layout.block_value_bytes()).cast_signed();
+        }
+        (kernels.prefetch)(&self.keys(head, first)[..positions.len() / PANEL * layout.key_panel_bytes()]);
+        0
     }
 
     fn values(&self, head: usize, position: usize, at: usize) -> &'a [u8] {

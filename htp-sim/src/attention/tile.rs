@@ -89,16 +89,28 @@ impl Problem<'_> {
         }
     }
 
-    /// Computes the tile's part of range `range`: `scratch.totals` and `scratch.part`.
-    pub(super) fn compute_range(&self, tile: &Tile, range: usize, scratch: &mut WorkerScratch) {
+    /// Computes the tile's part of range `range`: `scratch.totals` and `scratch.part`. The worker then goes on to `next`, a KV head and
+    /// a range.
+    pub(super) fn compute_range(
+        &self,
+        tile: &Tile,
+        range: usize,
+        next: Option<(usize, usize)>,
+        scratch: &mut WorkerScratch,
+    ) {
         let from = tile.positions.start.max(range * RANGE);
         let to = tile.positions.end.min((range + 1) * RANGE);
         let first = from / PANEL * PANEL;
         let width = to.next_multiple_of(PANEL) - first;
-        self.scores(tile, first, width, scratch);
         let span = Span { from, first, width };
+        // While keys are read their values are asked for, and while these are, the next keys.
+        let block = (tile.kv_head, range);
+        let columns = first % RANGE..first % RANGE + width;
+        let to_values = self.cache.ask_for_values(self.kernels, block, columns.clone());
+        self.scores(tile, span, to_values, scratch);
+        let to_next = next.map_or(0, |next| self.cache.ask_for_keys(self.kernels, [block, next], columns));
         if self.cache.layout.format() == CacheFormat::Int8 {
-            self.integer_values(tile, span, scratch);
+            self.integer_values(tile, span, to_next, scratch);
         } else {
             self.float_values(tile, span, to - from, scratch);
         }
@@ -106,7 +118,7 @@ impl Problem<'_> {
 
     /// `p · V` of an int8 cache. The probabilities times the scales of the values are quantized to 16 bits for each row and
     /// range, so the sums are exact integers.
-    fn integer_values(&self, tile: &Tile, span: Span, scratch: &mut WorkerScratch) {
+    fn integer_values(&self, tile: &Tile, span: Span, ahead: isize, scratch: &mut WorkerScratch) {
         let layout = &self.cache.layout;
         let scales = &self.cache.value_scales(tile.kv_head, span.first).as_chunks().0[..span.width];
         let logs = &mut scratch.log_scales[..span.width];
@@ -161,6 +173,7 @@ impl Problem<'_> {
             plane_sums: &scratch.p_sums,
             codes: self.cache.value_panels(tile.kv_head, span.first),
             panel_bytes: RANGE * PANEL,
+            ahead,
             width: PANEL,
             scales: ONES.as_flattened(),
             offsets: &[],
@@ -218,8 +231,9 @@ impl Problem<'_> {
         }
     }
 
-    /// `q · k` for `width` positions from `first`, into `scratch.scores`, `[rows, width]`.
-    fn scores(&self, tile: &Tile, first: usize, width: usize, scratch: &mut WorkerScratch) {
+    /// `q · k` of the span's columns, into `scratch.scores`, `[rows, width]`.
+    fn scores(&self, tile: &Tile, span: Span, ahead: isize, scratch: &mut WorkerScratch) {
+        let Span { first, width, .. } = span;
         let layout = &self.cache.layout;
         let codes = self.cache.keys(tile.kv_head, first);
         let out = &mut scratch.scores[..tile.rows * width];
@@ -237,6 +251,7 @@ impl Problem<'_> {
                 plane_sums: &scratch.plane_sums,
                 codes,
                 panel_bytes: layout.key_panel_bytes(),
+                ahead,
                 width: PANEL,
                 scales: self.cache.key_scales(tile.kv_head, first),
                 offsets: &[],

@@ -5,7 +5,7 @@ use super::{Half, PANEL, PRODUCTS, Rows, TILE_VALUES, Write, with_buffer};
 use crate::Cx;
 use crate::elementwise::Activation;
 use crate::kernels::{
-    FloatFn, FloatTile, GatedFn, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, Straight, StraightFn,
+    FloatFn, FloatTile, GatedFn, IntegerFn, IntegerTile, MAX_TILE_ROWS, RowsMut, STREAM_AHEAD, Straight, StraightFn,
 };
 use crate::packed::{PackedWeights, WeightFormat};
 use crate::quantize::QuantizedRows;
@@ -282,6 +282,7 @@ fn integer_tile<'a>(x: &'a QuantizedRows, weights: PackedWeights<'a>, tile: &Til
         plane_sums: from.plane_sums,
         codes: weights.codes_from(tile.panel),
         panel_bytes: layout.panel_code_bytes(),
+        ahead: STREAM_AHEAD,
         width: layout.width(tile.panel),
         scales: weights.scales_from(tile.panel),
         offsets: weights.offsets_from(tile.panel),

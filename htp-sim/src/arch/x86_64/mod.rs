@@ -6,6 +6,8 @@ pub(crate) mod avx512_vnni;
 pub(crate) mod avx_vnni;
 mod quantize;
 
+use crate::kernels::STREAM_AHEAD;
+
 /// [`BlockOffset`](crate::packed::BlockOffset) as a constant of kernels.
 const SYMMETRIC: u8 = 0;
 const INTEGER: u8 = 1;
@@ -18,7 +20,7 @@ const MIN: u8 = 2;
 fn ask_ahead<T>(at: *const T) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
     // SAFETY: every CPU of this architecture has the instruction, and it never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast::<i8>().wrapping_add(6144)) }
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast::<i8>().wrapping_offset(STREAM_AHEAD)) }
 }
 
 /// The same for one row's product with weights of a byte each, which go by faster. On AMD's CPUs to the first cache and past the

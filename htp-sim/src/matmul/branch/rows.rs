@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::Cx;
-use crate::kernels::{IntegerTile, MAX_TILE_ROWS, QuantizedRowMut, RowValues};
+use crate::kernels::{IntegerTile, MAX_TILE_ROWS, QuantizedRowMut, RowValues, STREAM_AHEAD};
 use crate::packed::{BlockOffset, PackedWeights};
 use crate::scratch::LINE_BYTES;
 
@@ -128,6 +128,7 @@ impl IntegerRows {
             plane_sums: &self.plane_sums[row..],
             codes: weights.codes_from(tile.panel),
             panel_bytes: layout.panel_code_bytes(),
+            ahead: STREAM_AHEAD,
             width: layout.width(tile.panel),
             scales: weights.scales_from(tile.panel),
             offsets: &[],

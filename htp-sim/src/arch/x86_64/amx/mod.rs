@@ -93,6 +93,7 @@ unsafe fn agrees_with_portable() -> bool {
         plane_sums: &[[0; 2]; ROWS],
         codes: &codes,
         panel_bytes: codes.len(),
+        ahead: 0,
         width: 16,
         scales: &scales,
         offsets: &[],

@@ -6,6 +6,7 @@
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
 
 mod block_rows;
+mod few_rows;
 mod float;
 mod many_rows;
 mod one_row;
@@ -22,8 +23,8 @@ pub(crate) fn q_w8c(tile: &IntegerTile<'_>, out: &mut [f32]) {
     if many_rows::fits(tile) {
         return many_rows::product::<{ many_rows::EIGHT_BIT }>(tile, out);
     }
-    if one_row::has_few_inputs(tile) {
-        return one_row::few_inputs(tile, out);
+    if few_rows::fits(tile) {
+        return few_rows::product(tile, out);
     }
     per_channel::<8>(tile, out);
 }

@@ -1,5 +1,4 @@
-//! One row of x, as in a decode step: by weights with a step per block, and by the few inputs of an adapter's second half or of
-//! attention with a query head for each KV head.
+//! One row of x, as in a decode step, by weights with a step per block.
 //!
 //! With several rows the codes are multiplied by their steps once for all of them. With one it is cheaper to multiply the sums
 //! of each block: six vector instructions for 128 codes instead of eleven, and four more for each block and plane. High nibbles
@@ -69,54 +68,6 @@ fn panel_floats<const PLANES: usize>(tile: &IntegerTile<'_>, panel: usize, start
     channel_finish(tile, at, [acc])
 }
 
-/// Whether [`few_inputs`] can compute the tile.
-pub(super) fn has_few_inputs(tile: &IntegerTile<'_>) -> bool {
-    tile.rows == 1 && tile.k <= FEW_INPUTS && tile.width == PANEL && !tile.lo.is_empty()
-}
-
-/// The product with 8-bit weights, a scale per output, of a tile that [has few inputs](has_few_inputs): some panels at a time,
-/// since those of one would wait for each other.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn few_inputs(tile: &IntegerTile<'_>, out: &mut [f32]) {
-    let mut panel = 0;
-    while panel < tile.panels {
-        panel += match tile.panels - panel {
-            4.. => panels::<4>(tile, panel, out),
-            2.. => panels::<2>(tile, panel, out),
-            _ => panels::<1>(tile, panel, out),
-        };
-    }
-}
-
-/// `W` panels; returns `W`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn panels<const W: usize>(tile: &IntegerTile<'_>, panel: usize, out: &mut [f32]) -> usize {
-    let planes = Planes::<2>::new(tile, 0);
-    let n_fours = tile.k / 4;
-    let codes = &tile.codes[panel * tile.panel_bytes..][..(W - 1) * tile.panel_bytes + n_fours * 64];
-    // Codes are 128 too large.
-    let start = tile.plane_sums[0].map(|sum| _mm512_set1_epi32(sum.wrapping_mul(-128)));
-    let mut acc = [start; W];
-    for four in 0..n_fours {
-        // SAFETY: x has `tile.k` bytes in each plane (the tile's promise); these are four of them.
-        let (hi, lo) = unsafe { (planes.broadcast(0, 0, four * 4), planes.broadcast(1, 0, four * 4)) };
-        for (w, acc) in acc.iter_mut().enumerate() {
-            let at = codes[w * tile.panel_bytes + four * 64..].as_ptr();
-            ask_ahead(at);
-            // SAFETY: the slice reaches to the end of the last panel's codes (made so above); unaligned.
-            let codes = unsafe { _mm512_loadu_si512(at.cast()) };
-            let codes = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
-            acc[0] = _mm512_dpbusd_epi32(acc[0], codes, hi);
-            acc[1] = _mm512_dpbusd_epi32(acc[1], codes, lo);
-        }
-    }
-    for (panel, acc) in (panel..).zip(acc) {
-        let [values] = channel_finish(tile, Place { panel, row: 0 }, [acc]);
-        store(&mut out[panel * PANEL..], values);
-    }
-    W
-}
-
 /// The sum of some bytes, a multiple of [`PIECE`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -133,9 +84,6 @@ fn sum(x: &[i8]) -> i32 {
     let total = _mm_add_epi64(halves, _mm_unpackhi_epi64(halves, halves));
     _mm_cvtsi128_si32(total) - 128 * x.len() as i32
 }
-
-/// With more inputs a panel is a stream of its own. (Ranks 16 and 64: a sixth of an adapter's time on a core of Zen 4.)
-const FEW_INPUTS: usize = 128;
 
 /// Bytes that [`sum`] takes at a time.
 const PIECE: usize = 32;
