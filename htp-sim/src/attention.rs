@@ -10,19 +10,22 @@
 //!     out = sum of parts / sum of p
 //! ```
 //! Ranges are fixed in the cache, so the arithmetic of a row does not depend on who computes a range, or on which rows are
-//! computed together. When there are few tiles the ranges are shared out as well, and merged afterwards.
+//! computed together. When there are few tiles the ranges are shared out as well, and merged by whoever has the last of a tile.
+
+use std::sync::atomic::AtomicUsize;
 
 use crate::Cx;
 use crate::elementwise::expect_cap;
 use crate::error::{Needed, ShapeError, expect_at_most, expect_len, size};
 use crate::scratch::Disjoint;
-use crate::workers::share;
 
 mod cache;
+mod parts;
 mod scratch;
 mod tile;
 
 pub use cache::{Cache, CacheFormat, CacheLayout, CacheMut, MAX_HEAD_DIM, append, prefetch};
+use parts::next_of_share;
 use scratch::WorkerScratch;
 use tile::Problem;
 
@@ -46,6 +49,8 @@ pub struct AttentionScratch {
     heads: usize,
     workers: Vec<WorkerScratch>,
     partials: Vec<f32>,
+    /// For as many tiles as are shared out.
+    left: Vec<AtomicUsize>,
 }
 
 impl AttentionScratch {
@@ -65,8 +70,9 @@ impl AttentionScratch {
                 Needed::Rule("as many as memory has room for"),
             ));
         }
-        let workers = (0..workers.max(1)).map(|_| WorkerScratch::new(layout)).collect();
-        Ok(Self { layout, heads, workers, partials: vec![0.0; partials] })
+        let workers: Vec<_> = (0..workers.max(1)).map(|_| WorkerScratch::new(layout)).collect();
+        let left = (0..TILES_PER_WORKER * workers.len()).map(|_| AtomicUsize::new(0)).collect();
+        Ok(Self { layout, heads, workers, partials: vec![0.0; partials], left })
     }
 }
 
@@ -112,7 +118,7 @@ pub fn attention(
     let few = n_items < TILES_PER_WORKER * cx.workers.count();
     let out = Disjoint::new(out);
     if few && ranges > 1 && m * params.heads * ranges * slot <= scratch.partials.len() {
-        share_out_ranges(cx, &problem, scratch, &out);
+        parts::share_out(cx, &problem, scratch, &out);
         return Ok(());
     }
     let workers = Disjoint::new(&mut scratch.workers);
@@ -134,61 +140,6 @@ pub fn attention(
     };
     cx.workers.for_each_then(n_items, tiles, cx.kernels.leave);
     Ok(())
-}
-
-/// Attention with the ranges of each tile on several workers, which are merged in a second region. `partials` has room for them.
-fn share_out_ranges(cx: &Cx<'_>, problem: &Problem<'_>, scratch: &mut AttentionScratch, out: &Disjoint<'_, f32>) {
-    let layout = &problem.cache.layout;
-    let n_items = layout.kv_heads() * problem.tiles();
-    let (ranges, slot) = ((problem.past + problem.m).div_ceil(RANGE), layout.value_head_dim() + 2);
-    let (workers, partials) = (Disjoint::new(&mut scratch.workers), Disjoint::new(&mut scratch.partials));
-    // What lies before every window is no part of them.
-    let first_range = problem.tile(0, 0).ranges().start;
-    let n_parts = n_items * (ranges - first_range);
-    // A worker goes through neighbouring blocks of the cache, so that what it asks for ahead of time is its own.
-    let n_chunks = n_parts.min(CHUNKS_PER_WORKER * cx.workers.count());
-    let parts = |chunk: usize, worker: usize| {
-        // SAFETY: a worker runs one item at a time, and its scratch is its own.
-        let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-        let place = |part: usize| (first_range + part / n_items, part % n_items);
-        let of_chunk = |chunk: usize| chunk * n_parts / n_chunks..(chunk + 1) * n_parts / n_chunks;
-        let last = next_of_share(cx, chunk, n_chunks).map_or(of_chunk(chunk), of_chunk).end;
-        for part in of_chunk(chunk) {
-            let (range, item) = place(part);
-            let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
-            if tile.ranges().contains(&range) {
-                let next =
-                    (part + 1 < last).then(|| place(part + 1)).map(|(range, item)| (item / problem.tiles(), range));
-                problem.load_queries(&tile, scratch);
-                problem.compute_range(&tile, range, next, scratch);
-                let at = (tile.slot * ranges + range * tile.rows) * slot;
-                // SAFETY: each pair of tile and range is one part, and its slots are its own.
-                scratch.save_part(&tile, unsafe { partials.range(at, tile.rows * slot) });
-            }
-        }
-    };
-    cx.workers.for_each_then(n_chunks, parts, cx.kernels.leave);
-    cx.workers.for_each(n_items, |item, worker| {
-        // SAFETY: as above.
-        let scratch = unsafe { &mut workers.range(worker, 1)[0] };
-        let tile = problem.tile(item / problem.tiles(), item % problem.tiles());
-        scratch.reset(&tile);
-        for range in tile.ranges() {
-            // SAFETY: the first region is over; in this one each tile is one item.
-            let slots = unsafe { partials.range((tile.slot * ranges + range * tile.rows) * slot, tile.rows * slot) };
-            scratch.load_part(&tile, slots);
-            scratch.merge_part(cx.kernels, &tile);
-        }
-        problem.store(&tile, scratch, out);
-    });
-}
-
-/// The item that a worker whose share `item` is in takes next, unless others come to help.
-fn next_of_share(cx: &Cx<'_>, item: usize, n_items: usize) -> Option<usize> {
-    let n_workers = cx.workers.count();
-    let ends =
-        (0..n_workers).map(|worker| share(n_items, n_workers, worker)).any(|(first, len)| first + len == item + 1);
-    (!ends).then_some(item + 1)
 }
 
 /// Checks everything but the output; returns the number of query rows.
