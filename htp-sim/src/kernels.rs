@@ -142,7 +142,11 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) codes: &'a [u8],
     /// Bytes from one panel's codes to the next.
     pub(crate) panel_bytes: usize,
-    /// Bytes from codes that are read to those that will be: kernels of few rows ask for these.
+    /// Bytes from codes that are read to those that will be, or 0: x86 kernels of few rows ask for these.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "there is no such instruction, or nothing gained by it")
+    )]
     pub(crate) ahead: isize,
     /// Outputs of a panel as stored: 16, or, of per-channel weights and then with one panel in the tile, 4, 8 or 12. The
     /// other columns of `out` may be left as they are.

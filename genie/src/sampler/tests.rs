@@ -29,14 +29,20 @@ fn greedy() {
     check(|config| config.top_p = 1e-9);
 }
 
-// Guards: the largest logit is found wherever it stands, at lengths around the lanes too.
+// Guards: the largest logit is found wherever it stands, and the first of several, at lengths around the lanes and the chunks too; so is one
+// that is no number.
 #[test]
 fn largest_anywhere() {
-    for len in [1, 15, 16, 17, 31, 32, 33, 100] {
+    let mut greedy = sampler(|config| config.greedy = true);
+    for len in [1, 15, 16, 17, 31, 32, 33, 100, 511, 512, 513, 1025] {
         for at in 0..len {
             let mut logits = vec![-1.0; len];
             logits[at] = 2.0;
-            assert_eq!(sampler(|config| config.greedy = true).sample(&logits, &[]), Ok(at as u32));
+            assert_eq!(greedy.sample(&logits, &[]), Ok(at as u32));
+            logits[len - 1] = 2.0;
+            assert_eq!(greedy.sample(&logits, &[]), Ok(at as u32));
+            logits[at] = f32::INFINITY;
+            assert_eq!(greedy.sample(&logits, &[]), Err(SamplerError::NonFinite { index: at, value: f32::INFINITY }));
         }
     }
 }

@@ -217,37 +217,42 @@ impl<'a> Cache<'a> {
         self.of_block(head, from, part, from % RANGE * layout.scale_bytes())
     }
 
-    /// Asks for the values of a block, which is a KV head and a range, at some positions in it. Of all 256 positions only for their
-    /// scales: the product with the keys asks for the rest, as far from what it reads as this says, in bytes.
-    pub(super) fn ask_for_values(&self, kernels: &Kernels, block: (usize, usize), positions: Range<usize>) -> isize {
-        let ((head, range), layout) = (block, &self.layout);
-        let first = range * RANGE + positions.start;
-        (kernels.prefetch)(&self.value_scales(head, first)[..positions.len() * layout.scale_bytes()]);
+    /// Asks for the values of `head` at some positions of one range, int8 only. Of a whole range it asks for their scales alone: the
+    /// kernel that multiplies few rows by the keys asks for the rest, as far from what it reads as this says, in bytes.
+    pub(super) fn ask_for_values(&self, kernels: &Kernels, head: usize, positions: Range<usize>) -> isize {
+        let layout = &self.layout;
+        if layout.format != CacheFormat::Int8 {
+            return 0;
+        }
+        (kernels.prefetch)(&self.value_scales(head, positions.start)[..positions.len() * layout.scale_bytes()]);
         if positions.len() == RANGE {
             return (layout.block_bytes() - layout.block_value_bytes()).cast_signed();
         }
-        if layout.format == CacheFormat::Int8 {
-            let panels = self.value_panels(head, first).chunks(RANGE * PANEL).take(layout.value_head_dim() / PANEL);
-            panels.for_each(|panel| (kernels.prefetch)(&panel[..positions.len() * PANEL]));
-        }
+        let panels =
+            self.value_panels(head, positions.start).chunks(RANGE * PANEL).take(layout.value_head_dim() / PANEL);
+        panels.for_each(|panel| (kernels.prefetch)(&panel[..positions.len() * PANEL]));
         0
     }
 
-    /// The same for the keys of the second of two blocks, and the product with the values of the first.
+    /// The same for keys, those of the second of two blocks, which are a KV head and a range each; the kernel is that for the values of the
+    /// first.
     pub(super) fn ask_for_keys(
         &self,
         kernels: &Kernels,
         blocks: [(usize, usize); 2],
         positions: Range<usize>,
     ) -> isize {
-        let (layout, (head, range)) = (&self.layout, blocks[1]);
-        let first = range * RANGE + positions.start;
-        (kernels.prefetch)(&self.key_scales(head, first)[..positions.len() * layout.scale_bytes()]);
+        let (layout, (head, _)) = (&self.layout, blocks[1]);
+        if layout.format != CacheFormat::Int8 || positions.is_empty() {
+            return 0;
+        }
+        (kernels.prefetch)(&self.key_scales(head, positions.start)[..positions.len() * layout.scale_bytes()]);
         if positions.len() == RANGE {
             let [from, to] = blocks.map(|(head, range)| layout.block_at(head, range * RANGE).cast_signed());
             return to - from - (layout.block_bytes() - layout.block_value_bytes()).cast_signed();
         }
-        (kernels.prefetch)(&self.keys(head, first)[..positions.len() / PANEL * layout.key_panel_bytes()]);
+        let bytes = positions.len() / PANEL * layout.key_panel_bytes();
+        (kernels.prefetch)(&self.keys(head, positions.start)[..bytes]);
         0
     }
 

@@ -23,7 +23,7 @@ struct Parts<'a> {
     left: &'a [AtomicUsize],
 }
 
-/// Computes all of `problem`. The scratch has room for its parts.
+/// Computes all of `problem`. The scratch has room for its parts, and the tiles are few, as `attention` checked.
 pub(super) fn share_out(cx: &Cx<'_>, problem: &Problem<'_>, scratch: &mut AttentionScratch, out: &Disjoint<'_, f32>) {
     let AttentionScratch { workers, partials, left, .. } = scratch;
     let (first_range, ranges) = (problem.tile(0, 0).ranges().start, (problem.past + problem.m).div_ceil(RANGE));

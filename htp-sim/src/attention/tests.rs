@@ -114,6 +114,9 @@ fn cases() -> Vec<Case> {
         for (past, m, size) in [(0, 40, 8), (500, 1, 300), (500, 20, 17), (600, 1, 1), (100, 3, 1000)] {
             cases.push(Case::new(layout(2, 32, 700), window(size), past, m));
         }
+        // Ranges shared out that not every tile of a head sees.
+        let narrow = AttentionParams { window: Some(17), ..params(8, 16) };
+        cases.push(Case::new(layout(1, 16, 16384), narrow, 260, 20));
         let capped = AttentionParams { softcap: Some(2.0), ..params(4, 32) };
         cases.push(Case::new(layout(2, 32, 300), capped, 280, 6));
     }

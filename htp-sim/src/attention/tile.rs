@@ -49,6 +49,20 @@ struct Span {
     width: usize,
 }
 
+impl Span {
+    /// What a tile sees of a range; no columns if it sees nothing.
+    fn of(tile: &Tile, range: usize) -> Self {
+        let from = tile.positions.start.max(range * RANGE);
+        let to = tile.positions.end.min((range + 1) * RANGE);
+        let first = from / PANEL * PANEL;
+        Self { from, first, width: to.next_multiple_of(PANEL).saturating_sub(first) }
+    }
+
+    fn columns(&self) -> Range<usize> {
+        self.first..self.first + self.width
+    }
+}
+
 impl Problem<'_> {
     /// Tiles of one KV head.
     pub(super) fn tiles(&self) -> usize {
@@ -98,21 +112,19 @@ impl Problem<'_> {
         next: Option<(usize, usize)>,
         scratch: &mut WorkerScratch,
     ) {
-        let from = tile.positions.start.max(range * RANGE);
-        let to = tile.positions.end.min((range + 1) * RANGE);
-        let first = from / PANEL * PANEL;
-        let width = to.next_multiple_of(PANEL) - first;
-        let span = Span { from, first, width };
+        let (span, to) = (Span::of(tile, range), tile.positions.end.min((range + 1) * RANGE));
         // While keys are read their values are asked for, and while these are, the next keys.
-        let block = (tile.kv_head, range);
-        let columns = first % RANGE..first % RANGE + width;
-        let to_values = self.cache.ask_for_values(self.kernels, block, columns.clone());
+        let to_values = self.cache.ask_for_values(self.kernels, tile.kv_head, span.columns());
         self.scores(tile, span, to_values, scratch);
-        let to_next = next.map_or(0, |next| self.cache.ask_for_keys(self.kernels, [block, next], columns));
+        let to_next = next.map_or(0, |(head, next_range)| {
+            let blocks = [(tile.kv_head, range), (head, next_range)];
+            // Tiles that follow each other see much the same positions.
+            self.cache.ask_for_keys(self.kernels, blocks, Span::of(tile, next_range).columns())
+        });
         if self.cache.layout.format() == CacheFormat::Int8 {
             self.integer_values(tile, span, to_next, scratch);
         } else {
-            self.float_values(tile, span, to - from, scratch);
+            self.float_values(tile, span, to - span.from, scratch);
         }
     }
 
@@ -223,7 +235,7 @@ impl Problem<'_> {
     pub(super) fn store(&self, tile: &Tile, scratch: &WorkerScratch, out: &Disjoint<'_, f32>) {
         let (head_dim, stride) = (self.cache.layout.head_dim(), self.cache.layout.value_head_dim());
         for row in 0..tile.rows {
-            // SAFETY: each pair of row and head belongs to one tile, and each tile is one item.
+            // SAFETY: each pair of row and head belongs to one tile, and each tile is stored once, by whoever has all of it.
             let out = unsafe { out.range(self.at(tile, row), head_dim) };
             let factor = 1.0 / scratch.running.sums[row];
             // SAFETY: the table exists only on a CPU that has its instruction set.

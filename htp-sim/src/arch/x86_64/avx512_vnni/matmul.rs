@@ -1,6 +1,6 @@
 //! Matrix products of one tile. A register holds the 16 outputs of a panel; up to eight rows of x share each load of
 //! weights, and `vpdpbusd` takes x straight from memory as a broadcast of four inputs. Where there are more rows and scales allow
-//! it, `many_rows` and `block_rows` do better.
+//! it, `many_rows` and `block_rows` do better, and where there are few rows and inputs, `few_rows`.
 //!
 //! `vpdpbusd` multiplies unsigned by signed bytes, so codes are the unsigned operand: 4-bit codes as they are, 8-bit codes
 //! plus 128. What that adds, `128 · Σx`, is taken off again: exact, since all sums are modulo 2^32 and the true ones fit.
