@@ -41,10 +41,11 @@ impl Tile {
     }
 }
 
-/// The positions of a range that are computed: from `from` on, in columns that start at `first`, a multiple of 16.
+/// The positions of a range that are computed: `from..to`, in columns that start at `first`, a multiple of 16.
 #[derive(Clone, Copy)]
 struct Span {
     from: usize,
+    to: usize,
     first: usize,
     width: usize,
 }
@@ -55,7 +56,7 @@ impl Span {
         let from = tile.positions.start.max(range * RANGE);
         let to = tile.positions.end.min((range + 1) * RANGE);
         let first = from / PANEL * PANEL;
-        Self { from, first, width: to.next_multiple_of(PANEL).saturating_sub(first) }
+        Self { from, to, first, width: to.next_multiple_of(PANEL).saturating_sub(first) }
     }
 
     fn columns(&self) -> Range<usize> {
@@ -112,7 +113,7 @@ impl Problem<'_> {
         next: Option<(usize, usize)>,
         scratch: &mut WorkerScratch,
     ) {
-        let (span, to) = (Span::of(tile, range), tile.positions.end.min((range + 1) * RANGE));
+        let span = Span::of(tile, range);
         // While keys are read their values are asked for, and while these are, the next keys.
         let to_values = self.cache.ask_for_values(self.kernels, tile.kv_head, span.columns());
         self.scores(tile, span, to_values, scratch);
@@ -124,7 +125,7 @@ impl Problem<'_> {
         if self.cache.layout.format() == CacheFormat::Int8 {
             self.integer_values(tile, span, to_next, scratch);
         } else {
-            self.float_values(tile, span, to - span.from, scratch);
+            self.float_values(tile, span, scratch);
         }
     }
 
@@ -200,8 +201,8 @@ impl Problem<'_> {
         unsafe { (self.kernels.matmul_q_w8c)(&values, part) }
     }
 
-    /// `p · V` of a float cache, `positions` of them.
-    fn float_values(&self, tile: &Tile, span: Span, positions: usize, scratch: &mut WorkerScratch) {
+    /// `p · V` of a float cache.
+    fn float_values(&self, tile: &Tile, span: Span, scratch: &mut WorkerScratch) {
         let head_dim = self.cache.layout.head_dim();
         for row in 0..tile.rows {
             let visible = self.visible_in(row + tile.first, span);
@@ -218,7 +219,7 @@ impl Problem<'_> {
         part.fill(0.0);
         let values = ValuesTile {
             rows: tile.rows,
-            positions,
+            positions: span.to - span.from,
             head_dim,
             p: &scratch.scores[span.from - span.first..],
             p_stride: span.width,
